@@ -1,0 +1,51 @@
+# penstock: what one does here. A machine needs Python 3.11-3.13 and this file's `just`; the recipes install the rest.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+venv := ".venv"
+bin := venv / "bin"
+
+# list the recipes
+default:
+    @{{just_executable()}} --list --unsorted
+
+# install penstock and GROUP's tools into .venv (done again only after pyproject.toml changed)
+setup GROUP="check":
+    @[ -x {{bin}}/python ] || python3 -m venv {{venv}}
+    @stamp={{venv}}/.installed-{{GROUP}}; \
+    if ! cmp -s pyproject.toml "$stamp"; then \
+        echo "installing penstock with what '{{GROUP}}' needs into {{venv}} ..."; \
+        {{bin}}/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'; \
+        if [ {{GROUP}} = demo ]; then {{bin}}/python -m pip install -q -e '.[demo]'; \
+        else {{bin}}/python -m pip install -q -e '.[demo]' --group {{GROUP}}; fi; \
+        cp pyproject.toml "$stamp"; \
+    fi
+
+# the main job: a real command's output over HTTP, cut twice, resumed, compared; then a cancel
+demo *ARGS: (setup "demo")
+    @{{bin}}/penstock demo {{ARGS}}
+
+# the whole suite
+test *ARGS: (setup "test")
+    {{bin}}/python -m pytest -n 2 {{ARGS}}
+
+# linters and types
+check: (setup "check")
+    {{bin}}/ruff check .
+    {{bin}}/ruff format --check .
+    {{bin}}/flake8 src tests examples
+    {{bin}}/lint-imports
+    {{bin}}/mypy
+
+# format the code and mend what a linter can mend
+fmt: (setup "check")
+    {{bin}}/ruff check --fix .
+    {{bin}}/ruff format .
+
+# a server that stays up, for curl and a browser
+serve *ARGS: (setup "demo")
+    {{bin}}/penstock serve --producers examples/agent.py:producers {{ARGS}}
+
+# draw the diagrams in docs/ from the tables in the code
+docs: (setup "check")
+    {{bin}}/python docs/draw_life.py

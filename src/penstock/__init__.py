@@ -1,0 +1,1 @@
+"""penstock serves runs as resumable, cancellable Server-Sent-Event streams, on Trio."""

@@ -1,0 +1,293 @@
+"""One run in the process that owns it: its scope, its recorded facts, its outbox.
+
+An execution decides nothing while things happen; it records. `stop` stores the first cause, and only then cancels the
+scope. The step in which the producer's loop ends sets `ended`, which refuses later causes. When the producer has left,
+the facts become the run's ending (`endings.py`), which goes into the outbox; when the log has acknowledged that, the
+run is *settled*.
+
+    running ──stop(cause)──▶ scope cancelled ──▶ producer leaves ──▶ concluded ──▶ settled
+       └──────── the loop ends ────────────────────────┘    ▲
+                                   cancel_grace is over ────┘   (the producer is stuck: the run ends without it)
+
+A producer that will not let go keeps its task, but not its run: after `cancel_grace` the ending is stored all the same,
+readers are released, and what the producer still yields is dropped.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from penstock.chunks import blocks_of, opened, status_of
+from penstock.committer import Outbox
+from penstock.endings import Facts, ending_of
+from penstock.errors import words_of_error_event
+from penstock.observer import new_error_id, tell
+from penstock.runs import CAUSES, Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from penstock.committer import Committer
+    from penstock.dialects import Dialect
+    from penstock.log.tail import Tail
+    from penstock.observer import Observer
+    from penstock.runs import Ending, Run
+    from penstock.settings import Settings
+    from penstock.timers import Timer, Timers
+
+WRITES_PER_CHECKPOINT: Final = 32
+"""A producer that never waits itself is made to after so many chunks: a checkpoint for each would cost more than the chunk."""
+STUCK_REPORT_INTERVAL: Final = 10.0
+"""Seconds between two reports of where a stuck producer stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Office:
+    """What all executions of a supervisor share."""
+
+    committer: Committer
+    timers: Timers
+    settings: Settings
+    dialect: Dialect
+    observer: Observer
+    changed: Callable[[Execution], None]
+    """Called when an execution has settled, been fenced, or left."""
+
+
+class Execution:
+    """One run, while this process owns it."""
+
+    def __init__(self, run: Run, epoch: str, tail: Tail, office: Office) -> None:
+        self.run = run
+        self.outbox = Outbox(run.id, epoch, tail, self)
+        self.scope = trio.CancelScope()
+        self.cause: Cause | None = None
+        """The first cause that was recorded."""
+        self.words: str | None = None
+        """The words that came with it."""
+        self.ended = False
+        """The producer's loop is over: no cause is recorded any more."""
+        self.left = False
+        """The producer is gone, with all of its cleanup."""
+        self.settled = trio.Event()
+        """The ending is stored, or never will be from here."""
+        self.fenced = False
+        """Another owner has the run."""
+        self.task: trio.lowlevel.Task | None = None
+        """The task in which the producer runs."""
+        self._office = office
+        self._said: str | None = None
+        self._reported: tuple[str, str] | None = None
+        self._untold = False
+        self._ending: Ending | None = None
+        self._stopped_at = float("inf")
+        self._writes = 0
+        self._waiting_since: float | None = None
+        self._timers: list[Timer] = []
+
+    # What others tell it
+
+    def stop(self, cause: Cause, words: str | None = None) -> bool:
+        """Record the cause, then cancel the producer; False if there is a cause already, or the producer has ended."""
+        if self.cause is not None or self.left:
+            return False
+        recorded = not self.ended
+        if recorded:
+            self.cause, self.words = cause, words
+        reason = CAUSES[cause].scope_reason or cause.value
+        self.scope.cancel(reason=reason if words is None else f"{reason}: {words}")
+        self._expect_to_leave()
+        return recorded
+
+    def cancel_on_record(self, reason: str | None) -> None:
+        """The log has a cancel request."""
+        self.stop(Cause.CANCEL, reason)
+
+    def completion_refused(self, reason: str | None) -> None:
+        """A cancel came between the producer's end and the log's acknowledgement of it: the cancel was first."""
+        self._conclude(Facts(cause=Cause.CANCEL, words=reason))
+
+    def run_lost(self) -> None:
+        """Another owner has the run."""
+        self.fenced = True
+        self.stop(Cause.FENCED)
+        tell(self._office.observer.run_fenced, self.run.id)
+        self._settle()
+
+    def run_settled(self) -> None:
+        """The ending is stored."""
+        if self._ending is not None:
+            self.run = self.run.ended(self._ending, seq=self.outbox.seq, at=self.outbox.stored_at)
+            tell(self._office.observer.run_ended, self.run)
+        self._settle()
+
+    def forsake(self) -> None:
+        """The services are gone: nothing is stored any more, and nothing is pretended."""
+        self.stop(Cause.SHUTDOWN, "a service of the supervisor died")
+        self._settle()
+
+    def _settle(self) -> None:
+        self.settled.set()
+        self._office.changed(self)
+
+    # The producer
+
+    async def execute(self, make_source: Callable[[], Any]) -> None:
+        """Run the producer to its end, in this task, and see its ending stored.
+
+        Only what came from outside is raised: a cancellation that nobody recorded, or an exception such as
+        KeyboardInterrupt.
+        """
+        self.task = trio.lowlevel.current_task()
+        error: BaseException | None = None
+        try:
+            with self.scope:
+                await self._iterate(make_source)
+        except BaseException as raised:  # noqa: BLE001  (this is where a task's outcome becomes a record)
+            error = raised
+        outer = await self.leave(error)
+        if outer is not None:
+            raise outer
+
+    def limit(self, *, timeout: float | None, max_silence: float | None) -> None:
+        """Set the run's deadline and its limit of silence, in seconds from now."""
+        now = self._waiting_since = trio.current_time()
+        if timeout is not None:
+            self._at(now + timeout, lambda: self._stop_unless_ended(Cause.TIMEOUT))
+        if max_silence is not None:
+            self._at(now + max_silence, lambda: self._check_silence(max_silence))
+
+    async def _iterate(self, make_source: Callable[[], Any]) -> None:
+        try:
+            async with opened(make_source()) as chunks:
+                async for chunk in chunks:
+                    if not await self.write(chunk):
+                        break
+                self.ended = True
+                self._expect_to_leave()  # closing the source is its last chance to be stuck
+        finally:
+            self.ended = True
+
+    async def write(self, chunk: Any) -> bool:
+        """Put a chunk into the outbox, after waiting for room; False if it ends the run.
+
+        Raises:
+            InvalidChunk: nothing of the chunk is stored.
+        """
+        office, outbox = self._office, self.outbox
+        self._waiting_since = None
+        self._writes += 1
+        if office.committer.is_full(outbox) or self.cause is not None or self._writes % WRITES_PER_CHECKPOINT == 0:
+            await office.committer.room(outbox)
+        self._waiting_since = trio.current_time()
+        if self.cause is not None or outbox.closing:
+            return not outbox.closing
+        chunk, refusal = status_of(chunk)
+        if refusal is not None:
+            self._reported, self._untold = refusal, True
+            return False
+        stored: list[bytes] = []
+        goes_on = True
+        for block in blocks_of(chunk, office.dialect, max_event_bytes=office.settings.max_event_bytes):
+            self._said = block.stop_reason or self._said
+            goes_on = not block.done and block.error is None
+            if not block.done:
+                stored.append(office.dialect.stamp(block.data, self.run.id, outbox.seq + len(stored) + 1))
+            if block.error is not None:
+                self._reported = words_of_error_event(block.error)
+            if not goes_on:
+                break
+        if stored:
+            office.committer.put(outbox, stored)
+        return goes_on
+
+    async def leave(self, error: BaseException | None) -> BaseException | None:
+        """The producer is gone, with `error` if it raised: conclude, and wait until that is stored.
+
+        Returns:
+            The part of `error` that is not the run's own, and that the caller raises again.
+        """
+        self.ended = self.left = True
+        for timer in self._timers:
+            timer.cancel()
+        own, outer = _apart(error)
+        if outer is not None and self.cause is None:
+            self.cause = Cause.SHUTDOWN
+        if self._ending is None:
+            self._conclude(self._facts(own))
+        elif own is not None:
+            tell(
+                self._office.observer.on_error, own, error_id=new_error_id(), where=f"run {self.run.id}, after its end"
+            )
+        with trio.move_on_after(self._office.settings.finalize_timeout, shield=True):
+            await self.settled.wait()
+        self._office.changed(self)
+        return outer
+
+    # Its end
+
+    def _facts(self, error: BaseException | None = None) -> Facts:
+        return Facts(error, self.cause, self.words, self._said, self._reported, self._untold)
+
+    def _conclude(self, facts: Facts) -> None:
+        error_id = new_error_id()
+        settings = self._office.settings
+        blocks, self._ending = ending_of(
+            facts, self._office.dialect, error_id=error_id, expose_errors=settings.expose_errors
+        )
+        if facts.error is not None:
+            tell(self._office.observer.on_error, facts.error, error_id=error_id, where=f"run {self.run.id}")
+        if not self.settled.is_set():
+            self._office.committer.close(self.outbox, blocks, self._ending)
+
+    def _expect_to_leave(self) -> None:
+        """From now on the producer has `cancel_grace` to be gone."""
+        self._stopped_at = trio.current_time()
+        self._at(self._stopped_at + self._office.settings.cancel_grace, self._overdue)
+
+    def _overdue(self) -> None:
+        """The producer did not let go: end the run without it, and say where it stands."""
+        if self._ending is None:
+            self._conclude(self._facts())
+        self.scope.cancel(reason="the run has ended")
+        now = trio.current_time()
+        tell(self._office.observer.run_stuck, self.run.id, now - self._stopped_at, self.stack())
+        self._at(now + STUCK_REPORT_INTERVAL, self._overdue)
+
+    def stack(self) -> str:
+        """Where the producer's task stands, as a traceback."""
+        if self.task is None:
+            return ""
+        frames = traceback.StackSummary.extract(self.task.iter_await_frames())
+        return "".join(frames.format())
+
+    def _stop_unless_ended(self, cause: Cause) -> None:
+        if not self.ended:
+            self.stop(cause)
+
+    def _check_silence(self, max_silence: float) -> None:
+        if self.ended or self.cause is not None:
+            return
+        now = trio.current_time()
+        due = (now if self._waiting_since is None else self._waiting_since) + max_silence
+        if due <= now:
+            self.stop(Cause.SILENT)
+        else:
+            self._at(due, lambda: self._check_silence(max_silence))
+
+    def _at(self, when: float, callback: Callable[[], None]) -> None:
+        self._timers.append(self._office.timers.at(when, callback))
+
+
+def _apart(error: BaseException | None) -> tuple[BaseException | None, BaseException | None]:
+    """What a producer raised of its own, and what came from outside through it."""
+    if isinstance(error, BaseExceptionGroup):
+        outer, own = error.split(lambda each: not isinstance(each, Exception | BaseExceptionGroup))
+        return own, outer
+    if error is None or isinstance(error, Exception):
+        return error, None
+    return None, error

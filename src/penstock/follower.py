@@ -1,0 +1,147 @@
+"""The follower: one reader of one run, replay and live without a seam.
+
+A follower is a cursor. It takes what follows the cursor from the run's tail; if the tail does not reach back that far
+it reads a page from the log; if there is nothing yet it waits at the tail. It ends with the terminal entry, and
+whatever else keeps it from going on is an exception that says so: no reader waits for what cannot come.
+
+It holds no cancel scope and no nursery, so it may be entered in one task and left in another, and cancelling it at any
+point loses
+nothing: the cursor moves only in the step that hands the entries over.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final, Self
+
+import trio
+
+from penstock.errors import CursorExpired
+from penstock.log import PAGE_BYTES, PAGE_ENTRIES, Entry
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from penstock.log.fetcher import Fetcher
+    from penstock.log.tail import Tail
+
+BODY_BYTES: Final = 64 * 1024
+"""The default limit of `next_body`."""
+
+
+class Follower:
+    """A reader of a run: an async context manager, and then an async iterator of `Entry`.
+
+    Made by `Supervisor.follow`. Entering it is a checkpoint, and looks the run up. Iterating it is a checkpoint at
+    least once in every page; cancelling it loses no entry.
+
+    Raises:
+        RunNotFound: on entering: there is no such run; later: its history has expired.
+        CursorExpired: what follows the cursor has been trimmed, on entering or later.
+        ReaderReleased: this process serves readers of this run no longer.
+        SupervisorFailed: a service of the supervisor died.
+        LogUnavailable: the log cannot be reached.
+        RuntimeError: it is iterated before it was entered, or after it was left.
+    """
+
+    def __init__(self, fetcher: Fetcher, run_id: str, *, after: int = 0, last: int | None = None) -> None:
+        if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+            raise ValueError(f"a cursor is a whole number from 0, not {after!r}")
+        if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 0):
+            raise ValueError(f"the last N entries: N is a whole number from 0, not {last!r}")
+        self.run_id = run_id
+        self.cursor = after
+        """The seq of the entry that was handed over last."""
+        self.at_end = False
+        """After entering: the run has ended, and the cursor is at or past its end, so there is nothing to iterate."""
+        self._last = last
+        self._fetcher = fetcher
+        self._tail: Tail | None = None
+        self._page: list[Entry] = []
+        self._next = 0
+        self._held = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        if self._tail is not None:
+            raise RuntimeError("this follower has been entered already")
+        async with AsyncExitStack() as held:
+            tail = await held.enter_async_context(self._fetcher.reading(self.run_id))
+            page = await self._fetcher.log.read(self.run_id, self.cursor)
+            if tail.released is not None and not page.run.status.terminal:
+                raise tail.released
+            tail.advance(page.run.seq, ended=page.run.status.terminal)
+            if self._last is not None:
+                self.cursor = max(self.cursor, page.run.seq - self._last, page.oldest_seq - 1)
+            elif self.cursor < page.oldest_seq - 1:
+                raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
+            else:
+                self._page = list(page.entries)
+            self.at_end = page.run.status.terminal and self.cursor >= page.run.seq
+            self._tail = tail
+            self._held = held.pop_all()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._page, self._tail = [], None
+        await self._held.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Entry:
+        if self._next >= len(self._page):
+            await self._fill()
+        if self._next >= len(self._page):
+            raise StopAsyncIteration
+        entry = self._page[self._next]
+        self._next += 1
+        self.cursor = entry.seq
+        return entry
+
+    async def next_body(self, limit: int = BODY_BYTES) -> bytes:
+        """All that is ready, joined as it goes on the wire; `b""` at the end.
+
+        Args:
+            limit: the most bytes; a single entry that is larger comes alone, and whole.
+        """
+        if self._next >= len(self._page):
+            await self._fill(limit)
+        taken: list[bytes] = []
+        size = 0
+        index = self._next
+        while index < len(self._page):
+            wire = self._page[index].wire
+            size += len(wire)
+            if taken and size > limit:
+                break
+            taken.append(wire)
+            index += 1
+        if taken:
+            self.cursor = self._page[index - 1].seq
+            self._next = index
+        return b"".join(taken)
+
+    async def _fill(self, max_bytes: int = PAGE_BYTES) -> None:
+        """Get the next page: from the tail, else from the log, else by waiting. It stays empty at the end."""
+        tail = self._tail
+        if tail is None:
+            raise RuntimeError("a follower is iterated inside its own `async with` block")
+        self._page, self._next = [], 0
+        await trio.lowlevel.checkpoint()
+        while True:
+            taken = tail.take(self.cursor, max_entries=PAGE_ENTRIES, max_bytes=max_bytes)
+            if taken is None:
+                page = await self._fetcher.log.read(self.run_id, self.cursor)
+                if self.cursor < page.oldest_seq - 1:
+                    raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
+                taken = list(page.entries)
+            if taken:
+                self._page = taken
+                return
+            if tail.ended:
+                return
+            if tail.released is not None:
+                raise tail.released
+            await tail.wait()

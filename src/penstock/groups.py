@@ -1,0 +1,48 @@
+"""Leaving a nursery with one exception as if there had been no nursery.
+
+A nursery raises an `ExceptionGroup` whatever happened in it. Where it is a detail of how something is made, as in
+`keepalive`, its caller should not have to know: an `except ValueError` around the block must catch the block's
+`ValueError`.
+
+Only the nursery's own layer is taken off. A group that a body raised itself stays one, and several exceptions stay
+together.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+
+def raise_bare(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
+    """Raise the one exception in `group`; call it while `group` is being handled.
+
+    Cancellations beside another exception are left aside: it takes their place, as an exception raised in a `finally`
+    block does. The exception keeps its traceback, its cause and its context, and no reference cycle is made (a plain
+    `raise` here would make `group`, which holds the exception, its context).
+
+    Args:
+        group: what a nursery raised.
+        cancelled: the class that the event loop cancels with.
+    """
+    others = [each for each in group.exceptions if not is_cancellation(each, cancelled)]
+    try:
+        raise_unchanged(group if len(others) > 1 else (others or group.exceptions)[0])
+    finally:
+        del group, others
+
+
+def raise_unchanged(error: BaseException) -> NoReturn:
+    """Raise `error` with the context that it has, whatever is being handled at the moment."""
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        error.__context__ = context
+        del error, context  # the traceback holds this frame
+
+
+def is_cancellation(error: BaseException, cancelled: type[BaseException]) -> bool:
+    """Whether `error` is a cancellation, or a group of nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(cancelled)[1] is None
+    return isinstance(error, cancelled)

@@ -1,0 +1,140 @@
+"""serve(): Hypercorn's trio worker, with a drain.
+
+Hypercorn tells an application nothing of a shutdown: at SIGTERM it stops accepting, and `graceful_timeout` later it
+cancels whatever still runs. So `serve` owns the signals and Hypercorn's `shutdown_trigger`, and drains *before* it
+fires that:
+
+    signal ──▶ not ready, new runs 503, readers of runs elsewhere released
+           ──▶ this process's runs end by themselves; after drain_timeout they are interrupted
+           ──▶ every run has its terminal entry, and its readers have it
+           ──▶ the trigger: listeners closed, the last responses end, the lifespan ends
+
+A second signal skips the waiting. A service of the supervisor that dies fires the trigger at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Final
+
+import hypercorn.trio
+import trio
+from hypercorn.config import Config
+
+from penstock.errors import ConfigurationError, SupervisorFailed
+from penstock.http.app import Service
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from starlette.applications import Starlette
+
+    from penstock.supervisor import StuckRun, Supervisor
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+"""The signals that ask for a shutdown."""
+ABANDON_AFTER: Final = 5.0
+"""Seconds that a producer may still hold on to its task after everything else of a shutdown is done."""
+
+
+async def serve(
+    app: Starlette,
+    config: Config | None = None,
+    *,
+    signals: Sequence[signal.Signals] = SIGNALS,
+    shutdown_trigger: Callable[[], Awaitable[object]] | None = None,
+    abandon: Callable[[Sequence[StuckRun]], None] | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an application of `create_app` until a signal, the trigger, or a cancellation from outside.
+
+    A cancellation from outside skips the drain: runs are interrupted, and still get their terminal entries.
+
+    Args:
+        app: made by `create_app`.
+        config: Hypercorn's; by default it binds to 127.0.0.1:8000. `read_timeout` must stay None: it ends idle streams.
+        signals: what asks for a shutdown; empty for an embedder who handles signals himself, and needed so outside the
+        main thread.
+        shutdown_trigger: returns when a shutdown is wanted for another reason.
+        abandon: called with the runs whose producers have not let go `ABANDON_AFTER` seconds after all else of the
+        shutdown is
+            done. Nothing in Trio can abandon a task, so all that it can do is to end the process; without it, serve
+            waits.
+        task_status: is given the URLs that are served, once connections are accepted.
+
+    Raises:
+        ConfigurationError: the application or the configuration cannot be served.
+        SupervisorFailed: a service of the supervisor died.
+    """
+    config = Config() if config is None else config
+    service = getattr(app.state, "penstock", None)
+    if not isinstance(service, Service):
+        raise ConfigurationError("serve() needs an application made by create_app()")
+    if config.read_timeout is not None:
+        raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
+    down = trio.Event()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_shut_down, service, signals, shutdown_trigger, abandon, down)
+            await hypercorn.trio.serve(app, config, shutdown_trigger=down.wait, task_status=task_status)
+            scope.cancel(reason="the server has ended")
+    if service.failed.is_set():
+        raise SupervisorFailed("a service of the supervisor died")
+
+
+async def _shut_down(
+    service: Service,
+    signals: Sequence[signal.Signals],
+    shutdown_trigger: Callable[[], Awaitable[object]] | None,
+    abandon: Callable[[Sequence[StuckRun]], None] | None,
+    down: trio.Event,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Wait for a reason to shut down, drain, and set `down`."""
+    asked = trio.Event()
+    async with trio.open_nursery() as nursery:
+        if signals:
+            await nursery.start(_listen, service, signals, asked)
+        for reason in (service.failed.wait, shutdown_trigger):
+            if reason is not None:
+                nursery.start_soon(_set_after, reason, asked)
+        task_status.started()
+        await asked.wait()
+        if not service.failed.is_set():
+            with trio.CancelScope() as draining:
+                nursery.start_soon(_cancel_after, service.failed.wait, draining)
+                await service.supervisor.drain()
+        down.set()
+        if abandon is not None:
+            await _abandon(service.supervisor, abandon)
+        nursery.cancel_scope.cancel(reason="the shutdown is under way")
+
+
+async def _listen(
+    service: Service, signals: Sequence[signal.Signals], asked: trio.Event, task_status: trio.TaskStatus[None]
+) -> None:
+    """The first signal asks for a shutdown; the next ones take its patience away."""
+    with trio.open_signal_receiver(*signals) as received:
+        task_status.started()
+        async for _ in received:
+            if asked.is_set():
+                service.supervisor.interrupt()
+            asked.set()
+
+
+async def _set_after(reason: Callable[[], Awaitable[object]], event: trio.Event) -> None:
+    await reason()
+    event.set()
+
+
+async def _cancel_after(reason: Callable[[], Awaitable[object]], scope: trio.CancelScope) -> None:
+    await reason()
+    scope.cancel(reason="a service of the supervisor died")
+
+
+async def _abandon(supervisor: Supervisor, abandon: Callable[[Sequence[StuckRun]], None]) -> None:
+    """Give producers that hold on to their tasks a last chance, then give them up."""
+    if supervisor.stuck:
+        await trio.sleep(ABANDON_AFTER)
+        if stuck := supervisor.stuck:
+            abandon(stuck)

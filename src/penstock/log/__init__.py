@@ -1,0 +1,256 @@
+"""The event log: what stores entries and run records, and what any store must promise.
+
+A log keeps, for every run, a record (`Run`) and its entries 1, 2, 3 ... n without a gap. `EventLog` is the protocol
+that `MemoryLog` implements; a log that lives in another process fits it just as well, because every operation is one
+that such a store can do in one atomic step:
+
+* **append** takes many runs' batches at once (one round trip). Each batch stands alone: all of it is stored, or nothing. It
+  carries the owner's *epoch*, an unguessable token that is only ever compared for equality, and the seq of its first
+  entry, so that a batch sent twice is stored once. The terminal entry and the terminal status are one step; the first
+  one wins.
+* **read** returns a page after a cursor, together with the run's record, so that "nothing yet" and "nothing more" differ.
+* **leases**: an owner renews; whoever finds a lease run out ends the run as lost, and replaces the epoch in the same step.
+* **cancel requests** are kept with the record, and a `completed` ending is refused while one is kept.
+* **wake-ups carry no data**: they say which run has moved, and how far. Losing one must do no harm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from penstock.runs import Ending, Run, RunStatus
+
+PAGE_ENTRIES: Final = 500
+"""The most entries that one page of a replay holds."""
+PAGE_BYTES: Final = 256 * 1024
+"""The size in bytes at which a page of a replay is full (its last entry may go beyond it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event as the log keeps it.
+
+    Attributes:
+        seq: 1, 2, 3 ... within its run.
+        wire: the bytes that leave on the wire: the `id` line, then `data`. Made once, shared by all readers.
+        timestamp: when it was written, in milliseconds since the Unix epoch.
+        terminal: True for the last entry of a run.
+    """
+
+    seq: int
+    wire: bytes
+    timestamp: int
+    terminal: bool = False
+
+    @classmethod
+    def of(cls, seq: int, data: bytes, timestamp: int, *, terminal: bool = False) -> Entry:
+        """The entry with this seq for one encoded SSE block, which has no `id` line of its own."""
+        return cls(seq, b"id: %d\n%b" % (seq, data), timestamp, terminal)
+
+    @property
+    def data(self) -> bytes:
+        """The encoded SSE block without its `id` line."""
+        return self.wire[self.wire.index(b"\n") + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Whose run it is, and for how long.
+
+    Attributes:
+        owner: the process (or supervisor) that runs it; cancel requests are addressed to it.
+        epoch: the token that an append must show.
+        seconds: how long the owner may be silent before the run counts as lost.
+    """
+
+    owner: str
+    epoch: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """A key under which a start happens once; `fingerprint` tells a repeated request from another one."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The record of a started run; `created` is False if an idempotency key led to a run that was there already."""
+
+    run: Run
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one append stores of one run: entries with consecutive seqs, and the ending if the last one is terminal."""
+
+    run_id: str
+    epoch: str
+    entries: Sequence[Entry]
+    ending: Ending | None = None
+
+
+class AppendStatus(Enum):
+    """What became of a batch."""
+
+    OK = auto()
+    """It is stored (or was already: a batch may be sent twice)."""
+    GONE = auto()
+    """The log has no record of the run."""
+    FENCED = auto()
+    """The epoch is another's: the run has a new owner, or was ended by someone else."""
+    ENDED = auto()
+    """The run has ended, and not with this batch."""
+    HOLE = auto()
+    """The first entry is beyond the last stored one plus one; `seq` says where the log stands."""
+    CANCELLED = auto()
+    """A `completed` ending is refused, because a cancel is on record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """The reply to one batch.
+
+    Attributes:
+        status: what became of it.
+        seq: the highest seq stored of the run, as far as the reply knows.
+        cancelled: a cancel request is on record.
+        cancel: its reason, where it has one.
+    """
+
+    status: AppendStatus
+    seq: int = 0
+    cancelled: bool = False
+    cancel: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Obituary:
+    """What a reaper writes for a run whose owner is gone: the encoded blocks, the last one terminal, and the ending."""
+
+    blocks: Sequence[bytes]
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A piece of a replay.
+
+    Attributes:
+        run: the record, read in the same step.
+        entries: what follows the cursor, in order; empty if nothing does.
+        oldest_seq: the oldest seq there is (`run.seq + 1` if there is none).
+    """
+
+    run: Run
+    entries: Sequence[Entry]
+    oldest_seq: int
+
+
+class CancelStatus(Enum):
+    """What a cancel request met."""
+
+    REQUESTED = auto()
+    """The run was running; the request is on record, and its owner has been woken."""
+    REPEATED = auto()
+    """An earlier request is on record already, and stays as it is."""
+    ENDED = auto()
+    """The run had ended; nothing has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelReply:
+    """The answer to a cancel request: what it met, and the record."""
+
+    status: CancelStatus
+    run: Run
+
+
+class Wakeups(Protocol):
+    """What tells one supervisor that something has happened: the runs that it follows, and cancels for those it owns."""
+
+    async def subscribe(self, run_id: str) -> None:
+        """From the return on, every append to the run is told."""
+
+    def unsubscribe(self, run_id: str) -> None:
+        """Stop telling about the run. Never blocks."""
+
+    async def wait(self) -> tuple[Mapping[str, int], bool]:
+        """Wait until there is something to tell; then all of it.
+
+        Returns:
+            The last seq of each run that has moved, and whether a cancel request has come in.
+        """
+
+
+@runtime_checkable
+class EventLog(Protocol):
+    """The protocol of an event log; see the module's own words for what it must promise.
+
+    All methods may raise `LogUnavailable`. None may leave half a step behind when it is cancelled.
+    """
+
+    async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
+        """Create the record; from the return on any reader finds it.
+
+        Raises:
+            RunExists: the id is in use.
+            IdempotencyConflict: the key belongs to another request.
+        """
+
+    async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
+        """Store batches of different runs in one round trip; one reply for each, in order."""
+
+    async def read(
+        self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES
+    ) -> Page:
+        """A page of what follows `after`: at most `max_entries`, and no further one once `max_bytes` are reached.
+
+        Raises:
+            RunNotFound: there is no such run.
+        """
+
+    async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
+        """`read` for many runs in one round trip; None for a run that is not there."""
+
+    async def get(self, run_id: str) -> Run:
+        """The record.
+
+        Raises:
+            RunNotFound: there is no such run.
+        """
+
+    async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
+        """The newest records, newest first."""
+
+    async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
+        """Put a cancel request on record and wake the owner.
+
+        Raises:
+            RunNotFound: there is no such run.
+        """
+
+    async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
+        """Take the cancel requests for the runs of `owner` that came in since the last call: run id → reason."""
+
+    async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
+        """Renew the leases of these runs (run id → epoch); the replies are `OK`, `FENCED`, `ENDED` or `GONE`."""
+
+    async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
+        """End the runs whose lease has run out, each with an obituary of its own; their ids."""
+
+    def wakeups(self, owner: str) -> AbstractAsyncContextManager[Wakeups]:
+        """Open the wake-ups of one supervisor."""
+
+    async def check(self) -> None:
+        """Return if the log can be reached, else raise `LogUnavailable`."""

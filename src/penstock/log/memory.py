@@ -1,0 +1,327 @@
+"""MemoryLog: the event log of one process, gone with it.
+
+Every operation is one step of one task: it never waits in the middle, so it is atomic, and a cancelled call has either
+happened or not. Several supervisors of the same process may share one MemoryLog; to them it behaves like any other log.
+
+Limits, oldest first: a run keeps `max_entries` entries and `max_run_bytes`; all runs together keep `max_bytes`, for
+which the oldest *ended* runs are dropped, and then the oldest entries of the run that is being written. An ended run is
+kept for `ttl` seconds; a running one never expires.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from penstock.errors import ConfigurationError, IdempotencyConflict, RunExists, RunNotFound
+from penstock.log import (
+    PAGE_BYTES,
+    PAGE_ENTRIES,
+    Appended,
+    AppendStatus,
+    Batch,
+    CancelReply,
+    CancelStatus,
+    Entry,
+    Idempotency,
+    Lease,
+    Obituary,
+    Page,
+    Started,
+)
+from penstock.log.ring import Ring
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from penstock.runs import Ending, Run, RunStatus
+
+RUN_OVERHEAD: Final = 2048
+"""What a run counts for in `max_bytes` besides its entries, so that many small runs are bounded, too."""
+
+
+@dataclass(slots=True)
+class _Stored:
+    """One run, as it is stored."""
+
+    run: Run
+    lease: Lease
+    lease_end: float
+    idempotency: Idempotency | None
+    cancel_requested: bool = False
+    ended_at: float = math.inf
+    ring: Ring = field(default_factory=Ring)
+
+
+class MemoryLog:
+    """An `EventLog` in this process's memory.
+
+    Args:
+        max_entries: the entries that are kept of one run.
+        max_run_bytes: their bytes.
+        max_bytes: the bytes of all runs.
+        ttl: how long an ended run is kept, in seconds.
+
+    Raises:
+        ConfigurationError: a limit is not above 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_entries: int = 10_000,
+        max_run_bytes: int = 64 * 1024 * 1024,
+        max_bytes: int = 1024 * 1024 * 1024,
+        ttl: float = 10_800.0,
+    ) -> None:
+        limits = {"max_entries": max_entries, "max_run_bytes": max_run_bytes, "max_bytes": max_bytes, "ttl": ttl}
+        for name, value in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ConfigurationError(f"{name} is a number above 0, not {value!r}")
+        self._max_entries = max_entries
+        self._max_run_bytes = max_run_bytes
+        self._max_bytes = max_bytes
+        self._ttl = ttl
+        self._size = 0
+        self._runs: dict[str, _Stored] = {}
+        self._ended: OrderedDict[str, _Stored] = OrderedDict()
+        self._keys: dict[str, str] = {}
+        self._inboxes: dict[str, dict[str, str | None]] = {}
+        self._wakeups: dict[str, _Wakeups] = {}
+
+    async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
+        """Create the record, unless the idempotency key has led to one before. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        self._expire()
+        if idempotency is not None and (known := self._keys.get(idempotency.key)) is not None:
+            stored = self._runs[known]
+            if stored.idempotency is None or stored.idempotency.fingerprint != idempotency.fingerprint:
+                raise IdempotencyConflict(idempotency.key, known)
+            return Started(stored.run, created=False)
+        if (there := self._runs.get(run.id)) is not None:
+            raise RunExists(there.run)
+        run = replace(run, started_at=time.time())
+        self._runs[run.id] = _Stored(run, lease, trio.current_time() + lease.seconds, idempotency)
+        if idempotency is not None:
+            self._keys[idempotency.key] = run.id
+        self._size += RUN_OVERHEAD
+        self._make_room()
+        return Started(run, created=True)
+
+    async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
+        """Store every batch, each on its own. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return [self._append(batch) for batch in batches]
+
+    def _append(self, batch: Batch) -> Appended:
+        stored = self._runs.get(batch.run_id)
+        if stored is None:
+            return Appended(AppendStatus.GONE)
+        run, last = stored.run, stored.ring.last
+        cancel = run.cancel_reason if stored.cancel_requested else None
+        status = AppendStatus.OK
+        if stored.lease.epoch != batch.epoch:
+            status = AppendStatus.FENCED
+        elif run.status.terminal:
+            status = AppendStatus.OK if batch.entries[-1].seq <= last else AppendStatus.ENDED
+        elif batch.entries[0].seq > last + 1:
+            status = AppendStatus.HOLE
+        elif batch.ending is not None and batch.ending.status == "completed" and stored.cancel_requested:
+            status = AppendStatus.CANCELLED
+        else:
+            self._store(stored, batch.entries, batch.ending)
+            stored.lease_end = trio.current_time() + stored.lease.seconds
+        return Appended(status, stored.ring.last, cancel=cancel, cancelled=stored.cancel_requested)
+
+    def _store(self, stored: _Stored, entries: Sequence[Entry], ending: Ending | None) -> None:
+        ring, before = stored.ring, stored.ring.size
+        ring.extend(entries)
+        ring.trim(self._max_entries, self._max_run_bytes)
+        self._size += ring.size - before
+        if ending is None:
+            stored.run = replace(stored.run, seq=ring.last)
+        else:
+            stored.run = stored.run.ended(ending, seq=ring.last, at=time.time())
+            stored.ended_at = trio.current_time()
+            self._ended[stored.run.id] = stored
+        self._make_room(stored)
+        for wakeups in self._wakeups.values():
+            wakeups.moved(stored.run.id, ring.last)
+
+    async def read(
+        self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES
+    ) -> Page:
+        """A page of what follows `after`. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return self._page(self._find(run_id), after, max_entries, max_bytes)
+
+    async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
+        """A page for each run. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return {
+            run_id: self._page(stored, after, PAGE_ENTRIES, PAGE_BYTES)
+            if (stored := self._runs.get(run_id)) is not None
+            else None
+            for run_id, after in positions.items()
+        }
+
+    @staticmethod
+    def _page(stored: _Stored, after: int, max_entries: int, max_bytes: int) -> Page:
+        ring = stored.ring
+        start = max(after, ring.first - 1)
+        entries = ring.after(start, max_entries=max_entries, max_bytes=max_bytes) if start < ring.last else []
+        return Page(stored.run, entries, ring.first)
+
+    async def get(self, run_id: str) -> Run:
+        """The record. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return self._find(run_id).run
+
+    async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
+        """The newest records, newest first. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        self._expire()
+        runs = (stored.run for stored in reversed(self._runs.values()))
+        return [*islice((run for run in runs if status is None or run.status == status), limit)]
+
+    async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
+        """Put a cancel request on record and into the owner's inbox. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        stored = self._find(run_id)
+        if stored.run.status.terminal:
+            return CancelReply(CancelStatus.ENDED, stored.run)
+        if stored.cancel_requested:
+            return CancelReply(CancelStatus.REPEATED, stored.run)
+        stored.cancel_requested = True
+        stored.run = replace(stored.run, cancel_reason=reason)
+        owner = stored.lease.owner
+        if owner in self._wakeups:
+            self._inboxes.setdefault(owner, {})[run_id] = reason
+            self._wakeups[owner].cancel_came()
+        return CancelReply(CancelStatus.REQUESTED, stored.run)
+
+    async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
+        """Empty the owner's inbox. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return self._inboxes.pop(owner, {})
+
+    async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:  # noqa: ARG002
+        """Renew the leases whose epoch is right. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        replies = {}
+        for run_id, epoch in epochs.items():
+            stored = self._runs.get(run_id)
+            if stored is None:
+                replies[run_id] = AppendStatus.GONE
+            elif stored.lease.epoch != epoch:
+                replies[run_id] = AppendStatus.FENCED
+            elif stored.run.status.terminal:
+                replies[run_id] = AppendStatus.ENDED
+            else:
+                stored.lease_end = trio.current_time() + seconds
+                replies[run_id] = AppendStatus.OK
+        return replies
+
+    async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
+        """End the runs whose lease has run out, under a new epoch that nobody has. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        self._expire()
+        now = trio.current_time()
+        dead = [s for s in self._runs.values() if not s.run.status.terminal and s.lease_end < now]
+        for stored in dead:
+            words = obituary()
+            stored.lease = replace(stored.lease, epoch="")
+            last, stamp = stored.ring.last, round(time.time() * 1000)
+            entries = [Entry.of(last + n, data, stamp) for n, data in enumerate(words.blocks, 1)]
+            self._store(stored, [*entries[:-1], replace(entries[-1], terminal=True)], words.ending)
+        return [stored.run.id for stored in dead]
+
+    @asynccontextmanager
+    async def wakeups(self, owner: str) -> AsyncIterator[_Wakeups]:
+        """The wake-ups of the supervisor named `owner`."""
+        self._wakeups[owner] = wakeups = _Wakeups()
+        try:
+            yield wakeups
+        finally:
+            del self._wakeups[owner]
+            self._inboxes.pop(owner, None)
+
+    async def check(self) -> None:
+        """Memory can always be reached. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+
+    def _find(self, run_id: str) -> _Stored:
+        self._expire()
+        try:
+            return self._runs[run_id]
+        except KeyError:
+            raise RunNotFound(run_id) from None
+
+    def _expire(self) -> None:
+        """Drop the ended runs whose time is over; they ended in the order in which they stand."""
+        expired = trio.current_time() - self._ttl
+        while self._ended and next(iter(self._ended.values())).ended_at <= expired:
+            self._drop_oldest()
+
+    def _make_room(self, writing: _Stored | None = None) -> None:
+        """Keep to `max_bytes`; the run that is being written is the last to give anything up."""
+        while self._size > self._max_bytes and self._ended and next(iter(self._ended.values())) is not writing:
+            self._drop_oldest()
+        if self._size > self._max_bytes and writing is not None:
+            surplus = self._size - self._max_bytes
+            newest = len(writing.ring.after(writing.ring.last - 1, max_entries=1, max_bytes=1)[0].wire)
+            self._size -= writing.ring.trim(self._max_entries, max(writing.ring.size - surplus, newest))
+
+    def _drop_oldest(self) -> None:
+        run_id, stored = self._ended.popitem(last=False)
+        del self._runs[run_id]
+        self._size -= stored.ring.size + RUN_OVERHEAD
+        if stored.idempotency is not None:
+            del self._keys[stored.idempotency.key]
+
+
+class _Wakeups:
+    """One supervisor's wake-ups: what has moved since it last looked."""
+
+    def __init__(self) -> None:
+        self._subscribed: set[str] = set()
+        self._moved: dict[str, int] = {}
+        self._cancel = False
+        self._lot = trio.lowlevel.ParkingLot()
+
+    async def subscribe(self, run_id: str) -> None:
+        """From now on the run is told of. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        self._subscribed.add(run_id)
+
+    def unsubscribe(self, run_id: str) -> None:
+        """Tell of the run no more."""
+        self._subscribed.discard(run_id)
+        self._moved.pop(run_id, None)
+
+    def moved(self, run_id: str, seq: int) -> None:
+        """The run has got as far as `seq`."""
+        if run_id in self._subscribed:
+            self._moved[run_id] = seq
+            self._lot.unpark_all()
+
+    def cancel_came(self) -> None:
+        """A cancel request lies in the inbox."""
+        self._cancel = True
+        self._lot.unpark_all()
+
+    async def wait(self) -> tuple[Mapping[str, int], bool]:
+        """All that there is to tell, as soon as there is anything. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while not self._moved and not self._cancel:
+            await self._lot.park()
+        told = self._moved, self._cancel
+        self._moved, self._cancel = {}, False
+        return told

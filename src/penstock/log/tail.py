@@ -1,0 +1,148 @@
+"""The tail: the recent entries of a run that this process keeps, and the place where its readers wait.
+
+A reader is nothing but a cursor into a tail: it waits until the tail's last seq has passed its cursor, with no
+checkpoint between looking and parking, and then takes all that is there. So there is no queue for a reader to fill, and
+nothing that one reader does or leaves undone is felt by another.
+
+A tail knows three more things: that the run has *ended* (nothing follows `last`), that its readers are *released* (an
+error that says why this process serves them no longer), and how far it reaches back (`first`): a reader whose cursor
+has fallen off reads from the log again. Only what the log has acknowledged is ever added to a tail.
+
+`Tails` holds the tails of one process, counts who uses them, and shares out the memory between them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from penstock.log.ring import Ring
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from penstock.errors import PenstockError
+    from penstock.log import Entry
+
+
+class Tail:
+    """The tail of one run. All methods but `wait` are synchronous."""
+
+    __slots__ = ("_lot", "_ring", "_tails", "ended", "fed", "released", "run_id", "users")
+
+    def __init__(self, run_id: str, tails: Tails) -> None:
+        self.run_id = run_id
+        self.ended = False
+        """True once nothing follows `last`."""
+        self.released: PenstockError | None = None
+        """Why readers must go, if they must."""
+        self.fed = False
+        """True while the run's own committer adds its entries; else the fetcher does."""
+        self.users = 0
+        self._ring = Ring()
+        self._tails = tails
+        self._lot = trio.lowlevel.ParkingLot()
+
+    @property
+    def last(self) -> int:
+        """The highest seq that the log is known to have."""
+        return self._ring.last
+
+    @property
+    def readers(self) -> int:
+        """The number of readers parked here."""
+        return len(self._lot)
+
+    def extend(self, entries: Sequence[Entry]) -> None:
+        """Add acknowledged entries, and wake every reader."""
+        ring = self._ring
+        before = ring.size
+        ring.extend(entries)
+        self.ended = self.ended or entries[-1].terminal
+        ring.trim(self._tails.max_entries, self._tails.share())
+        self._tails.size += ring.size - before
+        self._lot.unpark_all()
+
+    def advance(self, last: int, *, ended: bool) -> None:
+        """Take note of how far the log is, without its entries; a tail that is fed knows it better."""
+        if self.fed:
+            return
+        if last > self._ring.last:
+            self._tails.size -= self._ring.size
+            self._ring.clear()
+            self._ring.last = last
+        self.ended = self.ended or ended
+        self._lot.unpark_all()
+
+    def release(self, error: PenstockError) -> None:
+        """Send every reader away with `error`, those to come as well. The first error stays."""
+        self.released = self.released or error
+        self._lot.unpark_all()
+
+    def take(self, cursor: int, *, max_entries: int, max_bytes: int) -> list[Entry] | None:
+        """What follows the cursor, within the limits; None if the tail does not reach back that far."""
+        if cursor >= self._ring.last:
+            return []
+        if cursor + 1 < self._ring.first:
+            return None
+        return self._ring.after(cursor, max_entries=max_entries, max_bytes=max_bytes)
+
+    async def wait(self) -> None:
+        """Park until anything about the tail changes. A checkpoint; cancelling it loses nothing."""
+        await self._lot.park()
+
+    def drop(self) -> None:
+        """Give up the entries, when nobody uses the tail any more."""
+        self._tails.size -= self._ring.size
+        self._ring.clear()
+
+
+class Tails:
+    """The tails of one process.
+
+    Args:
+        max_entries: the entries of one tail.
+        max_bytes: the bytes of one tail.
+        max_process_bytes: the bytes of all: each tail has an equal share of them, if that is less than `max_bytes`.
+    """
+
+    def __init__(self, *, max_entries: int, max_bytes: int, max_process_bytes: int) -> None:
+        self.max_entries = max_entries
+        self.max_bytes = max_bytes
+        self.max_process_bytes = max_process_bytes
+        self.size = 0
+        """The bytes of all tails."""
+        self._tails: dict[str, Tail] = {}
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    def share(self) -> int:
+        """The bytes that one tail may have now."""
+        return min(self.max_bytes, self.max_process_bytes // max(len(self._tails), 1))
+
+    def get(self, run_id: str) -> Tail | None:
+        """The tail of a run that somebody uses."""
+        return self._tails.get(run_id)
+
+    def all(self) -> list[Tail]:
+        """Every tail that somebody uses."""
+        return list(self._tails.values())
+
+    def acquire(self, run_id: str) -> Tail:
+        """The tail of a run, for one more user, who gives it back with `give_back`."""
+        tail = self._tails.get(run_id)
+        if tail is None:
+            tail = self._tails[run_id] = Tail(run_id, self)
+        tail.users += 1
+        return tail
+
+    def give_back(self, tail: Tail) -> bool:
+        """One user less; True if that was the last one, and the tail is gone."""
+        tail.users -= 1
+        if tail.users:
+            return False
+        del self._tails[tail.run_id]
+        tail.drop()
+        return True

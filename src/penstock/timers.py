@@ -1,0 +1,83 @@
+"""Deadlines as callbacks: one task for all the clocks of all runs.
+
+A run's timeout, its limit of silence and the grace after a cancel each need something to happen *at a time*, and first
+a cause to be recorded. A deadline of a cancel scope cannot do that, and a sleeping task for each would double the
+number of tasks; so there is one heap, and one task that sleeps until its top. A timer that is cancelled lets go of its
+callback at once, and the heap is swept when more than half of it is cancelled: nothing of a run that is over stays here
+for long.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SWEEP_AT_LEAST: Final = 64
+"""The number of cancelled timers below which no sweep pays."""
+
+
+@dataclass(slots=True, order=True)
+class Timer:
+    """A callback at a time of Trio's clock, in seconds."""
+
+    when: float
+    callback: Callable[[], None] | None = field(compare=False)
+    timers: Timers = field(compare=False, repr=False)
+
+    def cancel(self) -> None:
+        """Do not call back. Harmless when it has been done already."""
+        if self.callback is not None:
+            self.callback = None
+            self.timers.one_cancelled()
+
+
+class Timers:
+    """Calls back, synchronously, at given times of Trio's clock."""
+
+    def __init__(self) -> None:
+        self._heap: list[Timer] = []
+        self._cancelled = 0
+        self._sooner = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def at(self, when: float, callback: Callable[[], None]) -> Timer:
+        """Call `callback` at `when`."""
+        timer = Timer(when, callback, self)
+        heapq.heappush(self._heap, timer)
+        if self._heap[0] is timer:
+            self._sooner.set()
+        return timer
+
+    def one_cancelled(self) -> None:
+        """Take note that one of the timers was cancelled."""
+        self._cancelled += 1
+        if self._cancelled > max(len(self._heap) // 2, SWEEP_AT_LEAST):
+            self._heap = [timer for timer in self._heap if timer.callback is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    async def run(self) -> None:
+        """Do it, until cancelled."""
+        while True:
+            self._sooner = trio.Event()
+            with trio.move_on_at(self._heap[0].when if self._heap else inf):
+                await self._sooner.wait()
+            now = trio.current_time()
+            while self._heap and self._heap[0].when <= now:
+                self._fire(heapq.heappop(self._heap))
+
+    def _fire(self, timer: Timer) -> None:
+        callback, timer.callback = timer.callback, None
+        if callback is None:
+            self._cancelled -= 1
+        else:
+            callback()
