@@ -46,6 +46,6 @@ fmt: (setup "check")
 serve *ARGS: (setup "demo")
     {{bin}}/penstock serve --producers examples/agent.py:producers {{ARGS}}
 
-# draw the diagrams in docs/ from the tables in the code
+# write the pages of docs/ that are tables of the code
 docs: (setup "check")
-    {{bin}}/python docs/draw_life.py
+    {{bin}}/python docs/generate.py

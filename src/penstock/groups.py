@@ -46,3 +46,14 @@ def is_cancellation(error: BaseException, cancelled: type[BaseException]) -> boo
     if isinstance(error, BaseExceptionGroup):
         return error.split(cancelled)[1] is None
     return isinstance(error, cancelled)
+
+
+def parted(error: BaseException, cancelled: type[BaseException]) -> tuple[BaseException | None, BaseException | None]:
+    """What of `error` is a cancellation (one, if it is a group of several), and what is not."""
+    if not isinstance(error, BaseExceptionGroup):
+        return (error, None) if isinstance(error, cancelled) else (None, error)
+    found: BaseException | None
+    found, others = error.split(cancelled)
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found, others

@@ -1,43 +1,31 @@
 """`EventStreamResponse`: a stream of Server-Sent Events as an ASGI response, on Trio and on asyncio.
 
-    the task that called the response        its siblings, in one task group
-    ─────────────────────────────────        ───────────────────────────────────────────────────
-    pump: open, iterate, close the source    timer: headers after `first_chunk_timeout`, then pings
-      └─ each chunk ──▶ send                 listener: `receive` until `http.disconnect`
-
-There is no queue: the source is asked for a chunk when the one before it is sent. And no scope is ever opened around a
-step of the source, which would corrupt the scopes that it opens itself; whatever has a time limit is the timer's. Two
-tasks send, so a send waits for the one that is under way: a chunk for a ping. A ping does not wait for a chunk, since
-while one is being sent there is no silence.
-
-What becomes of the response is decided from facts that are recorded when they happen (`started`, `gone`, `finished`),
-never deduced from a cancellation:
+The table says how a stream ends. `exchange.py` has the machinery: one task group with the pump, the timer and the listener.
 
 | what happens | nothing was sent yet | later |
 |---|---|---|
-| the source yields | headers with the status, and the chunk | the chunk |
+| the source yields | headers with its status, and the chunk | the chunk |
 | the source ends | a whole, empty stream | the end |
 | it raises, or yields what is no chunk | an error body with an HTTP status | error event, `[DONE]`, the end |
-| it raises `RunCancelled` | 200, and then as later | cancelled event, `[DONE]`, the end |
-| the client goes away | the source is cancelled (or runs on, see `on_disconnect`), and nothing is ever sent again | the same |
-| a cancellation from outside | 503, within `FAREWELL` seconds, and `Cancelled` | error event, `[DONE]`, the same |
+| it raises `RunCancelled` | headers, and then as later | cancelled event, `[DONE]`, the end |
+| cancelled from outside (shutdown) | an error body with 503; raised | error event, `[DONE]`; raised |
+| the client goes away | the source is cancelled, or runs on; nothing is ever sent again | the same |
 
-Behind a *follower* (`BodySource`) there is a run that goes on without its reader. There a failure says nothing of how
-the run ends, so it is no error event and no `[DONE]`: it is `retry:`, and the client comes back with its cursor.
+Behind a *follower* there is a run that goes on without its reader. A failure there says nothing of how the run ends, so later on it
+is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor.
 
-It imports no Trio, so it serves under any ASGI server. On asyncio a cancellation from outside is delivered once, as
-`CancelledError`; a source that swallows it there runs on.
+There is no Trio in here, so any ASGI server will do. What is lost on asyncio: a cancellation from outside is delivered once,
+and a source that swallows it runs on.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
-import anyio
-import anyio.lowlevel
 from starlette.responses import Response
 
 from penstock.chunks import bytes_of, opened, status_of
@@ -54,83 +42,66 @@ from penstock.errors import (
     single_error,
     words_for_clients,
 )
-from penstock.groups import is_cancellation, raise_bare, raise_unchanged
-from penstock.observer import LoggingObserver, Observer, new_error_id, tell
+from penstock.exchange import MAX_SEND, Answer, Exchange
+from penstock.observer import LoggingObserver, Observer
 from penstock.runs import CAUSES, Cause, RunError
 from penstock.sse import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping
     from types import TracebackType
 
     from starlette.background import BackgroundTask
     from starlette.types import Receive, Scope, Send
 
-MAX_SEND: Final = 64 * 1024
-"""The most bytes in one `send`; a larger chunk goes out in pieces, and nothing gets in between them."""
-FAREWELL: Final = 0.5
-"""How many seconds the last words may take, shielded, after a cancellation from outside."""
 RETRY: Final = Event(retry=1000).encode()
-"""What a run's reader is told when this stream of it ends but the run does not: come back after a second."""
-BURST: Final = 256
-"""After so many sends within `BURST_SECONDS`, the time of as many more is not noted, since looking at the clock costs more than they do."""
-BURST_SECONDS: Final = 0.25
+"""What a run's reader is told when this stream of it ends and the run does not: come back, after a second."""
 
-_NO_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT, HTTPStatus.NOT_MODIFIED})
-_DISCONNECTS: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceError)
-"""What a server raises from `send` when the client is gone (ASGI 2.4: OSError), and what a stream in a middleware raises."""
+_WITHOUT_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
 @runtime_checkable
 class BodySource(Protocol):
-    """A reader of a run, as `Supervisor.follow` makes them: handed to the response un-entered."""
+    """A reader of a run, such as `Supervisor.follow` makes: it is handed to the response un-entered."""
 
     at_end: bool
-    """Once entered: the run has ended, and there is nothing after the cursor. The answer is 204."""
+    """Once entered: the run has ended, and nothing follows the cursor. The answer is an empty 204."""
 
     async def __aenter__(self) -> Any:
-        """Look the run up. A `PenstockError` becomes the response, with its status."""
+        """Look the run up; a `PenstockError` becomes the answer, with its status."""
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> Any:
-        """Let go of it."""
+    ) -> bool | None:
+        """Let go of the run."""
 
     async def next_body(self, limit: int) -> bytes:
-        """Wait for whole SSE blocks, and return all that is ready, if possible not more than `limit` bytes; `b""` at the end."""
+        """Wait for whole blocks, and return what is ready, if possible at most `limit` bytes of it; `b""` at the end."""
 
 
 class EventStreamResponse(Response):
-    """Streams a source to the client. To be returned from an endpoint of Starlette or FastAPI; any ASGI server will do.
+    """Streams a source to the client; to be returned from an endpoint of Starlette or FastAPI.
 
-    A source that is not a follower is opened, iterated and closed in the task that serves the request. The response is
-    whole when its call
-    returns: by then the source's `finally` blocks have run. `background` runs after that, also when the client has gone away.
-
-    A cancellation from outside, such as the server's shutdown, reaches the source; the client gets its last words (see
-    the table at the top of the module), the observer a `StreamInterrupted`, and `Cancelled` is raised from the call.
+    The source is opened, iterated and closed in the task that serves the request. When the call returns, the response is over
+    and the source's `finally` blocks have run; then `background` runs, also if the client has gone away. A cancellation from
+    outside, such as the server's shutdown, reaches the source, leaves `FAREWELL` seconds for last words, and is raised.
 
     Args:
-        source: an async iterable of chunks, an async context manager that hands one out, or an awaitable of either; or
-        a follower, which
-            is what `Supervisor.follow` returns. A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or
-            a tuple of one of these and an HTTP status: the first chunk's status becomes the response's; a later one is
-            an error unless it is 2xx.
-        status_code: the status unless the first chunk says another.
-        headers: more headers. `Cache-Control: no-store` and `X-Accel-Buffering: no` are set unless they are among them.
-        media_type: the media type; the charset is added.
-        background: runs when the response is over, as in any Starlette response.
-        ping_interval: after how many seconds in which nothing was sent a ping is; None for never. (After a burst of
-        more than 256 chunks
-            a ping may come early, once.)
-        on_disconnect: when the client goes away, `"cancel"` the source, with the reason "client disconnected", or
-        `"detach"` it: it runs to
-            its end, and what it yields is dropped. A follower is always cancelled, since its run does not depend on it.
-        first_chunk_timeout: after how many seconds without a chunk the headers are sent all the same, with
-        `status_code`.
+        source: an async iterable of chunks, an async context manager that hands one out, or an awaitable of either; or a
+            follower (`BodySource`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or a tuple of one of
+            these and an HTTP status. The first chunk's status is the response's; a later one is an error unless it is 2xx.
+        status_code: the status if the first chunk says none.
+        headers: further headers. `Cache-Control: no-store` and `X-Accel-Buffering: no` are set unless these set them.
+        media_type: without the charset, which is UTF-8.
+        background: as in any Starlette response.
+        ping_interval: a ping is sent after so many seconds in which nothing was; None: never. (After more than `BURST`
+            sends at full speed, one ping may come early.)
+        on_disconnect: what becomes of the source when the client goes away: `"cancel"` it, for the reason "client
+            disconnected", or `"detach"` it, that is, let it run to its end. A follower is always cancelled: its run goes on.
+        first_chunk_timeout: after so many seconds without a chunk the headers are sent all the same, with `status_code`.
         dialect: how pings, errors and cancels are spelled: `"plain"` or `"letta"`.
         expose_errors: show clients the words of every exception, not only those of a `PublicError`.
-        observer: is told of errors, with the id that the client was shown; the default writes to the logger `penstock`.
+        observer: is told of errors, with the id that the client is shown; the default writes to the logger `penstock`.
         run_id: for pings in the dialect letta.
 
     Raises:
@@ -164,7 +135,7 @@ class EventStreamResponse(Response):
         self.status_code = status_code
         self.media_type = media_type
         self.background = background
-        self.ping_interval = ping_interval
+        self.ping_interval = math.inf if ping_interval is None else ping_interval
         self.on_disconnect = on_disconnect
         self.first_chunk_timeout = first_chunk_timeout
         self.dialect = dialect_named(dialect)
@@ -173,72 +144,140 @@ class EventStreamResponse(Response):
         self.run_id = run_id
         self.init_headers(headers)
         self.headers.setdefault("cache-control", "no-store")
-        self.headers.setdefault("x-accel-buffering", "no")  # or nginx keeps the events until it has 4 KiB of them
-        del self.headers["content-length"]  # a stream has none, whatever the endpoint thinks
+        self.headers.setdefault("x-accel-buffering", "no")  # nginx would keep events back until it has a page of them
+        del self.headers["content-length"]  # whatever the endpoint thinks, a stream has none
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"an EventStreamResponse answers an HTTP request, not one of type {scope['type']!r}")
-        if isinstance(self.source, AbstractAsyncContextManager) and hasattr(self.source, "next_body"):
-            exchange: _Exchange = _FollowerExchange(self, scope, receive, send)
-        else:
-            exchange = _DirectExchange(self, scope, receive, send)
+            raise RuntimeError(f"an EventStreamResponse answers HTTP requests, not one of type {scope['type']!r}")
+        follows = isinstance(self.source, AbstractAsyncContextManager) and hasattr(self.source, "next_body")
+        exchange = (_FollowerExchange if follows else _DirectExchange)(self, scope, receive, send)
         await exchange.run()
         if self.background is not None:
             await self.background()
 
 
-class _Exchange:
-    """One call of the response: who may send, and what has been sent. The subclasses say what is read, and how that ends."""
+class _DirectExchange(Exchange):
+    """The source is all there is: how it ends is how the stream ends."""
+
+    async def read(self) -> Exception | None:
+        verdict: Exception | None = None
+        try:
+            if self.head:
+                await self._discard()
+                return None
+            async with opened(self.source) as chunks:
+                async for chunk in chunks:
+                    try:
+                        body = self._body_of(chunk)
+                    except (InvalidChunk, PublicError, StreamRejected) as error:
+                        verdict = error
+                        break
+                    await self.write(body)
+        except Exception as error:
+            if self.is_of_the_server(error):
+                raise
+            if verdict is None:
+                return error
+            self.report(error)  # of its cleanup; the client is told of the first
+        return verdict
+
+    async def _discard(self) -> None:
+        """Close a source that is not to be opened."""
+        if inspect.iscoroutine(self.source):
+            self.source.close()
+        elif hasattr(self.source, "aclose"):
+            await self.source.aclose()
+
+    def _body_of(self, chunk: object) -> bytes:
+        if not isinstance(chunk, tuple):
+            return bytes_of(chunk, self.dialect)
+        content, refusal = status_of(chunk)
+        if self.started:
+            if refusal is not None:
+                code, words = refusal
+                raise PublicError(words, code)
+            return bytes_of(content, self.dialect)
+        status = chunk[1]
+        if status in _WITHOUT_BODY:
+            raise InvalidChunk(f"a response with status {status} has no body, so it cannot be a stream's")
+        try:
+            body = bytes_of(content, self.dialect)
+        except InvalidChunk:
+            if refusal is None or status < HTTPStatus.BAD_REQUEST:
+                raise
+            raise StreamRejected(status, *refusal) from None  # words for people, not a block: an error body then
+        self.status = status
+        return body
+
+    def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+        if error is None:
+            return None, b""
+        error = single_error(error)
+        if isinstance(error, RunCancelled):
+            reason = None if error.reason is None else _encodable(error.reason)
+            return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
+        answer = status, code, words, members = _answer_to(error, expose_errors=self.response.expose_errors)
+        is_refusal = isinstance(error, StreamRejected) or status != HTTPStatus.INTERNAL_SERVER_ERROR
+        if is_refusal and not self.started and not isinstance(error, StreamInterrupted):
+            return answer, b""
+        members["error_id"] = error_id = self.report(error)
+        return answer, self.dialect.error(RunError(code, words, error_id)) + DONE
+
+
+class _FollowerExchange(Exchange):
+    """The source is a reader of a run: the run's entries say how it ends, and a failure of the reader is none of the run."""
 
     def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
-        self.response = response
-        self.source = response.source
-        self.head = scope["method"] == "HEAD"
-        self.where = f"response to {scope['method']} {scope['path']}"
-        self.detach = response.on_disconnect == "detach"
-        self.started = False
-        """The headers have been sent, or are just being sent."""
-        self.finished = False
-        """The last message has been sent, or is just being sent."""
-        self.gone = False
-        """The client is: nothing may be sent any more."""
-        self.torn = False
-        """A chunk is out in part."""
-        self.farewell = b""
-        """The last words that there was no time for."""
-        self.send_error: Exception | None = None
-        """What `send` raised, other than that the client is gone: the server's business, not the source's."""
-        self._receive = receive
-        self._send = send
-        self._sending = False
-        self._aside: anyio.Event | None = None
-        """Set when the timer has sent what it is just sending; None if it is not."""
-        self._send_scope: anyio.CancelScope | None = None
-        """Around a send whose client may go away without the source."""
-        self._group = anyio.create_task_group()
-        self._last_sent = anyio.current_time()
-        self._noted = 0
-        self._unnoted = 0
-        self._burst_began = self._last_sent
+        super().__init__(response, scope, receive, send)
+        self.headers_at = math.inf  # they are sent as soon as the run has been found
+        self.detach = False  # a reader without a client has nothing to do
 
-    # The three tasks
-
-    async def run(self) -> None:
-        """Serve the response, in the task that called it and two more. An exception leaves bare."""
-        cancelled = anyio.get_cancelled_exc_class()
+    async def read(self) -> Exception | None:
+        follower: BodySource = self.response.source
         try:
-            async with self._group as group:
-                group.start_soon(self._listen)
-                if not self.head:
-                    group.start_soon(self._tick)
-                try:
-                    await self._serve()
-                except BaseException as error:
-                    # Before the group's end, where a shield still has the listener's scope around it.
-                    await self._interrupted(error, cancelled)
-                    raise
-                finally:
-                    group.cancel_scope.cancel(reason="the response has ended")
-        except BaseExceptionGroup as errors:
-            raise_bare(errors, cancelled)
+            async with follower:
+                if follower.at_end:
+                    await self.respond(HTTPStatus.NO_CONTENT)
+                    return None
+                await self.begin(flush=not self.head)
+                while not self.head and (body := await follower.next_body(MAX_SEND)):
+                    await self.write(body)
+        except Exception as error:
+            if self.is_of_the_server(error):
+                raise
+            return error
+        return None
+
+    def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+        if error is None:
+            return None, b""
+        error = single_error(error)
+        answer = _answer_to(error, expose_errors=self.response.expose_errors)
+        if not isinstance(error, PenstockError | StreamRejected | StreamInterrupted):
+            answer[3]["error_id"] = self.report(error)
+        if isinstance(error, CursorExpired):
+            return answer, Event(comment=f"{error.code}: {error}").encode()
+        return answer, RETRY
+
+
+def _answer_to(error: BaseException, *, expose_errors: bool) -> Answer:
+    """The answer to a request for a stream that cannot begin."""
+    if isinstance(error, StreamRejected):
+        return error.status, error.code, _encodable(error.message), dict(error.extra_members)
+    if isinstance(error, StreamInterrupted):
+        row = CAUSES[Cause.SHUTDOWN]
+        return HTTPStatus.SERVICE_UNAVAILABLE, str(row.code), row.message, {}
+    code, words = words_for_clients(error, expose_errors=expose_errors)
+    if not isinstance(error, PenstockError):
+        return HTTPStatus.INTERNAL_SERVER_ERROR, code, _encodable(words), {}
+    if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        words = str(error)  # what is wrong with the request
+    elif not expose_errors:
+        words = HTTPStatus(error.status).description
+    return error.status, code, _encodable(words), dict(error.extra())
+
+
+def _encodable(words: str) -> str:
+    """The words without lone surrogates, which no event can carry."""
+    return words.encode(errors="replace").decode()

@@ -42,6 +42,7 @@ import termios
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
@@ -61,7 +62,8 @@ MAX_LINE_BYTES: Final = 64 * 1024
 
 _READ_BYTES: Final = 64 * 1024
 _KILL_SECONDS: Final = 1.0  # from SIGKILL to giving up
-_POLL_SECONDS: Final = 0.01  # between looks whether a process group is gone: nothing tells
+_SHORTEST_POLL_SECONDS: Final = 0.01  # between looks whether a process group is gone: nothing tells
+_LONGEST_POLL_SECONDS: Final = 0.2
 _STEPS_PER_CHECKPOINT: Final = 64
 _LONGEST_CHARACTER: Final = 4  # bytes of a UTF-8 sequence (RFC 3629, section 3)
 _CONTINUATION: Final = 0b1000_0000  # the two highest bits of each but its first
@@ -389,10 +391,13 @@ class _Group:
 
     async def wait_gone(self) -> None:
         await self.process.wait()
-        while True:
-            if not self.send(0):
-                return
-            await trio.sleep(_POLL_SECONDS)
+        delay = _SHORTEST_POLL_SECONDS
+        while self.send(0):
+            await trio.sleep(delay)
+            delay = min(2 * delay, _LONGEST_POLL_SECONDS)
+            if await trio.to_thread.run_sync(_only_zombies, self.process.pid):
+                self.send(signal.SIGKILL)  # /proc is not read in one instant: for whoever escaped the look
+                self._gone = True
 
     async def end(self, streams: list[_Stream], grace: float) -> None:
         """SIGTERM, `grace` seconds, SIGKILL; returns when the group is gone."""
@@ -407,3 +412,18 @@ class _Group:
             if self.send(signal.SIGKILL):
                 await self.wait_gone()
             nursery.cancel_scope.cancel()
+
+
+def _only_zombies(group: int) -> bool:
+    """Whether all that is left of a group is dead, and waits for PID 1, which in many a container is slow or never does.
+
+    Without a /proc it is not known.
+    """
+    processes = [stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat")]
+    for process in processes:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # proc_pid_stat(5): after the name, which may hold anything, come state, parent and process group
+            state, _, of, *_ = Path("/proc", process, "stat").read_bytes().rpartition(b")")[2].split()
+            if int(of) == group and state not in {b"Z", b"X"}:
+                return False
+    return bool(processes)

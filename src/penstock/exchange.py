@@ -1,0 +1,274 @@
+"""One HTTP exchange that streams: who may send, what was sent, and what becomes of a source whose client goes away.
+
+    the task that called the response        its siblings, in one task group
+    ─────────────────────────────────        ───────────────────────────────────────────────────
+    pump: open, iterate, close the source    timer: headers after `first_chunk_timeout`, then pings
+      └─ each chunk ──▶ send                 listener: `receive` until `http.disconnect`
+
+There is no queue: the source is asked for a chunk when the one before it has been sent. And no scope is ever opened around
+a step of the source, which would corrupt the scopes that it opens itself: time limits are the timer's. Two tasks send. A
+chunk waits for a ping that is under way; a ping does not wait for a chunk, since while one is being sent there is no silence.
+
+What happens next follows from facts that are recorded as they happen (`started`, `gone`, `finished`), never from whether
+something was cancelled:
+
+- `gone`: nothing is sent any more, not even the last frame (on HTTP/2 that could hang). Then the group is cancelled, unless
+  the source is detached.
+- A cancellation that reaches the pump without that came from outside: last words under a shield of `FAREWELL` seconds, and
+  it is raised again. It never becomes anything else.
+- Only an error of `send` itself can mean that the client is gone; the same error from the source is the source's.
+
+What is read and how that may end is said by the two subclasses, in `response.py`. There is no Trio in here.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.lowlevel
+
+from penstock.errors import StreamInterrupted, single_error
+from penstock.groups import parted, raise_bare, raise_unchanged
+from penstock.observer import new_error_id, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.types import Message, Receive, Scope, Send
+
+    from penstock.response import EventStreamResponse
+
+MAX_SEND: Final = 64 * 1024
+"""The most bytes in one `send`; a larger chunk goes out in pieces, and nothing gets in between them."""
+FAREWELL: Final = 0.5
+"""How many seconds the last words may take, under a shield, after a cancellation from outside."""
+BURST: Final = 256
+BURST_SECONDS: Final = 0.25
+"""After `BURST` sends in less than this, the times of as many more are not noted: the clock would cost more than they do."""
+
+_CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceError)
+"""What `send` raises then: a server OSError (ASGI 2.4), a middleware with a memory stream in it the others."""
+
+Answer = tuple[int, str, str, "Mapping[str, Any]"]
+"""An error body to be: status, code, words, further members."""
+
+
+class Exchange:
+    """One call of a response: who may send, and what was sent. Subclasses say what is read, and how that may end."""
+
+    def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
+        self.response = response
+        self.source = response.source
+        self.dialect = response.dialect
+        self.status = response.status_code
+        self.head = scope["method"] == "HEAD"
+        self.where = f"response to {scope['method']} {scope['path']}"
+        self.detach = response.on_disconnect == "detach"
+        self.headers_at = anyio.current_time() + response.first_chunk_timeout
+        self.started = False
+        """The headers are sent, or being sent."""
+        self.finished = False
+        """The last message is sent, or being sent."""
+        self.gone = False
+        """The client is: nothing is sent any more."""
+        self.torn = False
+        """A part of a chunk is sent."""
+        self.send_error: Exception | None = None
+        """What `send` raised, when it was not that the client is gone: the server's affair, not the source's."""
+        self._receive = receive
+        self._send = send
+        self._sending = False
+        """The pump is."""
+        self._aside: anyio.Event | None = None
+        """The timer is sending, and sets this when it has."""
+        self._send_scope = anyio.CancelScope()
+        self._group = anyio.create_task_group()
+        self._last_sent = self._burst_began = anyio.current_time()
+        self._noted = self._unnoted = 0
+
+    async def read(self) -> Exception | None:
+        """Open, iterate and close the source, writing what it yields; return what went wrong with it."""
+        raise NotImplementedError
+
+    def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+        """What the client is told of that: the answer if nothing was sent yet, and otherwise the stream's last words."""
+        raise NotImplementedError
+
+    # The three tasks
+
+    async def run(self) -> None:
+        """Serve: the pump in this task, the timer and the listener in two more. An exception leaves bare."""
+        try:
+            async with self._group as group:
+                group.start_soon(self._listen)
+                group.start_soon(self._tick)
+                await self._pump()
+                group.cancel_scope.cancel(reason="the response is over")
+        except BaseExceptionGroup as errors:
+            raise_bare(errors, anyio.get_cancelled_exc_class())
+
+    async def _pump(self) -> None:
+        ending = None
+        try:
+            ending = self.ending(await self.read())
+            # A source may make an error of its cancellation: then nothing has been said yet, and it needs the shield below.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            await self._end(*ending)
+        except BaseException as error:
+            cancellation, others = parted(error, anyio.get_cancelled_exc_class())
+            if cancellation is None or not (others is None or isinstance(others, Exception)):
+                raise
+            if others is not None:
+                self.report(others)
+            ours = self.send_error is not None or (self.gone and not self.detach)
+            if ending is None and not ours:
+                ending = self.ending(StreamInterrupted(f"{self.where}: cancelled from outside, as by a shutdown"))
+            if ending is not None:
+                with anyio.move_on_after(FAREWELL, shield=True):
+                    await self._farewell(*ending)
+            raise_unchanged(cancellation)
+
+    async def _tick(self) -> None:
+        """Send the headers if they are late, and pings; asleep until the next may be due, whatever is sent meanwhile."""
+        interval = self.response.ping_interval
+        while not (self.gone or self.finished or self.head):
+            now = anyio.current_time()
+            due = min(self.headers_at, now + interval)
+            if self.started:
+                due = (now if self._sending else self._last_sent) + interval
+            if now < due:
+                await anyio.sleep_until(due)
+                continue
+            self._aside = anyio.Event()
+            try:
+                await (self._body(self.dialect.ping(self.response.run_id)) if self.started else self.begin(flush=True))
+                self._last_sent = anyio.current_time()
+                self._noted = self._unnoted = 0
+            finally:
+                self._aside.set()
+                self._aside = None
+
+    async def _listen(self) -> None:
+        """Wait for the client to go away; a request body that nobody has read goes by."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        # From here on `receive` is not called again: on Hypercorn it would not return.
+        if self.finished:
+            self._group.cancel_scope.cancel(reason="the response is over")  # but for a send that may now hang
+        else:
+            self._lose_client()
+
+    def _lose_client(self) -> None:
+        if not self.gone:
+            self.gone = True
+            self._send_scope.cancel(reason="client disconnected")
+            if not self.detach:
+                self._group.cancel_scope.cancel(reason="client disconnected")
+
+    # Sending
+
+    async def write(self, body: bytes) -> None:
+        """Send a chunk, after the headers if they are still to be sent."""
+        while self._aside is not None:
+            await self._aside.wait()
+        self._sending = True
+        try:
+            if not self.started:
+                await self.begin(flush=not body)
+            if len(body) <= MAX_SEND:
+                await self._deliver({"type": "http.response.body", "body": body, "more_body": True})
+            else:
+                for start in range(0, len(body), MAX_SEND):
+                    await self._body(body[start : start + MAX_SEND])
+                    self.torn = start + MAX_SEND < len(body)
+        finally:
+            self._sending = False
+        if self._unnoted:
+            self._unnoted -= 1
+        elif self._note():
+            await anyio.lowlevel.checkpoint()  # perhaps neither the source nor the server's `send` ever waits
+
+    def _note(self) -> bool:
+        """Note the time of a send; True if the times of the next `BURST` need not be, since they come at full speed."""
+        now = self._last_sent = anyio.current_time()
+        self._noted += 1
+        if self._noted < BURST:
+            return False
+        fast = now - self._burst_began < BURST_SECONDS
+        self._burst_began = now
+        self._noted, self._unnoted = (BURST - 1, BURST) if fast else (0, 0)
+        return fast
+
+    async def begin(self, *, flush: bool = False) -> None:
+        """Send the headers; `flush` if no body follows at once, since a server may keep them back until one does."""
+        self.started = True
+        start = {"type": "http.response.start", "status": self.status, "headers": self.response.raw_headers}
+        await self._deliver(start)
+        if flush:
+            await self._body(b"")
+
+    async def _end(self, answer: Answer | None, words: bytes) -> None:
+        while self._aside is not None:
+            await self._aside.wait()
+        if self.finished:
+            return
+        if self.started or answer is None:
+            if not self.started:
+                await self.begin()
+            self.finished = True
+            # A client drops half a block at the end of a stream; any words after it would complete it.
+            await self._body(b"" if self.torn or self.head else words, more=False)
+            return
+        status, code, message, members = answer
+        media_type, body = self.dialect.error_body(status, code, message, members)
+        headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append((b"retry-after", b"1"))
+        await self.respond(status, headers, body)
+
+    async def respond(self, status: int, headers: list[tuple[bytes, bytes]] | None = None, body: bytes = b"") -> None:
+        """Send a whole response that is no stream."""
+        self.started = self.finished = True
+        kept = [header for header in self.response.raw_headers if header[0] != b"content-type"]
+        await self._deliver({"type": "http.response.start", "status": status, "headers": kept + (headers or [])})
+        await self._body(b"" if self.head else body, more=False)
+
+    async def _farewell(self, answer: Answer | None, words: bytes) -> None:
+        try:
+            await self._end(answer, words)
+        except Exception as error:  # noqa: BLE001  (whatever the server says now, the cancellation goes on)
+            tell(self.response.observer.warning, f"{self.where}: its last words could not be sent: {error!r}")
+
+    async def _body(self, body: bytes, *, more: bool = True) -> None:
+        await self._deliver({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _deliver(self, message: Message) -> None:
+        """Send a message, unless the client is gone. `Cancelled` is raised if the source is to go with it."""
+        if not self.gone:
+            try:
+                if self.detach:
+                    with anyio.CancelScope() as self._send_scope:  # a send may hang, and the source is to go on
+                        await self._send(message)
+                else:
+                    await self._send(message)
+            except _CLIENT_GONE:
+                self._lose_client()
+            except Exception as error:
+                self.send_error = error
+                raise
+        if self.gone:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+
+    # Errors
+
+    def is_of_the_server(self, error: Exception) -> bool:
+        """Whether it came from `send`, and the source has only let it through."""
+        return single_error(error) is self.send_error
+
+    def report(self, error: Exception) -> str:
+        """Tell the observer, and return the id that clients are shown."""
+        error_id = new_error_id()
+        tell(self.response.observer.on_error, error, error_id=error_id, where=self.where)
+        return error_id
