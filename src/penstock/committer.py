@@ -60,6 +60,7 @@ class Outbox:
 
     __slots__ = (
         "_ending_entries",
+        "abandoned",
         "closing",
         "ending",
         "entries",
@@ -86,6 +87,8 @@ class Outbox:
         self.ending: Ending | None = None
         self.closing = False
         """True once nothing can be added."""
+        self.abandoned = False
+        """True once the run is another's."""
         self.stored_at = 0.0
         """When the log last acknowledged entries, in seconds since the Unix epoch."""
         self._ending_entries = 0
@@ -126,7 +129,7 @@ class Outbox:
         """Drop what is pending, for good; the size in bytes of what went."""
         removed, self.size = self.size, 0
         self.entries.clear()
-        self.closing = True
+        self.closing = self.abandoned = True
         self.vacancy.unpark_all()
         return removed
 
@@ -217,8 +220,9 @@ class Committer:
 
     def abandon(self, outbox: Outbox) -> None:
         """Give the run up: another owner has it."""
-        self._size -= outbox.abandon()
-        outbox.owner.run_lost()
+        if not outbox.abandoned:
+            self._size -= outbox.abandon()
+            outbox.owner.run_lost()
 
     def _mark(self, outbox: Outbox, *, urgent: bool) -> None:
         self._dirty[outbox] = None
@@ -275,6 +279,8 @@ class Committer:
 
     def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> None:
         """Act on the reply to one batch."""
+        if outbox.abandoned:  # while the append was under way
+            return
         if reply.status is AppendStatus.OK:
             self._size -= outbox.acknowledge(batch.entries)
             if batch.ending is not None:

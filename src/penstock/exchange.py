@@ -5,20 +5,21 @@
     pump: open, iterate, close the source    timer: headers after `first_chunk_timeout`, then pings
       └─ each chunk ──▶ send                 listener: `receive` until `http.disconnect`
 
-There is no queue: the source is asked for a chunk when the one before it has been sent. And no scope is ever opened around
-a step of the source, which would corrupt the scopes that it opens itself: time limits are the timer's. Two tasks send. A
-chunk waits for a ping that is under way; a ping does not wait for a chunk, since while one is being sent there is no silence.
+There is no queue: the source is asked for a chunk when the one before it has been sent. And no scope is ever opened
+around a step of the source, which would corrupt the scopes that it opens itself: time limits are the timer's. Two tasks
+send. A chunk waits for a ping that is under way; a ping does not wait for a chunk, since while one is being sent there is
+no silence.
 
 What happens next follows from facts that are recorded as they happen (`started`, `gone`, `finished`), never from whether
 something was cancelled:
 
-- `gone`: nothing is sent any more, not even the last frame (on HTTP/2 that could hang). Then the group is cancelled, unless
-  the source is detached.
-- A cancellation that reaches the pump without that came from outside: last words under a shield of `FAREWELL` seconds, and
-  it is raised again. It never becomes anything else.
+- `gone`: nothing is sent any more, not even the last frame (on HTTP/2 that could hang). Then the group is cancelled,
+  unless the source is detached.
+- A cancellation that reaches the pump without that came from outside: last words, under a shield of `FAREWELL` seconds,
+  and it is raised again. It never becomes anything else.
 - Only an error of `send` itself can mean that the client is gone; the same error from the source is the source's.
 
-What is read and how that may end is said by the two subclasses, in `response.py`. There is no Trio in here.
+What is read, and how that may end, is said by the two subclasses in `response.py`. There is no Trio in here.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ from penstock.groups import parted, raise_bare, raise_unchanged
 from penstock.observer import new_error_id, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from starlette.types import Message, Receive, Scope, Send
 
     from penstock.response import EventStreamResponse
@@ -46,12 +45,12 @@ FAREWELL: Final = 0.5
 """How many seconds the last words may take, under a shield, after a cancellation from outside."""
 BURST: Final = 256
 BURST_SECONDS: Final = 0.25
-"""After `BURST` sends in less than this, the times of as many more are not noted: the clock would cost more than they do."""
+"""After `BURST` sends in less than this, the times of as many more are not noted: the clock costs more than they do."""
 
 _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceError)
 """What `send` raises then: a server OSError (ASGI 2.4), a middleware with a memory stream in it the others."""
 
-Answer = tuple[int, str, str, "Mapping[str, Any]"]
+Answer = tuple[int, str, str, dict[str, Any]]
 """An error body to be: status, code, words, further members."""
 
 
@@ -113,22 +112,34 @@ class Exchange:
         ending = None
         try:
             ending = self.ending(await self.read())
-            # A source may make an error of its cancellation: then nothing has been said yet, and it needs the shield below.
+            # A source may make an error of its cancellation: then nothing has been said yet, and that needs the shield.
             await anyio.lowlevel.checkpoint_if_cancelled()
             await self._end(*ending)
         except BaseException as error:
             cancellation, others = parted(error, anyio.get_cancelled_exc_class())
-            if cancellation is None or not (others is None or isinstance(others, Exception)):
-                raise
-            if others is not None:
-                self.report(others)
-            ours = self.send_error is not None or (self.gone and not self.detach)
-            if ending is None and not ours:
-                ending = self.ending(StreamInterrupted(f"{self.where}: cancelled from outside, as by a shutdown"))
-            if ending is not None:
+            try:
+                if cancellation is None or not (others is None or isinstance(others, Exception)):
+                    raise
                 with anyio.move_on_after(FAREWELL, shield=True):
-                    await self._farewell(*ending)
-            raise_unchanged(cancellation)
+                    await self._interrupted(others, ending)
+                if cancellation is not error:
+                    raise_unchanged(cancellation)
+                raise
+            finally:
+                del cancellation, others  # their tracebacks hold this frame
+
+    async def _interrupted(self, others: Exception | None, ending: tuple[Answer | None, bytes] | None) -> None:
+        """The pump was cancelled: say what there is to say, if somebody is there to hear it."""
+        if others is not None:
+            self.report(others)
+        if self.send_error is not None or (self.gone and not self.detach):
+            return
+        if ending is None:
+            ending = self.ending(StreamInterrupted(f"{self.where}: cancelled from outside, as by a shutdown"))
+        try:
+            await self._end(*ending)
+        except Exception as error:  # noqa: BLE001  (whatever the server says now, the cancellation goes on)
+            tell(self.response.observer.warning, f"{self.where}: its last words could not be sent: {error!r}")
 
     async def _tick(self) -> None:
         """Send the headers if they are late, and pings; asleep until the next may be due, whatever is sent meanwhile."""
@@ -171,24 +182,38 @@ class Exchange:
 
     async def write(self, body: bytes) -> None:
         """Send a chunk, after the headers if they are still to be sent."""
+        if self.started and self._aside is None and not self.detach and len(body) <= MAX_SEND:
+            # The way of nearly every chunk: no more steps than it needs.
+            self._sending = True
+            try:
+                if not self.gone:
+                    await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            except Exception as error:  # noqa: BLE001  (told apart there)
+                self._send_failed(error)
+            finally:
+                self._sending = False
+            if self.gone:
+                await anyio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await self._write_carefully(body)
+        if self._unnoted:
+            self._unnoted -= 1
+        elif self._note():
+            await anyio.lowlevel.checkpoint()  # perhaps neither the source nor the server's `send` ever waits
+
+    async def _write_carefully(self, body: bytes) -> None:
         while self._aside is not None:
             await self._aside.wait()
         self._sending = True
         try:
             if not self.started:
                 await self.begin(flush=not body)
-            if len(body) <= MAX_SEND:
-                await self._deliver({"type": "http.response.body", "body": body, "more_body": True})
-            else:
-                for start in range(0, len(body), MAX_SEND):
-                    await self._body(body[start : start + MAX_SEND])
-                    self.torn = start + MAX_SEND < len(body)
+            self.torn = len(body) > MAX_SEND
+            for start in range(0, len(body), MAX_SEND):
+                await self._body(body[start : start + MAX_SEND])
+            self.torn = False
         finally:
             self._sending = False
-        if self._unnoted:
-            self._unnoted -= 1
-        elif self._note():
-            await anyio.lowlevel.checkpoint()  # perhaps neither the source nor the server's `send` ever waits
 
     def _note(self) -> bool:
         """Note the time of a send; True if the times of the next `BURST` need not be, since they come at full speed."""
@@ -235,12 +260,6 @@ class Exchange:
         await self._deliver({"type": "http.response.start", "status": status, "headers": kept + (headers or [])})
         await self._body(b"" if self.head else body, more=False)
 
-    async def _farewell(self, answer: Answer | None, words: bytes) -> None:
-        try:
-            await self._end(answer, words)
-        except Exception as error:  # noqa: BLE001  (whatever the server says now, the cancellation goes on)
-            tell(self.response.observer.warning, f"{self.where}: its last words could not be sent: {error!r}")
-
     async def _body(self, body: bytes, *, more: bool = True) -> None:
         await self._deliver({"type": "http.response.body", "body": body, "more_body": more})
 
@@ -253,13 +272,16 @@ class Exchange:
                         await self._send(message)
                 else:
                     await self._send(message)
-            except _CLIENT_GONE:
-                self._lose_client()
-            except Exception as error:
-                self.send_error = error
-                raise
+            except Exception as error:  # noqa: BLE001  (told apart there)
+                self._send_failed(error)
         if self.gone:
             await anyio.lowlevel.checkpoint_if_cancelled()
+
+    def _send_failed(self, error: Exception) -> None:
+        if not isinstance(error, _CLIENT_GONE):
+            self.send_error = error
+            raise error
+        self._lose_client()
 
     # Errors
 

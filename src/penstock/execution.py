@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -84,10 +85,10 @@ class Execution:
         self._reported: tuple[str, str] | None = None
         self._untold = False
         self._ending: Ending | None = None
-        self._stopped_at = float("inf")
+        self._stopped_at = inf
         self._writes = 0
         self._waiting_since: float | None = None
-        self._timers: list[Timer] = []
+        self._timers: dict[str, Timer] = {}
 
     # What others tell it
 
@@ -157,9 +158,9 @@ class Execution:
         """Set the run's deadline and its limit of silence, in seconds from now."""
         now = self._waiting_since = trio.current_time()
         if timeout is not None:
-            self._at(now + timeout, lambda: self._stop_unless_ended(Cause.TIMEOUT))
+            self._at(now + timeout, "timeout", lambda: self._stop_unless_ended(Cause.TIMEOUT))
         if max_silence is not None:
-            self._at(now + max_silence, lambda: self._check_silence(max_silence))
+            self._at(now + max_silence, "silence", lambda: self._check_silence(max_silence))
 
     async def _iterate(self, make_source: Callable[[], Any]) -> None:
         try:
@@ -212,7 +213,7 @@ class Execution:
             The part of `error` that is not the run's own, and that the caller raises again.
         """
         self.ended = self.left = True
-        for timer in self._timers:
+        for timer in self._timers.values():
             timer.cancel()
         own, outer = _apart(error)
         if outer is not None and self.cause is None:
@@ -245,9 +246,10 @@ class Execution:
             self._office.committer.close(self.outbox, blocks, self._ending)
 
     def _expect_to_leave(self) -> None:
-        """From now on the producer has `cancel_grace` to be gone."""
-        self._stopped_at = trio.current_time()
-        self._at(self._stopped_at + self._office.settings.cancel_grace, self._overdue)
+        """From now on the producer has `cancel_grace` to be gone; what comes later does not prolong that."""
+        if self._stopped_at == inf:
+            self._stopped_at = trio.current_time()
+            self._at(self._stopped_at + self._office.settings.cancel_grace, "grace", self._overdue)
 
     def _overdue(self) -> None:
         """The producer did not let go: end the run without it, and say where it stands."""
@@ -256,7 +258,7 @@ class Execution:
         self.scope.cancel(reason="the run has ended")
         now = trio.current_time()
         tell(self._office.observer.run_stuck, self.run.id, now - self._stopped_at, self.stack())
-        self._at(now + STUCK_REPORT_INTERVAL, self._overdue)
+        self._at(now + STUCK_REPORT_INTERVAL, "grace", self._overdue)
 
     def stack(self) -> str:
         """Where the producer's task stands, as a traceback."""
@@ -277,10 +279,10 @@ class Execution:
         if due <= now:
             self.stop(Cause.SILENT)
         else:
-            self._at(due, lambda: self._check_silence(max_silence))
+            self._at(due, "silence", lambda: self._check_silence(max_silence))
 
-    def _at(self, when: float, callback: Callable[[], None]) -> None:
-        self._timers.append(self._office.timers.at(when, callback))
+    def _at(self, when: float, what: str, callback: Callable[[], None]) -> None:
+        self._timers[what] = self._office.timers.at(when, callback)
 
 
 def _apart(error: BaseException | None) -> tuple[BaseException | None, BaseException | None]:

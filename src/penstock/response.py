@@ -6,13 +6,13 @@ The table says how a stream ends. `exchange.py` has the machinery: one task grou
 |---|---|---|
 | the source yields | headers with its status, and the chunk | the chunk |
 | the source ends | a whole, empty stream | the end |
-| it raises, or yields what is no chunk | an error body with an HTTP status | error event, `[DONE]`, the end |
+| it raises, or yields no chunk | an error body with an HTTP status | error event, `[DONE]`, the end |
 | it raises `RunCancelled` | headers, and then as later | cancelled event, `[DONE]`, the end |
 | cancelled from outside (shutdown) | an error body with 503; raised | error event, `[DONE]`; raised |
 | the client goes away | the source is cancelled, or runs on; nothing is ever sent again | the same |
 
-Behind a *follower* there is a run that goes on without its reader. A failure there says nothing of how the run ends, so later on it
-is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor.
+Behind a *follower* there is a run that goes on without its reader. A failure there says nothing of how the run ends, so
+later on it is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor.
 
 There is no Trio in here, so any ASGI server will do. What is lost on asyncio: a cancellation from outside is delivered once,
 and a source that swallows it runs on.
@@ -82,26 +82,26 @@ class BodySource(Protocol):
 class EventStreamResponse(Response):
     """Streams a source to the client; to be returned from an endpoint of Starlette or FastAPI.
 
-    The source is opened, iterated and closed in the task that serves the request. When the call returns, the response is over
-    and the source's `finally` blocks have run; then `background` runs, also if the client has gone away. A cancellation from
-    outside, such as the server's shutdown, reaches the source, leaves `FAREWELL` seconds for last words, and is raised.
+    The source is opened, iterated and closed in the task that serves the request. When the call returns, the response is
+    over and the source's `finally` blocks have run; then `background` runs, also if the client has gone away. A cancellation
+    from outside, such as the server's shutdown, reaches the source, leaves half a second for last words, and is raised.
 
     Args:
         source: an async iterable of chunks, an async context manager that hands one out, or an awaitable of either; or a
-            follower (`BodySource`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or a tuple of one of
-            these and an HTTP status. The first chunk's status is the response's; a later one is an error unless it is 2xx.
+            follower (`BodySource`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or a tuple of one
+            of these and an HTTP status. The first chunk's status is the response's; a later one is an error unless 2xx.
         status_code: the status if the first chunk says none.
         headers: further headers. `Cache-Control: no-store` and `X-Accel-Buffering: no` are set unless these set them.
         media_type: without the charset, which is UTF-8.
         background: as in any Starlette response.
-        ping_interval: a ping is sent after so many seconds in which nothing was; None: never. (After more than `BURST`
-            sends at full speed, one ping may come early.)
+        ping_interval: a ping is sent after so many seconds in which nothing was; None: never. (After more than 256 sends at
+            full speed, one ping may come early.)
         on_disconnect: what becomes of the source when the client goes away: `"cancel"` it, for the reason "client
             disconnected", or `"detach"` it, that is, let it run to its end. A follower is always cancelled: its run goes on.
         first_chunk_timeout: after so many seconds without a chunk the headers are sent all the same, with `status_code`.
         dialect: how pings, errors and cancels are spelled: `"plain"` or `"letta"`.
         expose_errors: show clients the words of every exception, not only those of a `PublicError`.
-        observer: is told of errors, with the id that the client is shown; the default writes to the logger `penstock`.
+        observer: is told of errors, with the id that clients are shown; the default writes to the logger `penstock`.
         run_id: for pings in the dialect letta.
 
     Raises:
@@ -148,6 +148,7 @@ class EventStreamResponse(Response):
         del self.headers["content-length"]  # whatever the endpoint thinks, a stream has none
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request."""
         if scope["type"] != "http":
             raise RuntimeError(f"an EventStreamResponse answers HTTP requests, not one of type {scope['type']!r}")
         follows = isinstance(self.source, AbstractAsyncContextManager) and hasattr(self.source, "next_body")
@@ -168,6 +169,9 @@ class _DirectExchange(Exchange):
                 return None
             async with opened(self.source) as chunks:
                 async for chunk in chunks:
+                    if type(chunk) is bytes and chunk.endswith(b"\n\n"):
+                        await self.write(chunk)  # the quick way for what is already as it has to be
+                        continue
                     try:
                         body = self._body_of(chunk)
                     except (InvalidChunk, PublicError, StreamRejected) as error:
@@ -213,13 +217,12 @@ class _DirectExchange(Exchange):
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
         if error is None:
             return None, b""
-        error = single_error(error)
-        if isinstance(error, RunCancelled):
-            reason = None if error.reason is None else _encodable(error.reason)
+        cause = single_error(error)
+        if isinstance(cause, RunCancelled):
+            reason = None if cause.reason is None else _encodable(cause.reason)
             return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
-        answer = status, code, words, members = _answer_to(error, expose_errors=self.response.expose_errors)
-        is_refusal = isinstance(error, StreamRejected) or status != HTTPStatus.INTERNAL_SERVER_ERROR
-        if is_refusal and not self.started and not isinstance(error, StreamInterrupted):
+        answer = status, code, words, members = _answer_to(cause, expose_errors=self.response.expose_errors)
+        if not self.started and _is_refusal(cause):
             return answer, b""
         members["error_id"] = error_id = self.report(error)
         return answer, self.dialect.error(RunError(code, words, error_id)) + DONE
@@ -252,13 +255,20 @@ class _FollowerExchange(Exchange):
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
         if error is None:
             return None, b""
-        error = single_error(error)
-        answer = _answer_to(error, expose_errors=self.response.expose_errors)
-        if not isinstance(error, PenstockError | StreamRejected | StreamInterrupted):
+        cause = single_error(error)
+        answer = _answer_to(cause, expose_errors=self.response.expose_errors)
+        if not isinstance(cause, PenstockError | StreamRejected | StreamInterrupted):
             answer[3]["error_id"] = self.report(error)
-        if isinstance(error, CursorExpired):
-            return answer, Event(comment=f"{error.code}: {error}").encode()
+        if isinstance(cause, CursorExpired):
+            return answer, Event(comment=f"{cause.code}: {cause}").encode()
         return answer, RETRY
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the error is meant as the answer, and so is nothing to report."""
+    return isinstance(error, StreamRejected) or (
+        isinstance(error, PenstockError) and error.status != HTTPStatus.INTERNAL_SERVER_ERROR
+    )
 
 
 def _answer_to(error: BaseException, *, expose_errors: bool) -> Answer:

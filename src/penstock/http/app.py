@@ -18,27 +18,29 @@ are released, `/readyz` says so and `serve()` shuts down.
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from penstock.answers import Answer, answer_to, is_refusal
 from penstock.dialects import dialect_named
 from penstock.errors import ConfigurationError, PenstockError, RunEnded, StreamRejected, SupervisorFailed
 from penstock.http import requests
 from penstock.log import CancelStatus
 from penstock.log.urls import open_log
-from penstock.response import EventStreamResponse, error_response
+from penstock.observer import LoggingObserver, new_error_id, tell
+from penstock.response import EventStreamResponse
 from penstock.settings import Settings, check_duration
 from penstock.supervisor import Supervisor, open_supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
-
-    from starlette.requests import Request
 
     from penstock.follower import Follower
     from penstock.log import EventLog
@@ -70,7 +72,7 @@ class Service:
         self.failed = trio.Event()
         """Set when a service of the supervisor has died."""
         self._log = log
-        self._observer = observer
+        self.observer: Observer = LoggingObserver() if observer is None else observer
         self._knobs = dict(knobs)
         self._supervisor: Supervisor | None = None
         self._stopping = trio.Event()
@@ -93,7 +95,7 @@ class Service:
             async with AsyncExitStack() as stack:
                 log = await stack.enter_async_context(open_log(self._log)) if isinstance(self._log, str) else self._log
                 self._supervisor = await stack.enter_async_context(
-                    open_supervisor(log, observer=self._observer, **self._knobs)
+                    open_supervisor(log, observer=self.observer, **self._knobs)
                 )
                 started = True
                 task_status.started()
@@ -160,7 +162,13 @@ def create_app(
             Route("/readyz", readyz, methods=["GET"]),
         ],
         lifespan=lifespan,
-        exception_handlers={StreamRejected: on_error, PenstockError: on_error, HTTPException: on_error},
+        exception_handlers={
+            StreamRejected: on_error,
+            PenstockError: on_error,
+            HTTPException: on_error,
+            ClientDisconnect: on_disconnect,
+            Exception: on_error,
+        },
     )
     app.state.penstock = service
     return app
@@ -248,7 +256,27 @@ async def readyz(request: Request) -> Response:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """What an error becomes that was raised before there was a response."""
-    return error_response(error, service_of(request).dialect)
+    service = service_of(request)
+    headers: list[tuple[bytes, bytes]] = []
+    if isinstance(error, HTTPException):  # no such route, or no such method
+        code = HTTPStatus(error.status_code).name
+        answer = Answer(error.status_code, code, HTTPStatus(error.status_code).description or code, {})
+        headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+    else:
+        answer = answer_to(error, expose_errors=service.settings.expose_errors)
+    if not isinstance(error, HTTPException) and not is_refusal(error):
+        answer.members["error_id"] = error_id = new_error_id()
+        where = f"{request.method} {request.url.path}"
+        tell(service.observer.on_error, error, error_id=error_id, where=where)
+    rendered, body = answer.render(service.dialect)
+    response = Response(body, answer.status)
+    response.raw_headers = rendered + headers
+    return response
+
+
+async def on_disconnect(_request: Request, _error: Exception) -> Response:
+    """The client went away while it was sending its request: there is nobody to answer."""
+    return Response(status_code=400)
 
 
 def _record(run: Run, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -270,6 +298,6 @@ def _stream(
         headers,
         ping_interval=service.ping_interval if pings else None,
         dialect=service.settings.dialect,
-        observer=service.supervisor.observer,
+        observer=service.observer,
         run_id=run_id,
     )

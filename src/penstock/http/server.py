@@ -15,7 +15,7 @@ A second signal skips the waiting. A service of the supervisor that dies fires t
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import hypercorn.trio
 import trio
@@ -27,6 +27,7 @@ from penstock.http.app import Service
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from hypercorn.typing import Framework
     from starlette.applications import Starlette
 
     from penstock.supervisor import StuckRun, Supervisor
@@ -76,7 +77,8 @@ async def serve(
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
             await nursery.start(_shut_down, service, signals, shutdown_trigger, abandon, down)
-            await hypercorn.trio.serve(app, config, shutdown_trigger=down.wait, task_status=task_status)
+            framework = cast("Framework", app)  # Hypercorn's types of an ASGI application are narrower than Starlette's
+            await hypercorn.trio.serve(framework, config, shutdown_trigger=down.wait, task_status=task_status)
             scope.cancel(reason="the server has ended")
     if service.failed.is_set():
         raise SupervisorFailed("a service of the supervisor died")
