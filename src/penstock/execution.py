@@ -148,7 +148,7 @@ class Execution:
         try:
             with self.scope:
                 await self._iterate(make_source)
-        except BaseException as raised:  # noqa: BLE001  (this is where a task's outcome becomes a record)
+        except BaseException as raised:  # noqa: BLE001, ASYNC103  (becomes a record; what is not the run's own is raised)
             error = raised
         outer = await self.leave(error)
         if outer is not None:

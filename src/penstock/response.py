@@ -169,14 +169,14 @@ class _DirectExchange(Exchange):
                 return None
             async with opened(self.source) as chunks:
                 async for chunk in chunks:
-                    if type(chunk) is bytes and chunk.endswith(b"\n\n"):
-                        await self.write(chunk)  # the quick way for what is already as it has to be
-                        continue
-                    try:
-                        body = self._body_of(chunk)
-                    except (InvalidChunk, PublicError, StreamRejected) as error:
-                        verdict = error
-                        break
+                    if type(chunk) is bytes and chunk[-2:] == b"\n\n":
+                        body = chunk  # as nearly every chunk is, and as it has to be
+                    else:
+                        try:
+                            body = self._body_of_pair(*chunk) if isinstance(chunk, tuple) else bytes_of(chunk, dialect)
+                        except (InvalidChunk, PublicError, StreamRejected) as error:
+                            verdict = error
+                            break
                     await self.write(body)
         except Exception as error:
             if self.is_of_the_server(error):

@@ -39,7 +39,8 @@ import subprocess
 import sys
 import tempfile
 import termios
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,11 +49,11 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import trio
 
 from penstock.errors import ConfigurationError, PublicError
+from penstock.groups import raise_bare
 from penstock.sse import Event
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 logger: Final = logging.getLogger("penstock")
 
@@ -140,74 +141,77 @@ def command(
             raise ConfigurationError(f"{name} is a finite number of seconds, 0 or more, not {seconds!r}")
     if max_line_bytes < _LONGEST_CHARACTER:
         raise ConfigurationError(f"max_line_bytes is {_LONGEST_CHARACTER} or more, not {max_line_bytes!r}")
-    return _running(partial(_start, words, cwd, env, stdin), grace, linger, max_line_bytes)
+    return _Command(partial(_start, words, cwd, env, stdin), grace, linger, max_line_bytes)
 
 
-@asynccontextmanager
-async def _running(
-    start: Callable[[], Awaitable[trio.Process]], grace: float, linger: float, max_line_bytes: int
-) -> AsyncGenerator[AsyncIterator[Event], None]:
-    process = await start()
-    group = _Group(process)
-    streams = [
-        _Stream(name, cast("trio.lowlevel.FdStream", pipe), LineSplitter(max_line_bytes))
-        for name, pipe in (("stdout", process.stdout), ("stderr", process.stderr))
-    ]
-    output = _Output(group, streams, linger)
-    try:
-        yield output
-    finally:
+class _Command(AbstractAsyncContextManager[AsyncIterator[Event]]):
+    """A command to come. Not made by `asynccontextmanager`, whose results can be called: a source must not be."""
+
+    def __init__(
+        self, start: Callable[[], Awaitable[trio.Process]], grace: float, linger: float, max_line_bytes: int
+    ) -> None:
+        self._start = start
+        self._grace = grace
+        self._linger = linger
+        self._max_line_bytes = max_line_bytes
+        self._output: _Output | None = None
+
+    async def __aenter__(self) -> AsyncIterator[Event]:
+        if self._output is not None:
+            raise RuntimeError("a command runs once: for another run call command() again")
+        process = await self._start()
+        pipes = {"stdout": process.stdout, "stderr": process.stderr}
+        streams = [
+            _Stream(name, cast("trio.lowlevel.FdStream", pipe), LineSplitter(self._max_line_bytes))
+            for name, pipe in pipes.items()
+        ]
+        self._output = _Output(_Group(process), streams, self._linger)
+        return self._output
+
+    async def __aexit__(self, *_: object) -> None:
+        output = cast("_Output", self._output)
         output.closed = True
-        with trio.move_on_after(grace + _KILL_SECONDS, shield=True) as scope:
-            await group.end(streams, grace)
-        for stream in streams:
+        with trio.move_on_after(self._grace + _KILL_SECONDS, shield=True) as scope:
+            await output.group.end(output.streams, self._grace)
+        for stream in output.streams:
             stream.pipe.close()
         if scope.cancelled_caught:
+            process = output.group.process
             logger.warning("process group %d of %r is still there after SIGKILL", process.pid, process.args)
 
 
 async def _start(
     argv: list[str], cwd: str | os.PathLike[str] | None, env: Mapping[str, str] | None, stdin: bytes | None
 ) -> trio.Process:
-    if stdin is None:
-        return await _open(argv, cwd, env, subprocess.DEVNULL)
-    with tempfile.TemporaryFile() as file:
-        await trio.to_thread.run_sync(file.write, stdin)
-        file.seek(0)
-        return await _open(argv, cwd, env, file.fileno())
-
-
-async def _open(
-    argv: list[str], cwd: str | os.PathLike[str] | None, env: Mapping[str, str] | None, stdin: int
-) -> trio.Process:
-    try:
-        # Once its thread runs it cannot be cancelled, and no checkpoint follows: what was started is always returned.
-        pipe = subprocess.PIPE
-        return await trio.lowlevel.open_process(
-            argv, stdin=stdin, stdout=pipe, stderr=pipe, start_new_session=True, cwd=cwd, env=env
-        )
-    except OSError as error:
-        if error.errno not in {errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC}:
-            raise
-        if cwd is not None and error.filename == cwd:
-            what, advice = (
-                f"working directory {os.fspath(cwd)!r}",
-                "give a cwd that exists and that the server may enter",
+    with ExitStack() as stack:
+        readable, pipe = subprocess.DEVNULL, subprocess.PIPE
+        if stdin is not None:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            await trio.to_thread.run_sync(file.write, stdin)
+            file.seek(0)
+            readable = file.fileno()
+        try:
+            # Once its thread runs it cannot be cancelled, and no checkpoint follows: what was started is returned.
+            return await trio.lowlevel.open_process(
+                argv, stdin=readable, stdout=pipe, stderr=pipe, start_new_session=True, cwd=cwd, env=env
             )
-        else:
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC}:
+                raise
             what = f"program {argv[0]!r}"
             advice = "see that it is installed, on the PATH and executable, and that a script begins with #!"
-        raise PublicError(
-            f"the command was not started, because of its {what}: {error.strerror}; {advice}", "COMMAND_NOT_STARTED"
-        ) from error
+            if cwd is not None and error.filename == cwd:
+                what, advice = f"working directory {os.fspath(cwd)!r}", "see that the server may enter such a directory"
+            words = f"the command was not started, because of its {what}: {error.strerror}; {advice}"
+            raise PublicError(words, code="COMMAND_NOT_STARTED") from error
 
 
 class _Output:
     """The events of one command, made when they are asked for."""
 
     def __init__(self, group: _Group, streams: list[_Stream], linger: float) -> None:
-        self._group = group
-        self._streams = streams
+        self.group = group
+        self.streams = streams
         self._linger = linger
         self._deadline = math.inf  # set when the exit is noted
         self._steps = 0
@@ -230,17 +234,17 @@ class _Output:
         return self._ending() if event is None else event
 
     def _next_line(self) -> Event | None:
-        for stream in self._streams:
+        for stream in self.streams:
             line = stream.lines.pop()
             if line is not None:
                 return Event(data=line, event=stream.name)
         return None
 
     def _complete(self) -> bool:
-        return self._deadline < math.inf and all(stream.lines.ended for stream in self._streams)
+        return self._deadline < math.inf and all(stream.lines.ended for stream in self.streams)
 
     def _ending(self) -> Event:
-        code = cast("int", self._group.process.returncode)
+        code = cast("int", self.group.process.returncode)
         members: dict[str, int | str] = {"exit_code": code if code >= 0 else 128 - code}
         words = f"exit code {members['exit_code']}"
         if code < 0:
@@ -257,28 +261,22 @@ class _Output:
     async def _more(self) -> None:
         """Wait for output or for the exit, whatever comes first; `linger` seconds after the exit, take what is owed."""
         exited = self._deadline < math.inf
-        waiting = [stream for stream in self._streams if not stream.lines.ended]
+        waiting = [stream for stream in self.streams if not stream.lines.ended]
         if trio.current_time() < self._deadline:
             with trio.move_on_at(self._deadline):
-                await _first_of(
-                    *(stream.receive for stream in waiting), *([] if exited else [self._group.process.wait])
-                )
+                await _first_of(*(stream.receive for stream in waiting), *([] if exited else [self.group.process.wait]))
         else:
-            await trio.lowlevel.checkpoint()
             for stream in waiting:
                 if stream.owed:
                     await stream.receive()
                 else:
                     stream.lines.feed(b"")
-        if not exited and self._group.process.returncode is not None:
-            self._note_exit()
-
-    def _note_exit(self) -> None:
-        self._deadline = trio.current_time() + self._linger
-        self._group.send(0)  # if nobody is left, that must be known now: later the id may be another group's
-        for stream in self._streams:
-            readable = fcntl.ioctl(stream.pipe.fileno(), termios.FIONREAD, bytes(4))
-            stream.owed = int.from_bytes(readable, sys.byteorder)
+        if not exited and self.group.process.returncode is not None:
+            self._deadline = trio.current_time() + self._linger
+            self.group.send(0)  # if nobody is left, that must be known now: later the id may be another group's
+            for stream in self.streams:
+                readable = fcntl.ioctl(stream.pipe.fileno(), termios.FIONREAD, bytes(4))
+                stream.owed = int.from_bytes(readable, sys.byteorder)
 
 
 async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
@@ -293,18 +291,11 @@ async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
             for wait in waits:
                 nursery.start_soon(run, wait)
     except BaseExceptionGroup as group:
-        # From a cancelled nursery comes one Cancelled per child; whoever iterates is owed a single one.
-        if group.split(trio.Cancelled)[1] is not None:
-            raise
-        first, *_ = group.exceptions
-        raise first from None
+        raise_bare(group, trio.Cancelled)
 
 
 class LineSplitter:
-    """Takes bytes apart into lines of text, or into pieces of long ones. Pure; bounded if each `feed` is popped empty.
-
-    `max_line_bytes`, 4 or more, is the longest line (without its end) that stays whole. `ended`: no more bytes follow.
-    """
+    """Takes bytes apart into lines of text, and long lines into pieces. Pure; bounded if popped empty after each feed."""
 
     def __init__(self, max_line_bytes: int) -> None:
         self.ended = False
@@ -370,9 +361,9 @@ class _Group:
         self._gone = False
 
     def send(self, number: int) -> bool:
-        """Signal what is left of the group (0 only looks); False if nothing is, and then never again.
+        """Signal what is left of the group (0 only looks); False if nothing is, and then nothing is signalled any more.
 
-        While any of the group is left, or the program is not reaped, the kernel gives the id to nobody else.
+        The kernel gives the id to nobody else while something is left, or the program is not reaped. Then it may.
         """
         if self._gone:
             return False
@@ -401,7 +392,6 @@ class _Group:
 
     async def end(self, streams: list[_Stream], grace: float) -> None:
         """SIGTERM, `grace` seconds, SIGKILL; returns when the group is gone."""
-        await trio.lowlevel.checkpoint()
         if not self.send(signal.SIGTERM):
             return
         async with trio.open_nursery() as nursery:
@@ -415,15 +405,12 @@ class _Group:
 
 
 def _only_zombies(group: int) -> bool:
-    """Whether all that is left of a group is dead, and waits for PID 1, which in many a container is slow or never does.
-
-    Without a /proc it is not known.
-    """
-    processes = [stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat")]
+    """Whether all that is left of a group is dead, and waits for PID 1; in many a container that is slow or never reaps."""
+    processes = list(Path("/proc").glob("[0-9]*/stat"))
     for process in processes:
         with suppress(FileNotFoundError, ProcessLookupError):
-            # proc_pid_stat(5): after the name, which may hold anything, come state, parent and process group
-            state, _, of, *_ = Path("/proc", process, "stat").read_bytes().rpartition(b")")[2].split()
-            if int(of) == group and state not in {b"Z", b"X"}:
+            # proc_pid_stat(5): after the name, which may hold anything, come the state, the parent and the group
+            state, _, its_group, *_ = process.read_bytes().rpartition(b")")[2].split()
+            if int(its_group) == group and state not in {b"Z", b"X"}:
                 return False
-    return bool(processes)
+    return bool(processes)  # without a /proc nobody knows

@@ -369,7 +369,7 @@ async def open_supervisor(
             except BaseExceptionGroup as group:
                 raise_bare(group, trio.Cancelled)
             finally:
-                await supervisor._services.end()  # noqa: SLF001
+                await supervisor._services.end()  # noqa: SLF001, ASYNC102  (it has its own shield, with a deadline)
     except BaseExceptionGroup as group:
         raise_bare(group, trio.Cancelled)
     if (failure := supervisor._services.failure) is not None:  # noqa: SLF001

@@ -79,7 +79,7 @@ async def writing(execution: Execution, committer: Committer) -> AsyncIterator[R
         raised = error
         raise
     finally:
-        await execution.leave(raised)
+        await execution.leave(raised)  # noqa: ASYNC102  (it has its own shield, with a deadline)
     if cut_short and execution.cause is Cause.CANCEL:
         raise RunCancelled(execution.run.id, execution.words)
     if cut_short:

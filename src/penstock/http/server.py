@@ -38,7 +38,7 @@ ABANDON_AFTER: Final = 5.0
 """Seconds that a producer may still hold on to its task after everything else of a shutdown is done."""
 
 
-async def serve(
+async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
     app: Starlette,
     config: Config | None = None,
     *,
@@ -103,9 +103,7 @@ async def _shut_down(
         task_status.started()
         await asked.wait()
         if not service.failed.is_set():
-            with trio.CancelScope() as draining:
-                nursery.start_soon(_cancel_after, service.failed.wait, draining)
-                await service.supervisor.drain()
+            await _drain(service)
         down.set()
         if abandon is not None:
             await _abandon(service.supervisor, abandon)
@@ -129,9 +127,17 @@ async def _set_after(reason: Callable[[], Awaitable[object]], event: trio.Event)
     event.set()
 
 
-async def _cancel_after(reason: Callable[[], Awaitable[object]], scope: trio.CancelScope) -> None:
-    await reason()
-    scope.cancel(reason="a service of the supervisor died")
+async def _drain(service: Service) -> None:
+    """Drain, unless there is nothing left to drain with."""
+
+    async def give_up() -> None:
+        await service.failed.wait()
+        nursery.cancel_scope.cancel(reason="a service of the supervisor died")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(give_up)
+        await service.supervisor.drain()
+        nursery.cancel_scope.cancel(reason="the drain is over")
 
 
 async def _abandon(supervisor: Supervisor, abandon: Callable[[Sequence[StuckRun]], None]) -> None:
