@@ -8,10 +8,10 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import trio
@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from penstock.chunks import blocks_of, opened
 from penstock.dialects import dialect_named
 from penstock.errors import ConfigurationError, PublicError
-from penstock.sources import LineSplitter, command
+from penstock.lines import LineSplitter
+from penstock.sources import command
 from penstock.sse import Event
 
 if TYPE_CHECKING:
@@ -92,13 +93,37 @@ async def report(tmp_path: Path) -> AsyncIterator[Report]:
     report.close()
 
 
+class Entry(NamedTuple):
+    """A row of the process table, from proc_pid_stat(5)."""
+
+    pid: int
+    state: str
+    parent: int
+    group: int
+
+
+def process_table() -> set[Entry]:
+    entries = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, parent, group, *_ = path.read_text().rpartition(")")[2].split()
+            entries.add(Entry(int(path.parent.name), state, int(parent), int(group)))
+    return entries
+
+
+def own_children() -> set[int]:
+    return {entry.pid for entry in process_table() if entry.parent == os.getpid()}
+
+
 def assert_ended(processes: list[trio.Process]) -> None:
     """Each process has been reaped, and of its group none is left, save what PID 1 has not reaped yet."""
     groups = {process.pid for process in processes}
     assert all(process._proc.returncode is not None for process in processes)
-    listing = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], check=True, capture_output=True, text=True).stdout  # noqa: S607
-    alive = [line for line in listing.splitlines() if line.split()[1][0] not in "ZX"]
-    assert [line for line in alive if int(line.split()[0]) in groups] == []
+    assert [entry for entry in process_table() if entry.group in groups and entry.state != "Z"] == []
+
+
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 @pytest.fixture(autouse=True)
@@ -112,14 +137,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[trio.Process]]:
         processes.append(process)
         return process
 
-    descriptors = set(Path("/proc/self/fd").iterdir())
+    before = own_children(), descriptors()
     with monkeypatch.context() as patch:
         patch.setattr(trio.lowlevel, "open_process", recording)
         yield processes
     assert_ended(processes)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-    assert set(Path("/proc/self/fd").iterdir()) == descriptors
+    assert own_children() <= before[0]
+    assert descriptors() <= before[1]
 
 
 # ---------------------------------------------------------------------------------------------- lines
@@ -164,8 +188,8 @@ def split(chunks: list[bytes], max_line_bytes: int) -> list[str]:
     for chunk in [*chunks, b""]:
         assert not splitter.ended
         splitter.feed(chunk)
+        assert len(splitter._buffer) <= max_line_bytes + 1 + len(chunk)
         lines.extend(iter(splitter.pop, None))
-        assert len(splitter._buffer) - splitter._start <= max_line_bytes + 1
     assert splitter.ended
     return lines
 
@@ -270,6 +294,20 @@ async def test_a_program_that_closes_its_output_is_waited_for() -> None:
 @pytest.mark.parametrize("stdin", [None, b"", b"a\nb", b"x" * 1_000_000])
 async def test_a_program_reads_what_it_is_given_and_else_nothing(stdin: bytes | None) -> None:
     assert await events_of(command(["wc", "-c"], stdin=stdin)) == [*out(str(len(stdin or b""))), EXIT_0]
+
+
+async def test_a_program_does_not_read_what_is_the_servers() -> None:
+    readable, writable = os.pipe()
+    own = os.dup(0)
+    try:
+        os.dup2(readable, 0)
+        os.write(writable, b"secret")
+        os.close(writable)
+        assert await events_of(command(["cat"])) == [EXIT_0]
+    finally:
+        os.dup2(own, 0)
+        os.close(own)
+        os.close(readable)
 
 
 async def test_a_program_runs_where_and_in_what_it_is_told(tmp_path: Path) -> None:
@@ -414,12 +452,12 @@ async def test_cancelling_lets_a_silent_program_tidy_up(report: Report) -> None:
 
 async def test_a_program_that_ignores_sigterm_is_killed_after_the_grace() -> None:
     code = "import signal; signal.signal(15, signal.SIG_IGN); print('lines')\nwhile True: signal.pause()"
-    assert 0.2 <= await seconds_to_cancel(command(python(code), grace=0.2)) < 1
+    assert 0.2 <= await seconds_to_cancel(command(python(code), grace=0.2)) < 5
 
 
 async def test_without_grace_a_program_is_killed_at_once(report: Report) -> None:
     source = command(tidy(SILENT, "import time; time.sleep(30)"), env={"REPORT": report.path}, grace=0)
-    assert await seconds_to_cancel(source) < 1
+    assert await seconds_to_cancel(source) < 5
     assert not await report.read()
 
 
@@ -433,7 +471,7 @@ async def test_cancelling_ends_grandchildren_too_even_when_the_program_goes_firs
         env={**os.environ, "REPORT": report.path},
         grace=0.2 if stubborn else 30,
     )
-    assert (await seconds_to_cancel(source) >= 0.2) == stubborn
+    assert (0.2 if stubborn else 0) <= await seconds_to_cancel(source) < 5
     assert not await report.read()
 
 
@@ -565,7 +603,7 @@ async def test_it_can_be_cancelled_at_every_await(started: list[trio.Process]) -
         if instrument.left > 0:
             break
     assert len(seen) > 15
-    assert {0, 3} < set(seen)
+    assert {0, 3} <= set(seen)
     assert seen[-1] == 3
 
 
@@ -597,20 +635,22 @@ report.write(str(written))
     assert rest[-1] == EXIT_0
 
 
-async def test_what_a_program_left_in_the_pipe_is_read_however_late(report: Report) -> None:
+async def test_what_a_program_left_in_the_pipe_is_read_however_late_and_nothing_that_floods_it(report: Report) -> None:
     code = r"""
-import os, subprocess
+import fcntl, os, subprocess
 report = open(os.environ["REPORT"], "w")
-subprocess.Popen(["sleep", "30"])
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)
 print("lines")
-os.write(1, b"".join(b"%d\n" % number for number in range(10_000)))
+os.write(1, b"".join(b"%d\n" % number for number in range(100_000)))
+subprocess.Popen(["yes", "flood"])
 """
     with trio.fail_after(10):
-        async with command(python(code), env={**os.environ, "REPORT": report.path}, linger=0, grace=0) as events:
+        async with command(python(code), env={**os.environ, "REPORT": report.path}, linger=0) as events:
             assert await anext(events) == LINES
             assert not await report.read()  # the program has exited
             rest = [event async for event in events]
-    assert rest == [*out(*map(str, range(10_000))), EXIT_0]
+    assert rest[:100_000] == out(*map(str, range(100_000)))
+    assert rest[-1] == EXIT_0
 
 
 # ---------------------------------------------------------------------------------------------- processes left behind
@@ -625,7 +665,7 @@ async def test_a_grandchild_that_keeps_the_pipe_is_read_for_a_while_and_then_end
     )
     begin = trio.current_time()
     assert await events_of(source) == [*out("lines", "half"), EXIT_0]
-    assert 0.3 <= trio.current_time() - begin < 2
+    assert 0.3 <= trio.current_time() - begin < 5
     assert await report.read() == "no"
 
 
@@ -698,7 +738,7 @@ signal.pause()
 """
     seconds = await seconds_to_cancel(command(python(code), env={"REPORT": report.path}, grace=30))
     os.kill(int(await report.receive()), signal.SIGKILL)
-    assert seconds < 2
+    assert seconds < 5
     assert not await report.read()
 
 
@@ -710,7 +750,7 @@ async def test_what_cannot_be_ended_is_given_up_with_a_warning(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "killpg", refused)
-        assert 1 <= await seconds_to_cancel(command(sh("echo lines; exec sleep 30"), grace=0)) < 2
+        assert 1 <= await seconds_to_cancel(command(sh("echo lines; exec sleep 30"), grace=0)) < 5
     (process,) = started
     assert caplog.messages == [f"process group {process.pid} of {process.args!r} is still there after SIGKILL"]
     process.kill()

@@ -34,17 +34,29 @@ _ENDS: Final = (b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\r")
 class Block:
     """One encoded event of a run, and what it says of the run's end.
 
+    An event with a type of its own says nothing of that, unless the type is `error`: the output of a program may hold
+    any words.
+
     Attributes:
         data: the encoded block, with LF line ends, without an `id` line.
-        done: the block's data is exactly `[DONE]`.
+        message: it has no type, so it is one of the producer's plain messages.
+        done: it is a message, and its data is exactly `[DONE]`.
         error: the data of an event of type `error`.
         stop_reason: the stop reason that it states.
     """
 
     data: bytes
+    message: bool = True
     done: bool = False
     error: str | None = None
     stop_reason: str | None = None
+
+    @classmethod
+    def of(cls, wire: bytes, event: str | None, data: str | None, dialect: Dialect) -> Block:
+        """The block with this encoding, type and data."""
+        if event is not None:
+            return cls(wire, message=False, error=data or "" if event == "error" else None)
+        return cls(wire, done=data == "[DONE]", stop_reason=None if data is None else dialect.stop_reason(data))
 
 
 def blocks_of(chunk: object, dialect: Dialect, *, max_event_bytes: int = MAX_EVENT_BYTES) -> list[Block]:
@@ -57,15 +69,7 @@ def blocks_of(chunk: object, dialect: Dialect, *, max_event_bytes: int = MAX_EVE
     if isinstance(chunk, Event):
         blocks = [_block_of_event(chunk, dialect)]
     elif isinstance(chunk, str | bytes):
-        blocks = [
-            Block(
-                block.wire,
-                done=block.data == "[DONE]",
-                error=block.data or "" if block.event == "error" else None,
-                stop_reason=None if block.data is None else dialect.stop_reason(block.data),
-            )
-            for block in split_blocks(chunk)
-        ]
+        blocks = [Block.of(block.wire, block.event, block.data, dialect) for block in split_blocks(chunk)]
     else:
         raise InvalidChunk(f"a chunk is an Event, str or bytes, not {type(chunk).__name__}; yield Event(data=...)")
     for block in blocks:
@@ -82,13 +86,7 @@ def _block_of_event(event: Event, dialect: Dialect) -> Block:
         raise InvalidChunk("inside a run the log numbers the events: yield Event(data=...) without an id")
     if event.stop_reason is not None:
         return Block(dialect.stop(event.stop_reason), stop_reason=event.stop_reason)
-    data = event.data
-    return Block(
-        event.encode(),
-        done=data == "[DONE]",
-        error=data or "" if event.event == "error" else None,
-        stop_reason=None if data is None else dialect.stop_reason(data),
-    )
+    return Block.of(event.encode(), event.event, event.data, dialect)
 
 
 def bytes_of(chunk: object, dialect: Dialect) -> bytes:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.dialects import DONE
-from penstock.errors import RunCancelled, single_error, words_for_clients
+from penstock.errors import RunCancelled, encodable, single_error, words_for_clients
 from penstock.runs import CAUSES, COMPLETING, Cause, Ending, RunError, RunStatus, StopReason
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def ending_of(
         return [dialect.error(shown), DONE], Ending(RunStatus.FAILED, StopReason.ERROR, shown, kept)
     cause, words = facts.cause, facts.words
     if cause is None and error is not None:
-        cause, words = Cause.CANCEL, error.reason
+        cause, words = Cause.CANCEL, None if error.reason is None else encodable(error.reason)
     if cause is not None:
         return _by_cause(cause, words, dialect, error_id)
     if facts.reported is not None:

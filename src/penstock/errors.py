@@ -241,7 +241,7 @@ def words_for_clients(error: BaseException, *, expose_errors: bool = False) -> t
     if isinstance(error, PublicError):
         return encodable(error.code), encodable(error.message)
     code: str = error.code if isinstance(error, PenstockError | InvalidChunk) else "ERROR"
-    return code, encodable(str(error)) if expose_errors else "the run failed"
+    return code, encodable(error) if expose_errors else "the run failed"
 
 
 def words_of_error_event(data: str) -> tuple[str, str]:
@@ -257,6 +257,14 @@ def words_of_error_event(data: str) -> tuple[str, str]:
     return encodable(code) if isinstance(code, str) else "ERROR", encodable(words)
 
 
-def encodable(words: str) -> str:
-    """The words with every lone surrogate, which no encoding can write, replaced by a question mark."""
-    return words if words.isascii() else words.encode("utf-8", "replace").decode()
+def encodable(words: object) -> str:
+    """The words with every lone surrogate, which no encoding can write, replaced by a question mark.
+
+    A run must end whatever its producer raised, so this never fails: not on words that are no text, nor on an
+    exception that cannot say what it is.
+    """
+    try:
+        text = str(words)
+    except Exception:  # noqa: BLE001  (somebody else's __str__, and its outcome becomes a record)
+        return type(words).__name__
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -9,8 +9,9 @@ run is *settled*.
        └──────── the loop ends ────────────────────────┘    ▲
                                    cancel_grace is over ────┘   (the producer is stuck: the run ends without it)
 
-A producer that will not let go keeps its task, but not its run: after `cancel_grace` the ending is stored all the same,
-readers are released, and what the producer still yields is dropped.
+When a producer's loop is over, what is left is its cleanup, for which it has `cancel_grace` as well. One that will not
+let go keeps its task, but not its run: the ending is stored all the same, readers are released, and what the producer
+still yields is dropped.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Execution:
         self.task: trio.lowlevel.Task | None = None
         """The task in which the producer runs."""
         self._office = office
+        self._raised: BaseException | None = None
         self._said: str | None = None
         self._reported: tuple[str, str] | None = None
         self._untold = False
@@ -129,6 +131,7 @@ class Execution:
     def forsake(self) -> None:
         """The services are gone: nothing is stored any more, and nothing is pretended."""
         self.stop(Cause.SHUTDOWN, "a service of the supervisor died")
+        self._office.committer.drop(self.outbox)
         self._settle()
 
     def _settle(self) -> None:
@@ -163,15 +166,25 @@ class Execution:
             self._at(now + max_silence, "silence", lambda: self._check_silence(max_silence))
 
     async def _iterate(self, make_source: Callable[[], Any]) -> None:
-        try:
-            async with opened(make_source()) as chunks:
+        async with opened(make_source()) as chunks:
+            try:
                 async for chunk in chunks:
                     if not await self.write(chunk):
                         break
-                self.ended = True
-                self._expect_to_leave()  # closing the source is its last chance to be stuck
-        finally:
-            self.ended = True
+            except BaseException as error:
+                self.finish(error)
+                raise
+            self.finish()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The producer's loop is over, with `error` if it raised: from now on no cause is recorded."""
+        if self.ended:
+            return
+        self.ended = True
+        self._raised, outer = _apart(error)
+        if outer is not None and self.cause is None:
+            self.cause = Cause.SHUTDOWN
+        self._expect_to_leave()
 
     async def write(self, chunk: Any) -> bool:
         """Put a chunk into the outbox, after waiting for room; False if it ends the run.
@@ -197,7 +210,8 @@ class Execution:
             self._said = block.stop_reason or self._said
             goes_on = not block.done and block.error is None
             if not block.done:
-                stored.append(office.dialect.stamp(block.data, self.run.id, outbox.seq + len(stored) + 1))
+                seq = outbox.seq + len(stored) + 1
+                stored.append(office.dialect.stamp(block.data, self.run.id, seq) if block.message else block.data)
             if block.error is not None:
                 self._reported = words_of_error_event(block.error)
             if not goes_on:
@@ -212,15 +226,14 @@ class Execution:
         Returns:
             The part of `error` that is not the run's own, and that the caller raises again.
         """
-        self.ended = self.left = True
+        self.finish(error)
+        self.left = True
         for timer in self._timers.values():
             timer.cancel()
         own, outer = _apart(error)
-        if outer is not None and self.cause is None:
-            self.cause = Cause.SHUTDOWN
         if self._ending is None:
             self._conclude(self._facts(own))
-        elif own is not None:
+        elif own is not None and own is not self._raised:
             tell(
                 self._office.observer.on_error, own, error_id=new_error_id(), where=f"run {self.run.id}, after its end"
             )
@@ -230,6 +243,11 @@ class Execution:
         return outer
 
     # Its end
+
+    @property
+    def concluded(self) -> bool:
+        """How the run ends is decided."""
+        return self._ending is not None
 
     def _facts(self, error: BaseException | None = None) -> Facts:
         return Facts(error, self.cause, self.words, self._said, self._reported, self._untold)
@@ -254,7 +272,7 @@ class Execution:
     def _overdue(self) -> None:
         """The producer did not let go: end the run without it, and say where it stands."""
         if self._ending is None:
-            self._conclude(self._facts())
+            self._conclude(self._facts(self._raised))
         self.scope.cancel(reason="the run has ended")
         now = trio.current_time()
         tell(self._office.observer.run_stuck, self.run.id, now - self._stopped_at, self.stack())

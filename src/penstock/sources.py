@@ -13,8 +13,8 @@ scope lives from one step to the next: a consumer that does not ask lets the pip
         no
     both pipes at their end, and exited ──yes──▶ exit: the last event
         no
-    wait for a pipe or the exit. The exit starts a clock: after `linger` seconds, what was in the pipes at the exit
-    is handed over, and anything later belongs to processes left behind and is not waited for
+    wait for a pipe or the exit. `linger` seconds after the exit, only what was in the pipes at the exit is still read:
+    anything else comes from processes left behind
 
 What it guarantees:
 - The lines of each stream arrive complete and in order. Between the two streams there is no order: they are two pipes.
@@ -50,6 +50,7 @@ import trio
 
 from penstock.errors import ConfigurationError, PublicError
 from penstock.groups import raise_bare
+from penstock.lines import LONGEST_CHARACTER, LineSplitter
 from penstock.sse import Event
 
 if TYPE_CHECKING:
@@ -57,17 +58,13 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("penstock")
 
-GRACE: Final = 3.0  # seconds
-LINGER: Final = 1.0  # seconds
 MAX_LINE_BYTES: Final = 64 * 1024
 
 _READ_BYTES: Final = 64 * 1024
 _KILL_SECONDS: Final = 1.0  # from SIGKILL to giving up
-_SHORTEST_POLL_SECONDS: Final = 0.01  # between looks whether a process group is gone: nothing tells
+_POLL_SECONDS: Final = 0.01  # until the first look whether a process group is gone, for nothing tells
 _LONGEST_POLL_SECONDS: Final = 0.2
 _STEPS_PER_CHECKPOINT: Final = 64
-_LONGEST_CHARACTER: Final = 4  # bytes of a UTF-8 sequence (RFC 3629, section 3)
-_CONTINUATION: Final = 0b1000_0000  # the two highest bits of each but its first
 
 
 def command(
@@ -76,8 +73,8 @@ def command(
     cwd: str | os.PathLike[str] | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
-    grace: float = GRACE,
-    linger: float = LINGER,
+    grace: float = 3.0,
+    linger: float = 1.0,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
     """A source that runs a program: the lines of its output, then its exit code.
@@ -87,8 +84,7 @@ def command(
     like. What they send belongs in `stdin`; in `argv` even one string of theirs can act as an option.
 
     By itself: `async with command([...]) as events: async for event in events: ...`. The program starts on entering.
-
-    It yields, as `Event`:
+    What it yields:
 
     - `event: stdout` and `event: stderr`: a line without its end, LF or CRLF; empty data for an empty line. A last line
       without an end counts, too. A CR within a line (a progress bar) does not end it: it stays in the data, and reaches
@@ -98,13 +94,12 @@ def command(
       its number, as in a shell, and `signal` is its name: `{"exit_code": 137, "signal": "SIGKILL"}`.
 
     An exit code other than 0 is a failure: after `exit` the iteration raises, and so a run ends as `failed`.
-
     The program gets a session and a process group of its own; a Ctrl-C in the server's terminal does not reach it. When
     the block is left (the run was cancelled, the consumer stopped early, or all is done but background processes are
     left) the group gets SIGTERM, and SIGKILL if any of it is still there after `grace` seconds. Meanwhile its output is
     read and dropped, so that no full pipe keeps it from cleaning up.
 
-    Most programs hold back output that goes to a pipe; `python -u`, `stdbuf -oL` and the like help.
+    Many programs hold back output that goes to a pipe; `python -u`, `stdbuf -oL` and the like help.
 
     Args:
         argv: the program and its arguments; for a shell's line, `["sh", "-c", "make | tee log"]`. A program without a
@@ -131,48 +126,42 @@ def command(
     if not argv:
         raise ConfigurationError('argv is empty: pass a program and its arguments, such as ["make", "all"]')
     words: list[Any] = [os.fspath(word) if isinstance(word, os.PathLike) else word for word in argv]
-    for word in words:
-        if not isinstance(word, str) or "\0" in word:
-            raise ConfigurationError(f"argv holds str without NUL and paths, not {word!r}: convert it, or use stdin")
+    if bad := [word for word in words if not isinstance(word, str) or "\0" in word]:
+        raise ConfigurationError(f"argv holds str without NUL and paths, not {bad[0]!r}: convert it, or use stdin")
     if stdin is not None and not isinstance(stdin, bytes):
         raise ConfigurationError(f"stdin is bytes or None, not {type(stdin).__name__}: encode it")
     for name, seconds in (("grace", grace), ("linger", linger)):
         if not 0 <= seconds < math.inf:
             raise ConfigurationError(f"{name} is a finite number of seconds, 0 or more, not {seconds!r}")
-    if max_line_bytes < _LONGEST_CHARACTER:
-        raise ConfigurationError(f"max_line_bytes is {_LONGEST_CHARACTER} or more, not {max_line_bytes!r}")
+    if max_line_bytes < LONGEST_CHARACTER:
+        raise ConfigurationError(f"max_line_bytes is {LONGEST_CHARACTER} or more, not {max_line_bytes!r}")
     return _Command(partial(_start, words, cwd, env, stdin), grace, linger, max_line_bytes)
 
 
+@dataclass(eq=False)
 class _Command(AbstractAsyncContextManager[AsyncIterator[Event]]):
-    """A command to come. Not made by `asynccontextmanager`, whose results can be called: a source must not be."""
+    """A command to come. What `asynccontextmanager` makes is callable, and so looks like a producer; this does not."""
 
-    def __init__(
-        self, start: Callable[[], Awaitable[trio.Process]], grace: float, linger: float, max_line_bytes: int
-    ) -> None:
-        self._start = start
-        self._grace = grace
-        self._linger = linger
-        self._max_line_bytes = max_line_bytes
-        self._output: _Output | None = None
+    start: Callable[[], Awaitable[trio.Process]]
+    grace: float
+    linger: float
+    max_line_bytes: int
+    output: _Output | None = None
 
     async def __aenter__(self) -> AsyncIterator[Event]:
-        if self._output is not None:
+        if self.output is not None:
             raise RuntimeError("a command runs once: for another run call command() again")
-        process = await self._start()
-        pipes = {"stdout": process.stdout, "stderr": process.stderr}
-        streams = [
-            _Stream(name, cast("trio.lowlevel.FdStream", pipe), LineSplitter(self._max_line_bytes))
-            for name, pipe in pipes.items()
-        ]
-        self._output = _Output(_Group(process), streams, self._linger)
-        return self._output
+        process = await self.start()
+        pipes: Any = {"stdout": process.stdout, "stderr": process.stderr}
+        streams = [_Stream(name, pipe, LineSplitter(self.max_line_bytes)) for name, pipe in pipes.items()]
+        self.output = _Output(_Group(process), streams, self.linger)
+        return self.output
 
     async def __aexit__(self, *_: object) -> None:
-        output = cast("_Output", self._output)
+        output = cast("_Output", self.output)
         output.closed = True
-        with trio.move_on_after(self._grace + _KILL_SECONDS, shield=True) as scope:
-            await output.group.end(output.streams, self._grace)
+        with trio.move_on_after(self.grace + _KILL_SECONDS, shield=True) as scope:
+            await output.group.end(output.streams, self.grace)
         for stream in output.streams:
             stream.pipe.close()
         if scope.cancelled_caught:
@@ -206,17 +195,17 @@ async def _start(
             raise PublicError(words, code="COMMAND_NOT_STARTED") from error
 
 
+@dataclass(eq=False)
 class _Output:
     """The events of one command, made when they are asked for."""
 
-    def __init__(self, group: _Group, streams: list[_Stream], linger: float) -> None:
-        self.group = group
-        self.streams = streams
-        self._linger = linger
-        self._deadline = math.inf  # set when the exit is noted
-        self._steps = 0
-        self._said_exit = False
-        self.closed = False
+    group: _Group
+    streams: list[_Stream]
+    linger: float
+    closed: bool = False
+    _deadline: float = math.inf  # `linger` seconds after the exit, as soon as that is noted
+    _steps: int = 0
+    _said_exit: bool = False
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -229,9 +218,11 @@ class _Output:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await trio.lowlevel.checkpoint()
-        while (event := self._next_line()) is None and not self._complete():
+        while (event := self._next_line()) is None:
+            if self._deadline < math.inf and all(stream.lines.ended for stream in self.streams):
+                return self._ending()
             await self._more()
-        return self._ending() if event is None else event
+        return event
 
     def _next_line(self) -> Event | None:
         for stream in self.streams:
@@ -239,9 +230,6 @@ class _Output:
             if line is not None:
                 return Event(data=line, event=stream.name)
         return None
-
-    def _complete(self) -> bool:
-        return self._deadline < math.inf and all(stream.lines.ended for stream in self.streams)
 
     def _ending(self) -> Event:
         code = cast("int", self.group.process.returncode)
@@ -272,7 +260,7 @@ class _Output:
                 else:
                     stream.lines.feed(b"")
         if not exited and self.group.process.returncode is not None:
-            self._deadline = trio.current_time() + self._linger
+            self._deadline = trio.current_time() + self.linger
             self.group.send(0)  # if nobody is left, that must be known now: later the id may be another group's
             for stream in self.streams:
                 readable = fcntl.ioctl(stream.pipe.fileno(), termios.FIONREAD, bytes(4))
@@ -294,45 +282,6 @@ async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
         raise_bare(group, trio.Cancelled)
 
 
-class LineSplitter:
-    """Takes bytes apart into lines of text, and long lines into pieces. Pure; bounded if popped empty after each feed."""
-
-    def __init__(self, max_line_bytes: int) -> None:
-        self.ended = False
-        self._max = max_line_bytes
-        self._buffer = bytearray()
-        self._start = 0
-
-    def feed(self, data: bytes) -> None:
-        """Add what was read; `b""` is the end."""
-        del self._buffer[: self._start]
-        self._start = 0
-        self._buffer += data
-        self.ended = not data
-
-    def pop(self) -> str | None:
-        """The next line or piece; None if there is none yet."""
-        start = self._start
-        newline = self._buffer.find(b"\n", start)
-        end = len(self._buffer) if newline < 0 else newline
-        following = end + (newline >= 0)
-        if self._buffer.endswith(b"\r", start, end):
-            end -= 1  # as a part of the line end, or perhaps: then it waits for what follows
-        if end - start > self._max:
-            end = following = self._cut(start + self._max)
-        elif newline < 0 and (not self.ended or following == start):
-            return None
-        self._start = following
-        return self._buffer[start:end].decode(errors="replace")
-
-    def _cut(self, end: int) -> int:
-        """The last place up to `end` that is not within a character; where the bytes are no UTF-8 anyway, `end`."""
-        for place in range(end, end - _LONGEST_CHARACTER, -1):
-            if self._buffer[place] & 0b1100_0000 != _CONTINUATION:
-                return place
-        return end
-
-
 @dataclass(slots=True, eq=False)
 class _Stream:
     """One of a program's two output pipes."""
@@ -340,8 +289,7 @@ class _Stream:
     name: str
     pipe: trio.lowlevel.FdStream
     lines: LineSplitter
-    owed: int = 0
-    """How many of the bytes that the program left in the pipe when it exited have not been read."""
+    owed: int = 0  # of the bytes that the program left in the pipe when it exited, how many have not been read
 
     async def receive(self) -> None:
         data = await self.pipe.receive_some(_READ_BYTES)
@@ -382,7 +330,7 @@ class _Group:
 
     async def wait_gone(self) -> None:
         await self.process.wait()
-        delay = _SHORTEST_POLL_SECONDS
+        delay = _POLL_SECONDS
         while self.send(0):
             await trio.sleep(delay)
             delay = min(2 * delay, _LONGEST_POLL_SECONDS)
@@ -405,12 +353,12 @@ class _Group:
 
 
 def _only_zombies(group: int) -> bool:
-    """Whether all that is left of a group is dead, and waits for PID 1; in many a container that is slow or never reaps."""
-    processes = list(Path("/proc").glob("[0-9]*/stat"))
-    for process in processes:
+    """Whether all that is left of a group is dead, but not reaped: PID 1 of a container may be slow, or never reap."""
+    states = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
             # proc_pid_stat(5): after the name, which may hold anything, come the state, the parent and the group
-            state, _, its_group, *_ = process.read_bytes().rpartition(b")")[2].split()
-            if int(its_group) == group and state not in {b"Z", b"X"}:
-                return False
-    return bool(processes)  # without a /proc nobody knows
+            state, _, its_group, *_ = stat.read_bytes().rpartition(b")")[2].split()
+            if int(its_group) == group:
+                states.add(state)
+    return bool(states) and states <= {b"Z", b"X"}

@@ -6,6 +6,7 @@
     GET|POST|HEAD /v1/runs/{id}/stream   the stream, from a cursor on
     POST /v1/runs/{id}/cancel        ask it to stop
     GET  /healthz, /readyz           alive; able to serve
+    GET  /                           a page for browsers
 
 Everything that comes in is checked in `http/requests.py`; from there on a cursor is an int and a run id is a run id.
 Errors outside a stream are `application/problem+json` with a `code` (or what the dialect makes of it).
@@ -32,11 +33,13 @@ from penstock.answers import Answer, answer_to, is_refusal
 from penstock.dialects import dialect_named
 from penstock.errors import ConfigurationError, PenstockError, RunEnded, StreamRejected, SupervisorFailed
 from penstock.http import requests
+from penstock.http.page import page
 from penstock.log import CancelStatus
 from penstock.log.urls import open_log
 from penstock.observer import LoggingObserver, new_error_id, tell
 from penstock.response import EventStreamResponse
 from penstock.settings import Settings, check_duration
+from penstock.sources import command
 from penstock.supervisor import Supervisor, open_supervisor
 
 if TYPE_CHECKING:
@@ -138,6 +141,11 @@ def create_app(
     """
     check_duration("ping_interval", ping_interval)
     for name, producer in producers.items():
+        if producer is command:
+            raise ConfigurationError(
+                f"the producer {name!r} would run whatever program a client names; give it a fixed argv: "
+                "lambda _input: penstock.command([...])"
+            )
         if not callable(producer):
             raise ConfigurationError(f"the producer {name!r} is called once for each run, and {producer!r} cannot be")
     service = Service(producers, log, observer, knobs, ping_interval=ping_interval, max_body_bytes=max_body_bytes)
@@ -153,8 +161,8 @@ def create_app(
 
     app = Starlette(
         routes=[
-            Route("/v1/runs", start_run, methods=["POST"]),
-            Route("/v1/runs", list_runs, methods=["GET"]),
+            Route("/", index, methods=["GET"]),
+            Route("/v1/runs", start_or_list_runs, methods=["GET", "POST"]),  # one route, or Allow would name one method
             Route("/v1/runs/{run_id}", get_run, methods=["GET"]),
             Route("/v1/runs/{run_id}/stream", stream_run, methods=["GET", "POST"]),
             Route("/v1/runs/{run_id}/cancel", cancel_run, methods=["POST"]),
@@ -180,6 +188,11 @@ def service_of(request: Request) -> Service:
     return service
 
 
+async def start_or_list_runs(request: Request) -> Response:
+    """GET, HEAD or POST /v1/runs."""
+    return await (start_run if request.method == "POST" else list_runs)(request)
+
+
 async def start_run(request: Request) -> Response:
     """POST /v1/runs."""
     service = service_of(request)
@@ -202,7 +215,7 @@ async def start_run(request: Request) -> Response:
     )
     status = 201 if started.created else 200
     headers = {
-        "Location": str(request.app.url_path_for("stream_run", run_id=started.run.id)),
+        "Location": request.scope.get("root_path", "") + request.app.url_path_for("stream_run", run_id=started.run.id),
         "Penstock-Run-Id": started.run.id,
     }
     if wanted.stream:
@@ -241,6 +254,11 @@ async def cancel_run(request: Request) -> Response:
     if reply.status is CancelStatus.ENDED:
         raise RunEnded(reply.run.id, reply.run)
     return _record(reply.run, 202 if reply.status is CancelStatus.REQUESTED else 200)
+
+
+async def index(request: Request) -> Response:
+    """GET /: a page to use all of this from a browser."""
+    return page(service_of(request).producers)
 
 
 async def healthz(_request: Request) -> Response:
