@@ -1,0 +1,130 @@
+"""Finding the producers that a command line names: `MODULE:ATTRIBUTE` or `path/to/file.py:ATTRIBUTE`.
+
+The attribute is a mapping of names to producers. Whatever is wrong with the words is a `ConfigurationError` that says
+what to do; whatever the module itself raises while it is imported is its author's, and comes as a `ModuleFailed`
+whose traceback begins in the module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType, TracebackType
+
+
+class ModuleFailed(Exception):  # noqa: N818  (it is the module that failed)
+    """The module raised while it was imported.
+
+    Attributes:
+        traceback: what Python would have printed, from the module's own first frame on.
+    """
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"importing {name!r} failed: {type(error).__name__}: {error}")
+        own = error.with_traceback(_from_module_on(error.__traceback__))
+        self.traceback = "".join(traceback.format_exception(own))
+
+
+def load_producers(words: str) -> Mapping[str, Callable[..., Any]]:
+    """The producers that `MODULE:ATTRIBUTE` or `FILE.py:ATTRIBUTE` names.
+
+    As with `python -m`, modules are looked for in the working directory, too; a file's own folder comes first for what
+    it imports.
+
+    Raises:
+        ConfigurationError: there is no such module, file or attribute, or it is no mapping of producers.
+        ModuleFailed: the module raised while it was imported.
+    """
+    where, _, attribute = words.rpartition(":")
+    is_file = where.endswith(".py") or "/" in where
+    is_module = all(part.isidentifier() for part in where.split("."))
+    if not (is_file or is_module) or not attribute.isidentifier():
+        raise ConfigurationError(
+            f"{words!r} is not MODULE:ATTRIBUTE, such as mypackage.agents:producers or agents.py:producers"
+        )
+    module = _import_file(Path(where)) if is_file else _import_module(where)
+    try:
+        producers = getattr(module, attribute)
+    except AttributeError:
+        raise ConfigurationError(f"there is no {attribute!r} in {where}{_advice(module, attribute)}") from None
+    return _checked(producers, words, attribute)
+
+
+def _checked(producers: object, words: str, attribute: str) -> Mapping[str, Callable[..., Any]]:
+    example = f'{attribute} = {{"agent": agent}}, with an async generator function agent(input)'
+    if not isinstance(producers, Mapping):
+        raise ConfigurationError(
+            f"{words} is a {type(producers).__name__}, and must be a mapping of names to producers, such as {example}"
+        )
+    for name, producer in producers.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(f"{words} has the key {name!r}; a producer's name is a string, such as {example}")
+        if not callable(producer):
+            raise ConfigurationError(
+                f"{words}: the producer {name!r} is called once for each run, and {producer!r} cannot be; "
+                "give the function itself, or a lambda that makes the source"
+            )
+    return producers
+
+
+def _advice(module: ModuleType, attribute: str) -> str:
+    """What the module has instead."""
+    mappings = [name for name, value in vars(module).items() if isinstance(value, dict) and not name.startswith("_")]
+    close = difflib.get_close_matches(attribute, mappings, n=1, cutoff=0.5) or mappings
+    if close:
+        return f"; it has {', '.join(sorted(close))}"
+    return f"; define it there, as in {attribute} = {{'agent': agent}}"
+
+
+def _import_module(name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # something that the module imports
+            raise ModuleFailed(name, error) from error
+        raise ConfigurationError(
+            f"there is no module {error.name!r}; it is looked for in {Path.cwd()} and where Python's packages are. "
+            "Check the spelling, install it, or give the path of a .py file"
+        ) from None
+    except Exception as error:
+        raise ModuleFailed(name, error) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        raise ConfigurationError(f"the file {path} is {what}; give the path of a .py file (from {Path.cwd()})")
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigurationError(f"the file {path} is no Python module: its name must end in .py")
+    sys.path.insert(0, str(path.parent.resolve()))
+    module = module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # as its dataclasses and pickles expect; never over another module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModuleFailed(str(path), error) from error
+    return module
+
+
+def _from_module_on(tb: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of this file and of Python's import system."""
+    while tb is not None:
+        file = tb.tb_frame.f_code.co_filename
+        if file != __file__ and "importlib" not in Path(file).parts and not file.startswith("<frozen importlib"):
+            break
+        tb = tb.tb_next
+    return tb

@@ -1,0 +1,85 @@
+"""Options: those that several commands share, and one for each knob of `Settings`, made from its fields."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from penstock.dialects import DIALECTS
+from penstock.settings import MIB, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from dataclasses import Field
+
+option: Final = partial(click.option, show_envvar=True)
+LEVELS: Final = ("debug", "info", "warning", "error")
+UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES"}
+"""How a unit is written where an option's value stands."""
+
+
+def shared_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that `serve` and `exec` share."""
+    options = (
+        option(
+            "--bind",
+            multiple=True,
+            default=("127.0.0.1:8000",),
+            metavar="HOST:PORT",
+            help="Where to listen; port 0 is a free one. May be given several times.",
+        ),
+        option(
+            "--insecure",
+            is_flag=True,
+            help="Allow addresses that other machines can reach. There are no accounts: whoever reaches the server "
+            "can start, read and cancel every run.",
+        ),
+        option(
+            "--log-level",
+            type=click.Choice(LEVELS),
+            default="info",
+            help="From which level on penstock's own log goes to stderr.",
+        ),
+    )
+    for each in reversed(options):
+        function = each(function)
+    return function
+
+
+def knob_options(function: Callable[..., None]) -> Callable[..., None]:
+    """An option for each field of `Settings`."""
+    for knob in reversed(fields(Settings)):
+        function = _knob_option(knob)(function)
+    return function
+
+
+def _knob_option(knob: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    name = "--" + knob.name.replace("_", "-")
+    says: str = knob.metadata["says"]
+    default: Any = knob.default
+    details: dict[str, Any] = {
+        "default": default,
+        "help": says[0].upper() + says[1:] + ".",
+    }
+    if knob.name == "dialect":
+        details["type"] = click.Choice(sorted(DIALECTS))
+    elif isinstance(default, bool):
+        details["is_flag"] = True
+    elif "least" in knob.metadata:
+        numbers = click.IntRange if isinstance(default, int) else click.FloatRange
+        details["type"] = numbers(min=knob.metadata["least"], min_open=knob.metadata["above"])
+        if knob.metadata["unit"] == "bytes":
+            details["show_default"] = binary(default)
+        details["metavar"] = UNITS.get(knob.metadata["unit"], knob.metadata["unit"].upper())
+    return option(name, knob.name, **details)
+
+
+def binary(size: int) -> str:
+    """A size as people write it; the value itself is always in bytes."""
+    for unit, factor in (("MiB", MIB), ("KiB", MIB // 1024)):
+        if size % factor == 0:
+            return f"{size} = {size // factor} {unit}"
+    return str(size)

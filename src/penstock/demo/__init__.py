@@ -1,0 +1,1 @@
+"""The main job, to watch: `penstock demo`."""
