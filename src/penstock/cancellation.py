@@ -103,7 +103,7 @@ class Watch:
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Whether a poll just failed, perhaps while it was being cancelled: the watch then notices that at its next step."""
+    """Whether a poll just failed; perhaps while it was being cancelled, which the watch then notices by itself."""
     return not isinstance(error, BaseExceptionGroup) or error.split((Exception, trio.Cancelled))[1] is None
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from penstock.errors import LogUnavailable
+from penstock.errors import LogUnavailable, RunEnded
 from penstock.log import AppendStatus, Batch, Entry
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Outbox:
         "run_id",
         "seq",
         "size",
+        "stored",
         "stored_at",
         "tail",
         "vacancy",
@@ -88,7 +89,9 @@ class Outbox:
         self.closing = False
         """True once nothing can be added."""
         self.abandoned = False
-        """True once the run is another's."""
+        """True once nothing is stored from here any more."""
+        self.stored = 0
+        """The highest seq that the log has acknowledged."""
         self.stored_at = 0.0
         """When the log last acknowledged entries, in seconds since the Unix epoch."""
         self._ending_entries = 0
@@ -151,6 +154,7 @@ class Outbox:
         del self.entries[: len(entries)]
         removed = sum(len(entry.wire) for entry in entries)
         self.size -= removed
+        self.stored = entries[-1].seq
         self.stored_at = time.time()
         self.tail.extend(entries)
         self.vacancy.unpark_all()
@@ -210,19 +214,30 @@ class Committer:
         self._mark(outbox, urgent=True)
 
     async def flush(self, outbox: Outbox) -> None:
-        """Commit what is pending without any linger, and wait until the log has acknowledged it. A checkpoint."""
+        """Commit what is pending without any linger, and wait until the log has acknowledged it. A checkpoint.
+
+        Raises:
+            RunEnded: it never will.
+        """
         await trio.lowlevel.checkpoint()
         goal = outbox.seq
         if outbox.entries:
             self._mark(outbox, urgent=True)
-        while outbox.entries and outbox.entries[0].seq <= goal:
+        while outbox.stored < goal:
+            if outbox.abandoned:
+                raise RunEnded(outbox.run_id)
             await outbox.vacancy.park()
 
     def abandon(self, outbox: Outbox) -> None:
         """Give the run up: another owner has it."""
         if not outbox.abandoned:
-            self._size -= outbox.abandon()
             outbox.owner.run_lost()
+            self.drop(outbox)
+
+    def drop(self, outbox: Outbox) -> None:
+        """Forget what is pending, and take nothing more; its owner knows. Who waits for room goes on."""
+        self._size -= outbox.abandon()
+        self._room.unpark_all()
 
     def _mark(self, outbox: Outbox, *, urgent: bool) -> None:
         self._dirty[outbox] = None

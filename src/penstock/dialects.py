@@ -164,7 +164,7 @@ class Letta:
         stamps = {key: value for key, value in (("run_id", run_id), ("seq_id", seq)) if message.get(key, value) is None}
         if not stamps:
             return block
-        others = "".join(f"{line}\n" for line in lines if line and not line.startswith("data:"))
+        others = "".join(f"{line}\n" for line in lines if line and line != "data" and not line.startswith("data:"))
         try:
             return others.encode() + _block(message | stamps)
         except InvalidChunk:  # such as NaN, which some write and JSON does not have: it is not ours to refuse

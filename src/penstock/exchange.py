@@ -7,11 +7,11 @@
 
 There is no queue: the source is asked for a chunk when the one before it has been sent. And no scope is ever opened
 around a step of the source, which would corrupt the scopes that it opens itself: time limits are the timer's. Two tasks
-send. A chunk waits for a ping that is under way; a ping does not wait for a chunk, since while one is being sent there is
-no silence.
+send. A chunk waits for a ping that is under way; a ping does not wait for a chunk, since while one is being sent there
+is no silence.
 
-What happens next follows from facts that are recorded as they happen (`started`, `gone`, `finished`), never from whether
-something was cancelled:
+What happens next follows from facts that are recorded as they happen (`started`, `gone`, `finished`), never from
+whether something was cancelled:
 
 - `gone`: nothing is sent any more, not even the last frame (on HTTP/2 that could hang). Then the group is cancelled,
   unless the source is detached.
@@ -24,6 +24,7 @@ What is read, and how that may end, is said by the two subclasses in `response.p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +32,7 @@ import anyio
 import anyio.lowlevel
 
 from penstock.errors import StreamInterrupted, single_error
-from penstock.groups import parted, raise_bare, raise_unchanged
+from penstock.groups import parted, raise_bare, raise_cancellation
 from penstock.observer import new_error_id, tell
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceE
 
 Answer = tuple[int, str, str, dict[str, Any]]
 """An error body to be: status, code, words, further members."""
+Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Exchange:
@@ -82,6 +84,8 @@ class Exchange:
         """The pump is."""
         self._aside: anyio.Event | None = None
         """The timer is sending, and sets this when it has."""
+        self._last: bytes | None = None
+        """What the last message says, once that is settled."""
         self._send_scope = anyio.CancelScope()
         self._group = anyio.create_task_group()
         self._last_sent = self._burst_began = anyio.current_time()
@@ -92,7 +96,7 @@ class Exchange:
         raise NotImplementedError
 
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
-        """What the client is told of that: the answer if nothing was sent yet, and otherwise the stream's last words."""
+        """What the client is told of that: the answer if nothing was sent yet, otherwise the stream's last words."""
         raise NotImplementedError
 
     # The three tasks
@@ -112,26 +116,27 @@ class Exchange:
         ending = None
         try:
             ending = self.ending(await self.read())
-            # A source may make an error of its cancellation: then nothing has been said yet, and that needs the shield.
-            await anyio.lowlevel.checkpoint_if_cancelled()
             await self._end(*ending)
         except BaseException as error:
-            cancellation, others = parted(error, anyio.get_cancelled_exc_class())
-            try:
-                if cancellation is None or not (others is None or isinstance(others, Exception)):
-                    raise
-                with anyio.move_on_after(FAREWELL, shield=True):
-                    await self._interrupted(others, ending)
-                if cancellation is not error:
-                    raise_unchanged(cancellation)
+            if not self._is_interruption(error):
                 raise
-            finally:
-                del cancellation, others  # their tracebacks hold this frame
+            with anyio.move_on_after(FAREWELL, shield=True):
+                await self._interrupted(ending)
+            if isinstance(error, BaseExceptionGroup):
+                raise_cancellation(error, anyio.get_cancelled_exc_class())
+            raise
 
-    async def _interrupted(self, others: Exception | None, ending: tuple[Answer | None, bytes] | None) -> None:
-        """The pump was cancelled: say what there is to say, if somebody is there to hear it."""
+    def _is_interruption(self, error: BaseException) -> bool:
+        """Whether the pump was cancelled. What its source raised beside that is reported, and goes no further."""
+        cancellation, others = parted(error, anyio.get_cancelled_exc_class())
+        if cancellation is None or not (others is None or isinstance(others, Exception)):
+            return False
         if others is not None:
             self.report(others)
+        return True
+
+    async def _interrupted(self, ending: tuple[Answer | None, bytes] | None) -> None:
+        """Say what there is still to say, if somebody is there to hear it."""
         if self.send_error is not None or (self.gone and not self.detach):
             return
         if ending is None:
@@ -142,7 +147,7 @@ class Exchange:
             tell(self.response.observer.warning, f"{self.where}: its last words could not be sent: {error!r}")
 
     async def _tick(self) -> None:
-        """Send the headers if they are late, and pings; asleep until the next may be due, whatever is sent meanwhile."""
+        """Send the headers if they are late, and pings; asleep until one may be due, whatever is sent meanwhile."""
         interval = self.response.ping_interval
         while not (self.gone or self.finished or self.head):
             now = anyio.current_time()
@@ -167,7 +172,9 @@ class Exchange:
             pass
         # From here on `receive` is not called again: on Hypercorn it would not return.
         if self.finished:
-            self._group.cancel_scope.cancel(reason="the response is over")  # but for a send that may now hang
+            # The last send may hang now (HTTP/2). But it may also be what brought the news: Hypercorn tells itself in
+            # the middle of that send, which, cut off there, would leave a connection that no timeout ever closes.
+            self._group.cancel_scope.deadline = anyio.current_time() + FAREWELL
         else:
             self._lose_client()
 
@@ -228,37 +235,52 @@ class Exchange:
 
     async def begin(self, *, flush: bool = False) -> None:
         """Send the headers; `flush` if no body follows at once, since a server may keep them back until one does."""
-        self.started = True
-        start = {"type": "http.response.start", "status": self.status, "headers": self.response.raw_headers}
-        await self._deliver(start)
+        await self._start(self.status, self.response.raw_headers)
         if flush:
             await self._body(b"")
+
+    async def respond(self, status: int, headers: Headers = (), body: bytes = b"") -> None:
+        """Send a whole response that is no stream."""
+        kept = [header for header in self.response.raw_headers if header[0] != b"content-type"]
+        await self._start(status, [*kept, *headers])
+        await self._finish(body)
 
     async def _end(self, answer: Answer | None, words: bytes) -> None:
         while self._aside is not None:
             await self._aside.wait()
         if self.finished:
             return
-        if self.started or answer is None:
+        if self._last is not None:
+            await self._finish(self._last)
+        elif self.started or answer is None:
             if not self.started:
                 await self.begin()
-            self.finished = True
             # A client drops half a block at the end of a stream; any words after it would complete it.
-            await self._body(b"" if self.torn or self.head else words, more=False)
-            return
-        status, code, message, members = answer
-        media_type, body = self.dialect.error_body(status, code, message, members)
-        headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            headers.append((b"retry-after", b"1"))
-        await self.respond(status, headers, body)
+            await self._finish(b"" if self.torn else words)
+        else:
+            status, code, message, members = answer
+            media_type, body = self.dialect.error_body(status, code, message, members)
+            headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
+            if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                headers.append((b"retry-after", b"1"))
+            await self.respond(status, headers, body)
 
-    async def respond(self, status: int, headers: list[tuple[bytes, bytes]] | None = None, body: bytes = b"") -> None:
-        """Send a whole response that is no stream."""
-        self.started = self.finished = True
-        kept = [header for header in self.response.raw_headers if header[0] != b"content-type"]
-        await self._deliver({"type": "http.response.start", "status": status, "headers": kept + (headers or [])})
-        await self._body(b"" if self.head else body, more=False)
+    async def _start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        try:
+            await self._deliver({"type": "http.response.start", "status": status, "headers": list(headers)})
+        except BaseException:
+            self.started = False  # a message whose send was cancelled has, as far as one can know, not been sent
+            raise
+
+    async def _finish(self, body: bytes) -> None:
+        self.finished = True
+        self._last = b"" if self.head else body
+        try:
+            await self._body(self._last, more=False)
+        except BaseException:
+            self.finished = False  # if it was sent after all, the server refuses it the second time
+            raise
 
     async def _body(self, body: bytes, *, more: bool = True) -> None:
         await self._deliver({"type": "http.response.body", "body": body, "more_body": more})

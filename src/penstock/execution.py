@@ -26,7 +26,7 @@ import trio
 from penstock.chunks import blocks_of, opened, status_of
 from penstock.committer import Outbox
 from penstock.endings import Facts, ending_of
-from penstock.errors import words_of_error_event
+from penstock.errors import RunCancelled, RunEnded, single_error, words_of_error_event
 from penstock.observer import new_error_id, tell
 from penstock.runs import CAUSES, Cause
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from penstock.timers import Timer, Timers
 
 WRITES_PER_CHECKPOINT: Final = 32
-"""A producer that never waits itself is made to after so many chunks: a checkpoint for each would cost more than the chunk."""
+"""A producer that never waits itself is made to after so many chunks: one each time would cost more than the chunk."""
 STUCK_REPORT_INTERVAL: Final = 10.0
 """Seconds between two reports of where a stuck producer stands."""
 
@@ -187,10 +187,11 @@ class Execution:
         self._expect_to_leave()
 
     async def write(self, chunk: Any) -> bool:
-        """Put a chunk into the outbox, after waiting for room; False if it ends the run.
+        """Put a chunk into the outbox, after waiting for room; False if it ends the run. Dropped after a cause.
 
         Raises:
             InvalidChunk: nothing of the chunk is stored.
+            RunEnded: another task has written what ends the run, while this one waited for room.
         """
         office, outbox = self._office, self.outbox
         self._waiting_since = None
@@ -198,6 +199,8 @@ class Execution:
         if office.committer.is_full(outbox) or self.cause is not None or self._writes % WRITES_PER_CHECKPOINT == 0:
             await office.committer.room(outbox)
         self._waiting_since = trio.current_time()
+        if self.ended:
+            raise RunEnded(self.run.id)
         if self.cause is not None or outbox.closing:
             return not outbox.closing
         chunk, refusal = status_of(chunk)
@@ -258,7 +261,7 @@ class Execution:
         blocks, self._ending = ending_of(
             facts, self._office.dialect, error_id=error_id, expose_errors=settings.expose_errors
         )
-        if facts.error is not None:
+        if facts.error is not None and not isinstance(single_error(facts.error), RunCancelled):
             tell(self._office.observer.on_error, facts.error, error_id=error_id, where=f"run {self.run.id}")
         if not self.settled.is_set():
             self._office.committer.close(self.outbox, blocks, self._ending)

@@ -84,7 +84,7 @@ class Follower:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._page, self._tail = [], None
+        self._page, self._next, self._tail = [], 0, None
         await self._held.aclose()
 
     def __aiter__(self) -> Self:

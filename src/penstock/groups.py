@@ -41,6 +41,15 @@ def raise_unchanged(error: BaseException) -> NoReturn:
         del error, context  # the traceback holds this frame
 
 
+def raise_cancellation(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
+    """Raise one of the cancellations in `group`, alone; call it while `group` is being handled."""
+    cancellation, _ = parted(group, cancelled)
+    try:
+        raise_unchanged(cancellation or group)
+    finally:
+        del group, cancellation, _
+
+
 def is_cancellation(error: BaseException, cancelled: type[BaseException]) -> bool:
     """Whether `error` is a cancellation, or a group of nothing else."""
     if isinstance(error, BaseExceptionGroup):

@@ -10,6 +10,8 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol
 
+from penstock.errors import PublicError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -64,8 +66,11 @@ class LoggingObserver:
         )
 
     def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
-        """The traceback, at level ERROR."""
-        logger.error("%s: %s [%s]", where, error, error_id, exc_info=error)
+        """The traceback, at level ERROR; of an error that was meant for the client one line, at level WARNING."""
+        if isinstance(error, PublicError):
+            logger.warning("%s: %s: %s [%s]", where, error.code, error.message, error_id)
+        else:
+            logger.error("%s: %s [%s]", where, error, error_id, exc_info=error)
 
     def warning(self, message: str) -> None:
         """One line, at level WARNING."""

@@ -1,6 +1,7 @@
 """`EventStreamResponse`: a stream of Server-Sent Events as an ASGI response, on Trio and on asyncio.
 
-The table says how a stream ends. `exchange.py` has the machinery: one task group with the pump, the timer and the listener.
+The table says how a stream ends. `exchange.py` has the machinery: a task group with the pump, the timer and the
+listener.
 
 | what happens | nothing was sent yet | later |
 |---|---|---|
@@ -14,8 +15,8 @@ The table says how a stream ends. `exchange.py` has the machinery: one task grou
 Behind a *follower* there is a run that goes on without its reader. A failure there says nothing of how the run ends, so
 later on it is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor.
 
-There is no Trio in here, so any ASGI server will do. What is lost on asyncio: a cancellation from outside is delivered once,
-and a source that swallows it runs on.
+There is no Trio in here, so any ASGI server will do. What is lost on asyncio: a cancellation from outside is delivered
+once, and a source that swallows it runs on.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ _WITHOUT_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTEN
 class BodySource(Protocol):
     """A reader of a run, such as `Supervisor.follow` makes: it is handed to the response un-entered."""
 
-    at_end: bool
-    """Once entered: the run has ended, and nothing follows the cursor. The answer is an empty 204."""
+    @property
+    def at_end(self) -> bool:
+        """Once entered: the run has ended, and nothing follows the cursor. The answer is an empty 204."""
 
     async def __aenter__(self) -> Any:
         """Look the run up; a `PenstockError` becomes the answer, with its status."""
@@ -76,29 +78,33 @@ class BodySource(Protocol):
         """Let go of the run."""
 
     async def next_body(self, limit: int) -> bytes:
-        """Wait for whole blocks, and return what is ready, if possible at most `limit` bytes of it; `b""` at the end."""
+        """Wait for whole blocks, and return what is ready, if possible at most `limit` bytes; `b""` at the end."""
 
 
 class EventStreamResponse(Response):
     """Streams a source to the client; to be returned from an endpoint of Starlette or FastAPI.
 
-    The source is opened, iterated and closed in the task that serves the request. When the call returns, the response is
-    over and the source's `finally` blocks have run; then `background` runs, also if the client has gone away. A cancellation
-    from outside, such as the server's shutdown, reaches the source, leaves half a second for last words, and is raised.
+    The source is opened, iterated and closed in the task that serves the request. When the call returns, the response
+    is over and the source's `finally` blocks have run; then `background` runs, also if the client has gone away. A
+    cancellation from outside, such as the server's shutdown, reaches the source, leaves half a second for last words,
+    and is raised.
 
     Args:
-        source: an async iterable of chunks, an async context manager that hands one out, or an awaitable of either; or a
-            follower (`BodySource`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or a tuple of one
-            of these and an HTTP status. The first chunk's status is the response's; a later one is an error unless 2xx.
+        source: an async iterable of chunks, an async context manager that hands one out, or an awaitable of either; or
+            a follower (`BodySource`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or a tuple
+            of one of these and an HTTP status. The first chunk's status is the response's; a later one ends the stream
+            as an error unless it is 2xx.
         status_code: the status if the first chunk says none.
         headers: further headers. `Cache-Control: no-store` and `X-Accel-Buffering: no` are set unless these set them.
         media_type: without the charset, which is UTF-8.
         background: as in any Starlette response.
-        ping_interval: a ping is sent after so many seconds in which nothing was; None: never. (After more than 256 sends at
-            full speed, one ping may come early.)
+        ping_interval: a ping is sent after so many seconds in which nothing was; None: never. (After more than 256
+            sends at full speed, one ping may come early.)
         on_disconnect: what becomes of the source when the client goes away: `"cancel"` it, for the reason "client
-            disconnected", or `"detach"` it, that is, let it run to its end. A follower is always cancelled: its run goes on.
-        first_chunk_timeout: after so many seconds without a chunk the headers are sent all the same, with `status_code`.
+            disconnected", or `"detach"` it, that is, let it run to its end. A follower is always cancelled; its run is
+            not.
+        first_chunk_timeout: after so many seconds without a chunk the headers are sent all the same, with
+            `status_code`.
         dialect: how pings, errors and cancels are spelled: `"plain"` or `"letta"`.
         expose_errors: show clients the words of every exception, not only those of a `PublicError`.
         observer: is told of errors, with the id that clients are shown; the default writes to the logger `penstock`.
@@ -162,6 +168,8 @@ class _DirectExchange(Exchange):
     """The source is all there is: how it ends is how the stream ends."""
 
     async def read(self) -> Exception | None:
+        """Pass on what the source yields. What is no chunk closes it, as a `break` would: it is not raised in there."""
+        dialect = self.dialect
         verdict: Exception | None = None
         try:
             if self.head:
@@ -170,10 +178,10 @@ class _DirectExchange(Exchange):
             async with opened(self.source) as chunks:
                 async for chunk in chunks:
                     if type(chunk) is bytes and chunk[-2:] == b"\n\n":
-                        body = chunk  # as nearly every chunk is, and as it has to be
+                        body = chunk
                     else:
                         try:
-                            body = self._body_of_pair(*chunk) if isinstance(chunk, tuple) else bytes_of(chunk, dialect)
+                            body = self._body_of_pair(chunk) if isinstance(chunk, tuple) else bytes_of(chunk, dialect)
                         except (InvalidChunk, PublicError, StreamRejected) as error:
                             verdict = error
                             break
@@ -193,16 +201,14 @@ class _DirectExchange(Exchange):
         elif hasattr(self.source, "aclose"):
             await self.source.aclose()
 
-    def _body_of(self, chunk: object) -> bytes:
-        if not isinstance(chunk, tuple):
-            return bytes_of(chunk, self.dialect)
-        content, refusal = status_of(chunk)
+    def _body_of_pair(self, pair: tuple[Any, ...]) -> bytes:
+        content, refusal = status_of(pair)
         if self.started:
-            if refusal is not None:
-                code, words = refusal
-                raise PublicError(words, code)
-            return bytes_of(content, self.dialect)
-        status = chunk[1]
+            if refusal is None:
+                return bytes_of(content, self.dialect)
+            code, words = refusal
+            raise PublicError(words, code)
+        status = pair[1]
         if status in _WITHOUT_BODY:
             raise InvalidChunk(f"a response with status {status} has no body, so it cannot be a stream's")
         try:
@@ -210,18 +216,20 @@ class _DirectExchange(Exchange):
         except InvalidChunk:
             if refusal is None or status < HTTPStatus.BAD_REQUEST:
                 raise
-            raise StreamRejected(status, *refusal) from None  # words for people, not a block: an error body then
+            raise StreamRejected(status, *refusal) from None  # words for people instead of a block: an error body
         self.status = status
         return body
 
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+        """See the table at the top of the module."""
         if error is None:
             return None, b""
         cause = single_error(error)
         if isinstance(cause, RunCancelled):
             reason = None if cause.reason is None else _encodable(cause.reason)
             return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
-        answer = status, code, words, members = _answer_to(cause, expose_errors=self.response.expose_errors)
+        answer = _answer_to(cause, expose_errors=self.response.expose_errors)
+        _, code, words, members = answer
         if not self.started and _is_refusal(cause):
             return answer, b""
         members["error_id"] = error_id = self.report(error)
@@ -229,7 +237,7 @@ class _DirectExchange(Exchange):
 
 
 class _FollowerExchange(Exchange):
-    """The source is a reader of a run: the run's entries say how it ends, and a failure of the reader is none of the run."""
+    """The source reads a run: the run's entries say how that ends, and a failure of the reader is not the run's."""
 
     def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
         super().__init__(response, scope, receive, send)
@@ -237,6 +245,7 @@ class _FollowerExchange(Exchange):
         self.detach = False  # a reader without a client has nothing to do
 
     async def read(self) -> Exception | None:
+        """Pass on what the run says, as much in one send as there is."""
         follower: BodySource = self.response.source
         try:
             async with follower:
@@ -253,6 +262,7 @@ class _FollowerExchange(Exchange):
         return None
 
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+        """See the table at the top of the module."""
         if error is None:
             return None, b""
         cause = single_error(error)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -27,10 +29,13 @@ from penstock.log import Lease
 from penstock.log.fetcher import Fetcher
 from penstock.log.tail import Tails
 from penstock.observer import new_error_id, tell
+from penstock.runs import Cause
 from penstock.timers import Timers
 from penstock.watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
     from penstock.log import EventLog
     from penstock.observer import Observer
     from penstock.runs import Run
@@ -45,8 +50,12 @@ class Services:
         """The supervisor's name in the log."""
         self.failure: BaseException | None = None
         """What a service died of, if one did."""
+        self.interrupted = False
+        """Every run has been cancelled, as a shutdown does, and those to come will be."""
         self.live: dict[str, Execution] = {}
         """The runs of this process that have not both settled and left."""
+        self._starts: dict[object, dict[str, str | None]] = {}
+        """The starts under way, each with the cancel requests since its beginning that were for no live run."""
         self.tails = Tails(
             max_entries=settings.tail_entries,
             max_bytes=settings.tail_bytes,
@@ -65,14 +74,14 @@ class Services:
         dialect = dialect_named(settings.dialect)
         office = Office(self.committer, self.timers, settings, dialect, observer, self._execution_changed)
         self._office = office
-        self._watch = Watch(log, self.owner, self.live, office)
+        self._watch = Watch(log, self.owner, self.live, office, self._deliver)
         self.fetcher = Fetcher(
             log, self.tails, spacing=settings.commit_spacing, on_cancel=self._watch.wake, on_warning=self._warn
         )
         self._log = log
         self._settings = settings
         self._observer = observer
-        self._scope = trio.CancelScope(shield=True)
+        self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -80,12 +89,46 @@ class Services:
         """A lease for one more run, with an epoch of its own."""
         return Lease(self.owner, secrets.token_hex(16), self._settings.lease)
 
-    def admit(self, run: Run, lease: Lease) -> Execution:
-        """The execution of a run whose record has just been created."""
-        tail = self.tails.acquire(run.id)
+    @contextmanager
+    def starting(self) -> Iterator[Callable[[Run, Lease], Execution]]:
+        """A start is under way: the services wait for it, and a cancel request that overtakes its reply is kept.
+
+        Yields:
+            What makes the run's execution, in the step in which its record is known to be there.
+        """
+        start = object()
+        early = self._starts[start] = {}
+        try:
+            yield partial(self._admit, early)
+        finally:
+            del self._starts[start]
+            self._changed.unpark_all()
+
+    def _admit(self, early: dict[str, str | None], run: Run, lease: Lease) -> Execution:
+        tail = self.tails.acquire(run.id, new=True)
         tail.fed = True
         execution = self.live[run.id] = Execution(run, lease.epoch, tail, self._office)
+        if self.failure is not None:
+            execution.forsake()
+        elif self.interrupted:
+            execution.stop(Cause.SHUTDOWN)
+        elif run.id in early:
+            execution.stop(Cause.CANCEL, early[run.id])
         return execution
+
+    def _deliver(self, run_id: str, reason: str | None) -> None:
+        """A cancel request for a run of this supervisor, which may be over, or whose start may be under way."""
+        if run_id in self.live:
+            self.live[run_id].stop(Cause.CANCEL, reason)
+        else:
+            for early in self._starts.values():
+                early[run_id] = reason
+
+    def interrupt(self) -> None:
+        """Cancel every run of this process, as a shutdown does, and those whose start is under way."""
+        self.interrupted = True
+        for execution in list(self.live.values()):
+            execution.stop(Cause.SHUTDOWN)
 
     async def all_settled(self) -> None:
         """Wait until the ending of every run is stored. A checkpoint, unless there is nothing to wait for."""
@@ -94,11 +137,14 @@ class Services:
 
     @property
     def unsettled(self) -> int:
-        """The runs whose ending is not stored yet."""
-        return sum(not execution.settled.is_set() for execution in self.live.values())
+        """The runs whose ending is not stored yet, with those whose start is under way."""
+        return len(self._starts) + sum(not execution.settled.is_set() for execution in self.live.values())
 
     async def run(self, stop: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
-        """Run the services until `end`; if one dies, record it and cancel `stop`."""
+        """Run the services until `end`; if one dies, record it and cancel `stop`.
+
+        Until they have started this can be cancelled from outside, and raises what keeps them from starting.
+        """
         services = (
             self.committer.run,
             self.timers.run,
@@ -111,26 +157,37 @@ class Services:
             with self._scope:
                 async with self._log.wakeups(self.owner) as wakeups:
                     self.fetcher.connect(wakeups)
+                    # `started` leaves a cancelled task where it is, and under the shield it would stay there for ever.
+                    await trio.lowlevel.checkpoint()
+                    self._scope.shield = True
                     async with trio.open_nursery() as self._nursery:
                         for service in services:
-                            self._nursery.start_soon(service)
+                            self._nursery.start_soon(_serve, service, name=service.__qualname__)
                         task_status.started()
-        except Exception as error:  # noqa: BLE001  (a service died: recorded here, raised by open_supervisor)
-            self._fail(error)
+        except Exception as error:
+            if not self._scope.shield:
+                raise
+            self._fail(error)  # a service died: recorded here, raised by open_supervisor
             stop.cancel(reason="a service of the supervisor died")
         finally:
             self._nursery = None
 
     async def end(self) -> None:
-        """The last run has left: give what is pending its time, then end the services."""
-        with trio.move_on_after(self._settings.finalize_timeout, shield=True):
+        """The last run has left: give what is pending its time, then end the services.
+
+        A run that is written by hand may still be there, since its body is somebody else's task: it has its grace.
+        """
+        timeout = self._settings.finalize_timeout
+        if not all(execution.concluded for execution in self.live.values()):
+            timeout += self._settings.cancel_grace
+        with trio.move_on_after(timeout, shield=True):
             await self.all_settled()
         self.fetcher.release(ReaderReleased("the supervisor has ended; come back with the cursor"), everyone=True)
         self._scope.cancel(reason="the supervisor has ended")
 
     def _fail(self, error: Exception) -> None:
         self.failure = single_error(error)
-        tell(self._observer.on_error, error, error_id=new_error_id(), where="the supervisor's services")
+        tell(self._observer.on_error, self.failure, error_id=new_error_id(), where="the supervisor's services")
         released = SupervisorFailed("a service of the supervisor died; come back with the cursor")
         self.fetcher.release(released, everyone=True)
         for execution in list(self.live.values()):
@@ -142,9 +199,16 @@ class Services:
             tail.fed = False
             if self._nursery is not None:
                 self._nursery.start_soon(self.fetcher.adopt, execution.run.id)
-        if execution.left and execution.settled.is_set() and self.live.pop(execution.run.id, None) is not None:
-            self.tails.give_back(tail)
+        if execution.left and execution.settled.is_set() and self.live.get(execution.run.id) is execution:
+            del self.live[execution.run.id]
+            self.fetcher.give_back(tail)
         self._changed.unpark_all()
 
     def _warn(self, message: str) -> None:
         tell(self._observer.warning, message)
+
+
+@trio.lowlevel.enable_ki_protection
+async def _serve(service: Callable[[], Awaitable[None]]) -> None:
+    """Run a service. Ctrl-C goes to the program's own code, which then ends the services in good order."""
+    await service()

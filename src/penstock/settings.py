@@ -59,6 +59,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         dialect_named(self.dialect)
+        if not isinstance(self.expose_errors, bool):  # "false" would count as True, and show what must be hidden
+            raise ConfigurationError(f"expose_errors is True or False, not {self.expose_errors!r}")
         for knob in fields(self):
             value = getattr(self, knob.name)
             least = knob.metadata.get("least")

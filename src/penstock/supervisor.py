@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, Awaitable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -29,7 +30,6 @@ from penstock.errors import (
     ReaderReleased,
     SupervisorFailed,
 )
-from penstock.execution import Execution
 from penstock.follower import Follower
 from penstock.groups import raise_bare
 from penstock.log import CancelStatus, Idempotency
@@ -42,6 +42,7 @@ from penstock.writer import RunWriter, writing
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from penstock.execution import Execution
     from penstock.log import CancelReply, EventLog, Started
     from penstock.observer import Observer
     from penstock.runs import RunStatus
@@ -126,7 +127,9 @@ class Supervisor:
         metadata: Mapping[str, Any] | None = None,
     ) -> Started:
         """`start`, and whether the run was created by this call or found under its idempotency key."""
-        if args and not callable(producer):
+        # What `asynccontextmanager` makes can be called, too, as a decorator: a source is not to be.
+        call = callable(producer) and not isinstance(producer, AbstractAsyncContextManager | AsyncIterable | Awaitable)
+        if args and not call:
             raise ValueError("arguments are for a producer that can be called, and this one cannot")
         name = name or str(getattr(producer, "__qualname__", type(producer).__name__))
         idempotency = (
@@ -136,7 +139,7 @@ class Supervisor:
         )
         started, execution = await self._begin(name, run_id, metadata, idempotency, timeout, max_silence)
         if execution is not None:
-            make_source = partial(producer, *args) if callable(producer) else lambda: producer
+            make_source = partial(producer, *args) if call else lambda: producer
             assert self._runs is not None  # noqa: S101  (or _begin would have refused)
             self._runs.start_soon(execution.execute, make_source, name=f"run {started.run.id}")
         return started
@@ -272,12 +275,11 @@ class Supervisor:
     def interrupt(self) -> None:
         """Cancel every run of this process now, as a shutdown does. Synchronous."""
         self.draining = True
-        for execution in list(self._services.live.values()):
-            execution.stop(Cause.SHUTDOWN)
+        self._services.interrupt()
 
     @property
     def live_runs(self) -> int:
-        """The runs of this process that have not settled yet."""
+        """The runs of this process that have not settled yet, with those whose start is under way."""
         return self._services.unsettled
 
     @property
@@ -313,22 +315,32 @@ class Supervisor:
         timeout: float | None,  # noqa: ASYNC109  (the run's, not this call's)
         max_silence: float | None,
     ) -> tuple[Started, Execution | None]:
-        """Create the record and the execution; no checkpoint comes between them."""
+        """Create the record and the execution; no checkpoint comes between them.
+
+        If all runs have been interrupted by then, or a service has died, the run ends before it has begun.
+        """
         self._refuse()
         check_duration("timeout", timeout)
         check_duration("max_silence", max_silence)
-        metadata = dict(metadata or {})
-        json.dumps([name, metadata], ensure_ascii=False, allow_nan=False).encode()
+        try:
+            metadata = dict(metadata or {})
+            json.dumps([name, metadata], ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"the name of a run is a str, and its metadata a JSON object: {error}") from error
         run = Run(
             new_run_id() if run_id is None else check_run_id(run_id), name, created_at=time.time(), metadata=metadata
         )
         lease = self._services.lease()
-        started = await self.log.start(run, lease, idempotency)
-        if not started.created:
-            return started, None
-        execution = self._services.admit(started.run, lease)
+        with self._services.starting() as admit:
+            started = await self.log.start(run, lease, idempotency)
+            if not started.created:
+                return started, None
+            execution = admit(started.run, lease)
         execution.limit(timeout=timeout, max_silence=max_silence)
         tell(self.observer.run_started, started.run)
+        if self._services.interrupted or self._services.failure is not None:
+            await execution.leave(None)
+            self._refuse()
         return started, execution
 
 
@@ -353,6 +365,7 @@ async def open_supervisor(
     Raises:
         ConfigurationError: a knob is unknown, or has a value that it cannot have.
         SupervisorFailed: a service died; the exception it died of is the cause.
+        LogUnavailable: the log cannot be reached to begin with.
     """
     supervisor = Supervisor(log, Settings.of(knobs), LoggingObserver() if observer is None else observer)
     try:

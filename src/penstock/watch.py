@@ -18,7 +18,7 @@ from penstock.observer import new_error_id, tell
 from penstock.runs import Cause
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from penstock.execution import Execution, Office
     from penstock.log import EventLog
@@ -39,13 +39,22 @@ class Watch:
         owner: the supervisor's name there.
         live: the executions that are not over yet, by run id.
         office: what they share.
+        deliver: called with each cancel request: a run id and a reason.
     """
 
-    def __init__(self, log: EventLog, owner: str, live: Mapping[str, Execution], office: Office) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        owner: str,
+        live: Mapping[str, Execution],
+        office: Office,
+        deliver: Callable[[str, str | None], None],
+    ) -> None:
         self._log = log
         self._owner = owner
         self._live = live
         self._office = office
+        self._deliver = deliver
         self._cancel_came = trio.Event()
 
     def wake(self) -> None:
@@ -66,8 +75,7 @@ class Watch:
                 continue
             pause = interval
             for run_id, reason in requests.items():
-                if run_id in self._live:
-                    self._live[run_id].stop(Cause.CANCEL, reason)
+                self._deliver(run_id, reason)
 
     async def renewals(self) -> None:
         """Renew the leases of all live runs, three times in the length of a lease."""

@@ -42,7 +42,8 @@ class RunWriter:
             chunk: an `Event`, or `str` or `bytes` holding whole SSE blocks.
 
         Returns:
-            The seq of the chunk's last entry.
+            The seq of the chunk's last entry; of the entry before it if the chunk was dropped, because the run has been
+            cancelled and the body is still writing.
 
         Raises:
             InvalidChunk: it is not a chunk; nothing of it is stored.
@@ -52,7 +53,7 @@ class RunWriter:
         if self._execution.ended:
             raise RunEnded(self.id)
         if not await self._execution.write(chunk):
-            self._execution.ended = True
+            self._execution.finish()
         return self._execution.outbox.seq
 
     async def flush(self) -> None:
@@ -72,9 +73,9 @@ async def writing(execution: Execution, committer: Committer) -> AsyncIterator[R
                 yield RunWriter(execution, committer)
             except BaseException as error:
                 cut_short = _holds_cancelled(error)
+                execution.finish(error)
                 raise
-            finally:
-                execution.ended = True
+            execution.finish()
     except BaseException as error:
         raised = error
         raise

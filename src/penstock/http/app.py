@@ -33,6 +33,7 @@ from penstock.answers import Answer, answer_to, is_refusal
 from penstock.dialects import dialect_named
 from penstock.errors import ConfigurationError, PenstockError, RunEnded, StreamRejected, SupervisorFailed
 from penstock.http import requests
+from penstock.http.bodies import WholeRequests
 from penstock.http.page import page
 from penstock.log import CancelStatus
 from penstock.log.urls import open_log
@@ -44,6 +45,8 @@ from penstock.supervisor import Supervisor, open_supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
+
+    from starlette.types import ASGIApp
 
     from penstock.follower import Follower
     from penstock.log import EventLog
@@ -74,11 +77,18 @@ class Service:
         self.max_body_bytes = max_body_bytes
         self.failed = trio.Event()
         """Set when a service of the supervisor has died."""
+        self.startup_error: Exception | None = None
+        """What kept log or supervisor from opening; a server tells no more of it than its words."""
         self._log = log
         self.observer: Observer = LoggingObserver() if observer is None else observer
         self._knobs = dict(knobs)
         self._supervisor: Supervisor | None = None
         self._stopping = trio.Event()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a supervisor, or was."""
+        return self._supervisor is not None
 
     @property
     def supervisor(self) -> Supervisor:
@@ -92,7 +102,7 @@ class Service:
         return self._supervisor
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold log and supervisor open until `stop`. What goes wrong before they are open is raised; later it is recorded."""
+        """Hold log and supervisor open until `stop`. What goes wrong is raised before they are open, recorded later."""
         started = False
         try:
             async with AsyncExitStack() as stack:
@@ -103,14 +113,23 @@ class Service:
                 started = True
                 task_status.started()
                 await self._stopping.wait()
-        except Exception:  # the supervisor has told its observer what it died of
+        except Exception as error:  # the supervisor has told its observer what it died of
             if not started:
+                self.startup_error = error
                 raise
             self.failed.set()
 
     def stop(self) -> None:
         """Let `run` return, when the supervisor's runs are over."""
         self._stopping.set()
+
+
+class _Application(Starlette):
+    """Starlette, with `WholeRequests` around all of it, its own error page included."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The middleware around the routes."""
+        return WholeRequests(super().build_middleware_stack())
 
 
 def create_app(
@@ -159,7 +178,7 @@ def create_app(
             finally:
                 service.stop()
 
-    app = Starlette(
+    app = _Application(
         routes=[
             Route("/", index, methods=["GET"]),
             Route("/v1/runs", start_or_list_runs, methods=["GET", "POST"]),  # one route, or Allow would name one method
@@ -198,11 +217,9 @@ async def start_run(request: Request) -> Response:
     service = service_of(request)
     wanted = requests.start_request(await requests.json_body(request, service.max_body_bytes), request.headers)
     if wanted.producer not in service.producers:
-        raise StreamRejected(
-            400,
-            "UNKNOWN_PRODUCER",
-            f"there is no producer {wanted.producer!r:.200}; there are: {', '.join(sorted(service.producers)) or 'none'}",
-        )
+        known = ", ".join(sorted(service.producers)) or "none"
+        words = f"there is no producer {wanted.producer!r:.200}; there are: {known}"
+        raise StreamRejected(400, "UNKNOWN_PRODUCER", words)
     started = await service.supervisor.start_once(
         service.producers[wanted.producer],
         wanted.input,

@@ -1,4 +1,4 @@
-"""What comes in over HTTP, checked: each function returns plain values, or refuses with a status, a code and what to do.
+"""What comes in over HTTP, checked: plain values come out, or a refusal with a status, a code and what to do.
 
 A refusal is a `StreamRejected`. Nothing here does I/O but `json_body`, which reads no more of a body than its limit.
 """
@@ -6,8 +6,9 @@ A refusal is a `StreamRejected`. Nothing here does I/O but `json_body`, which re
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -23,6 +24,8 @@ MAX_LIST: Final = 1000
 """The most records that one list holds."""
 MAX_REASON: Final = 1000
 """The most characters of a cancel's reason."""
+MAX_DEPTH: Final = 100
+"""The most levels of arrays and objects in a body."""
 MAX_KEY: Final = 255
 """The most characters of an idempotency key."""
 
@@ -58,15 +61,17 @@ class StreamRequest:
 async def json_body(request: Request, limit: int) -> dict[str, Any]:
     """The request's body, a JSON object; no body is the same as `{}`. At most `limit` bytes of it are read."""
     read = bytearray()
-    async for piece in request.stream():
-        read += piece
-        if len(read) > limit:
-            raise StreamRejected(413, "BODY_TOO_LARGE", f"a request's body is at most {limit} bytes")
+    async with aclosing(request.stream()) as pieces:
+        async for piece in pieces:
+            read += piece
+            if len(read) > limit:
+                raise StreamRejected(413, "BODY_TOO_LARGE", f"a request's body is at most {limit} bytes")
     if not read.strip():
         return {}
     try:
         body = json.loads(read.decode(), parse_constant=_refuse_constant)
-        json.dumps(body, ensure_ascii=False).encode()
+        _check_depth(body)
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is read as infinity
     except UnicodeError:
         raise StreamRejected(400, "BAD_JSON", "the body is not UTF-8, or escapes half of a surrogate pair") from None
     except (ValueError, RecursionError) as error:
@@ -78,6 +83,17 @@ async def json_body(request: Request, limit: int) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what is nested so deeply that a later step, deeper in the stack, could not write it as JSON again."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in children for child in each if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def run_id(path_params: Mapping[str, Any]) -> str:
@@ -120,7 +136,10 @@ def start_request(body: Mapping[str, Any], headers: Mapping[str, str]) -> StartR
 
 
 def stream_request(body: Mapping[str, Any], query: Mapping[str, str], headers: Mapping[str, str]) -> StreamRequest:
-    """Where a stream starts. `Last-Event-ID` wins over `starting_after`, and the body over the query; other members are ignored."""
+    """Where a stream starts.
+
+    `Last-Event-ID` wins over `starting_after`, and the body over the query; other members are ignored.
+    """
     given = {**query, **body}
     after = headers.get("last-event-id") or given.get("starting_after")
     last = given.get("tail")
@@ -166,7 +185,7 @@ def _duration(body: Mapping[str, Any], name: str) -> float | None:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         _bad_request(f'"{name}" is a number of seconds above 0')
     return float(value)
 

@@ -21,7 +21,8 @@ import hypercorn.trio
 import trio
 from hypercorn.config import Config
 
-from penstock.errors import ConfigurationError, SupervisorFailed
+from penstock.errors import ConfigurationError, SupervisorFailed, single_error
+from penstock.groups import raise_unchanged
 from penstock.http.app import Service
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
         task_status: is given the URLs that are served, once connections are accepted.
 
     Raises:
-        ConfigurationError: the application or the configuration cannot be served.
+        ConfigurationError: the application or the configuration cannot be served, or the event log's URL be opened.
+        OSError: the address cannot be bound.
         SupervisorFailed: a service of the supervisor died.
     """
     config = Config() if config is None else config
@@ -74,12 +76,15 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
     if config.read_timeout is not None:
         raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
     down = trio.Event()
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(_shut_down, service, signals, shutdown_trigger, abandon, down)
-            framework = cast("Framework", app)  # Hypercorn's types of an ASGI application are narrower than Starlette's
-            await hypercorn.trio.serve(framework, config, shutdown_trigger=down.wait, task_status=task_status)
-            scope.cancel(reason="the server has ended")
+    try:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_shut_down, service, signals, shutdown_trigger, abandon, down, scope)
+                framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
+                await hypercorn.trio.serve(framework, config, shutdown_trigger=down.wait, task_status=task_status)
+                scope.cancel(reason="the server has ended")
+    except BaseExceptionGroup as group:  # of Hypercorn's nurseries and this one: the caller should see what went wrong
+        raise_unchanged(service.startup_error or single_error(group))
     if service.failed.is_set():
         raise SupervisorFailed("a service of the supervisor died")
 
@@ -90,9 +95,10 @@ async def _shut_down(
     shutdown_trigger: Callable[[], Awaitable[object]] | None,
     abandon: Callable[[Sequence[StuckRun]], None] | None,
     down: trio.Event,
+    server: trio.CancelScope,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Wait for a reason to shut down, drain, and set `down`."""
+    """Wait for a reason to shut down, drain, and set `down`; before the start is over, cancel the `server`."""
     asked = trio.Event()
     async with trio.open_nursery() as nursery:
         if signals:
@@ -102,6 +108,9 @@ async def _shut_down(
                 nursery.start_soon(_set_after, reason, asked)
         task_status.started()
         await asked.wait()
+        if not service.running:
+            server.cancel(reason="shut down before it had started")
+            await trio.lowlevel.checkpoint()
         if not service.failed.is_set():
             await _drain(service)
         down.set()
@@ -117,7 +126,7 @@ async def _listen(
     with trio.open_signal_receiver(*signals) as received:
         task_status.started()
         async for _ in received:
-            if asked.is_set():
+            if asked.is_set() and service.running:
                 service.supervisor.interrupt()
             asked.set()
 

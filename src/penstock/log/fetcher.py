@@ -73,11 +73,15 @@ class Fetcher:
                 await self._wakeups.subscribe(run_id)
             yield tail
         finally:
-            if self._tails.give_back(tail):
-                self._wakeups.unsubscribe(run_id)
+            self.give_back(tail)
+
+    def give_back(self, tail: Tail) -> None:
+        """One user less of a tail; the last one leaves nothing behind."""
+        if self._tails.give_back(tail) and self._tails.get(tail.run_id) is None:
+            self._wakeups.unsubscribe(tail.run_id)
 
     def release(self, error: PenstockError, *, everyone: bool = False) -> None:
-        """Send away the readers of runs that live elsewhere, or of all runs, and those to come. Runs that have ended are read on."""
+        """Send away the readers of runs that live elsewhere, or of all, and those to come; ended runs are read on."""
         self._released = error
         for tail in self._tails.all():
             if everyone or not tail.fed:
@@ -85,10 +89,17 @@ class Fetcher:
 
     async def adopt(self, run_id: str) -> None:
         """Feed a tail whose run this process has lost to another owner."""
-        async with self.reading(run_id) as tail:
-            behind = {run_id: tail.last}
-            while behind:
-                behind = await self._fetch(behind)
+        while True:
+            try:
+                async with self.reading(run_id) as tail:
+                    behind = {run_id: tail.last}
+                    while behind:
+                        behind = await self._fetch(behind)
+            except LogUnavailable as error:
+                self._on_warning(f"cannot follow {run_id}: {error}; trying again in {RETRY} s")
+            else:
+                return
+            await trio.sleep(RETRY)
 
     async def run(self) -> None:
         """Do it, until cancelled."""
@@ -125,6 +136,8 @@ class Fetcher:
                 continue
             if page.entries:
                 tail.extend(page.entries)
+            else:  # trimmed away already: its readers will find that out, and nobody else waits for it
+                tail.advance(page.run.seq, ended=page.run.status.terminal)
             if tail.last < page.run.seq:
                 still[run_id] = tail.last
         return still

@@ -4,8 +4,8 @@ Every operation is one step of one task: it never waits in the middle, so it is 
 happened or not. Several supervisors of the same process may share one MemoryLog; to them it behaves like any other log.
 
 Limits, oldest first: a run keeps `max_entries` entries and `max_run_bytes`; all runs together keep `max_bytes`, for
-which the oldest *ended* runs are dropped, and then the oldest entries of the run that is being written. An ended run is
-kept for `ttl` seconds; a running one never expires.
+which the oldest *ended* runs are dropped, and then the oldest entries of the run that is being written, but never its
+newest entry. An ended run is kept for `ttl` seconds; a running one never expires.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class MemoryLog:
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
         """Store every batch, each on its own. A checkpoint."""
         await trio.lowlevel.checkpoint()
+        self._expire()
         return [self._append(batch) for batch in batches]
 
     def _append(self, batch: Batch) -> Appended:
@@ -143,7 +144,7 @@ class MemoryLog:
     def _store(self, stored: _Stored, entries: Sequence[Entry], ending: Ending | None) -> None:
         ring, before = stored.ring, stored.ring.size
         ring.extend(entries)
-        ring.trim(self._max_entries, self._max_run_bytes)
+        ring.trim(self._max_entries, max(self._max_run_bytes, len(entries[-1].wire)))
         self._size += ring.size - before
         if ending is None:
             stored.run = replace(stored.run, seq=ring.last)
@@ -165,6 +166,7 @@ class MemoryLog:
     async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
         """A page for each run. A checkpoint."""
         await trio.lowlevel.checkpoint()
+        self._expire()
         return {
             run_id: self._page(stored, after, PAGE_ENTRIES, PAGE_BYTES)
             if (stored := self._runs.get(run_id)) is not None
@@ -215,6 +217,7 @@ class MemoryLog:
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:  # noqa: ARG002
         """Renew the leases whose epoch is right. A checkpoint."""
         await trio.lowlevel.checkpoint()
+        self._expire()
         replies = {}
         for run_id, epoch in epochs.items():
             stored = self._runs.get(run_id)

@@ -62,7 +62,12 @@ class Tail:
         self.ended = self.ended or entries[-1].terminal
         ring.trim(self._tails.max_entries, self._tails.share())
         self._tails.size += ring.size - before
+        self._tails.keep_to_limit()
         self._lot.unpark_all()
+
+    def trim(self, max_bytes: int) -> None:
+        """Give up the oldest entries beyond `max_bytes`."""
+        self._tails.size -= self._ring.trim(self._tails.max_entries, max_bytes)
 
     def advance(self, last: int, *, ended: bool) -> None:
         """Take note of how far the log is, without its entries; a tail that is fed knows it better."""
@@ -122,6 +127,16 @@ class Tails:
         """The bytes that one tail may have now."""
         return min(self.max_bytes, self.max_process_bytes // max(len(self._tails), 1))
 
+    def keep_to_limit(self) -> None:
+        """See to it that tails which were filled when there were fewer of them go back to their share.
+
+        Afterwards all of them keep to it, so this costs one round for every tail that was added, and only at the limit.
+        """
+        if self.size > self.max_process_bytes:
+            share = self.share()
+            for tail in self._tails.values():
+                tail.trim(share)
+
     def get(self, run_id: str) -> Tail | None:
         """The tail of a run that somebody uses."""
         return self._tails.get(run_id)
@@ -130,9 +145,17 @@ class Tails:
         """Every tail that somebody uses."""
         return list(self._tails.values())
 
-    def acquire(self, run_id: str) -> Tail:
-        """The tail of a run, for one more user, who gives it back with `give_back`."""
+    def acquire(self, run_id: str, *, new: bool = False) -> Tail:
+        """The tail of a run, for one more user, who gives it back with `give_back`.
+
+        Args:
+            run_id: the run.
+            new: it has just been started. A tail that knows more is that of an older run, which has expired and whose
+                id is used again; it stays with those who have it.
+        """
         tail = self._tails.get(run_id)
+        if tail is not None and new and (tail.last or tail.ended or tail.released is not None):
+            tail = None
         if tail is None:
             tail = self._tails[run_id] = Tail(run_id, self)
         tail.users += 1
@@ -143,6 +166,7 @@ class Tails:
         tail.users -= 1
         if tail.users:
             return False
-        del self._tails[tail.run_id]
+        if self._tails.get(tail.run_id) is tail:
+            del self._tails[tail.run_id]
         tail.drop()
         return True
