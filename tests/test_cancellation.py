@@ -1,20 +1,27 @@
 """cancel_when(): a block that is cut short when something says so. All time here is virtual."""
 
+# ruff: noqa: PT012  (what is tested is a block)
+
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import weakref
-from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
 from penstock.cancellation import MAX_BACKOFF, cancel_when
 from penstock.errors import ConfigurationError, RunCancelled
 from penstock.observer import LoggingObserver
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from trio.testing import MockClock
 
 
 class Switch:
@@ -75,7 +82,7 @@ async def test_the_block_is_told_why_and_the_reason_is_recorded_before_it_is_can
     assert seen == [(True, "enough", "run cancelled: enough")]
 
 
-@pytest.mark.parametrize(("answer", "reason"), [(True, None), (1, None), ("why", "why")])
+@pytest.mark.parametrize("answer, reason", [(True, None), (1, None), ("why", "why")])
 async def test_an_answer_is_true_or_a_reason(autojump_clock: MockClock, answer: Any, reason: str | None) -> None:
     with pytest.raises(RunCancelled) as caught:
         async with cancel_when(Switch(answer)) as watch:
@@ -131,6 +138,15 @@ async def test_wake_asks_at_once(autojump_clock: MockClock) -> None:
     assert trio.current_time() - start == 1.25
 
 
+async def test_a_wake_asks_once(autojump_clock: MockClock) -> None:
+    switch = Switch()
+    async with cancel_when(switch, 60) as watch:
+        for asked in range(1, 5):
+            await trio.sleep(1)
+            assert len(switch.asked) == asked
+            watch.wake()
+
+
 async def test_a_wake_during_a_poll_asks_again_after_it(autojump_clock: MockClock) -> None:
     answers = iter([None, "stop"])
     start = trio.current_time()
@@ -159,8 +175,11 @@ async def test_a_poll_that_fails_never_cancels_and_is_put_again_with_growing_pau
         switch.answer = False
         await trio.sleep(10)  # it works again, so the interval is the usual one
         assert [when - start for when in switch.asked[6:]] == [44, 45, 46, 47, 48, 49]
+        switch.answer = ConnectionError("again")
+        await trio.sleep(5)  # from 50 on the pauses grow anew
+        assert [when - start for when in switch.asked[12:]] == [50, 52]
     assert not watch.requested
-    assert len(warnings.messages) == 6
+    assert len(warnings.messages) == 8
     assert "run-1" in warnings.messages[0]
     assert "redis is away" in warnings.messages[0]
 
@@ -225,10 +244,8 @@ async def test_a_block_that_ends_in_spite_of_its_cancel_has_ended_by_itself(auto
             await trio.sleep_forever()
     assert watch.requested
     async with cancel_when(Switch("stop")) as watch:
-        try:
+        with contextlib.suppress(trio.Cancelled):  # rude, but its own decision
             await trio.sleep_forever()
-        except trio.Cancelled:
-            pass  # rude, but its own decision
     assert watch.reason == "stop"
 
 
@@ -317,7 +334,7 @@ async def test_keyboard_interrupt_in_a_poll_ends_the_block_bare(autojump_clock: 
 
 
 @pytest.mark.parametrize("interval", [0, -0.5, float("nan")])
-async def test_an_interval_that_is_not_above_zero_is_refused(interval: float) -> None:
+async def test_an_interval_that_is_not_above_zero_is_refused(autojump_clock: MockClock, interval: float) -> None:
     with pytest.raises(ConfigurationError, match="interval"):
         async with cancel_when(Switch(), interval):
             raise AssertionError("entered")

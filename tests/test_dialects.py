@@ -42,14 +42,16 @@ SPELLED = [
     (LETTA.cancelled("m", "why"), b'data: {"message_type":"stop_reason","stop_reason":"cancelled"}\n\n'),
     (
         LETTA.cancelled_directly("m", "why"),
-        b'data: {"message_type":"stop_reason","stop_reason":"cancelled"}\n\n'
-        b'event: cancelled\ndata: {"message":"Run was cancelled"}\n\n',
+        (
+            b'data: {"message_type":"stop_reason","stop_reason":"cancelled"}\n\n'
+            b'event: cancelled\ndata: {"message":"Run was cancelled"}\n\n'
+        ),
     ),
     (LETTA.stop("end_turn"), b'data: {"message_type":"stop_reason","stop_reason":"end_turn"}\n\n'),
 ]
 
 
-@pytest.mark.parametrize(("spelled", "expected"), SPELLED)
+@pytest.mark.parametrize("spelled, expected", SPELLED)
 def test_control_events_are_spelled_to_the_byte(spelled: bytes, expected: bytes) -> None:
     assert spelled == expected
 
@@ -93,7 +95,7 @@ def test_words_with_line_ends_stay_one_block(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "letta"),
+    "data, letta",
     [
         ('{"message_type":"stop_reason","stop_reason":"max_steps"}', "max_steps"),
         ('{ "stop_reason" : "x", "message_type" : "stop_reason" }', "x"),
@@ -126,7 +128,7 @@ def test_letta_reads_back_the_stop_reason_that_it_spells(reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "stamped"),
+    "block, stamped",
     [
         (b'data: {"run_id":null,"seq_id":null}\n\n', b'data: {"run_id":"r-1","seq_id":7}\n\n'),
         (b'data: {"a": 1, "run_id": null}\n\n', b'data: {"a":1,"run_id":"r-1"}\n\n'),
@@ -139,7 +141,7 @@ def test_letta_reads_back_the_stop_reason_that_it_spells(reason: str) -> None:
         (b'data: {"run_id":\ndata\ndata: null}\n\n', b'data: {"run_id":"r-1"}\n\n'),
         (b'data:{"run_id":null}\n\n', b'data: {"run_id":"r-1"}\n\n'),
         (
-            '{"t":"ä\u2028","run_id":null}'.join(["data: ", "\n\n"]).encode(),
+            'data: {"t":"ä\u2028","run_id":null}\n\n'.encode(),
             'data: {"t":"ä\u2028","run_id":"r-1"}\n\n'.encode(),
         ),
     ],
@@ -189,10 +191,8 @@ json_values = st.recursive(
 )
 def test_stamping_changes_two_members_and_nothing_else(message: dict[str, Any], event: str | None) -> None:
     stamped = LETTA.stamp(Event.json(message, event=event).encode(), "r-1", 7)
-    expected = dict(message)
-    for key, value in (("run_id", "r-1"), ("seq_id", 7)):
-        if key in message and message[key] is None:
-            expected[key] = value
+    stamps: dict[str, Any] = {"run_id": "r-1", "seq_id": 7}
+    expected = {key: stamps.get(key) if value is None else value for key, value in message.items()}
     (seen,) = Decoder().feed(stamped)
     assert json.loads(seen.data) == expected
     assert seen == Message(seen.data, event or "message")

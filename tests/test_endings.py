@@ -86,7 +86,7 @@ def test_a_run_has_an_error_on_record_exactly_if_it_failed_or_was_lost_with_some
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    "said, status",
     [
         (None, RunStatus.COMPLETED),
         ("end_turn", RunStatus.COMPLETED),
@@ -135,7 +135,7 @@ def test_a_reported_error_comes_before_what_the_producer_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    "error, status",
     [
         (RunCancelled("r", "why"), RunStatus.CANCELLED),
         (ExceptionGroup("g", [RunCancelled("r", "why")]), RunStatus.CANCELLED),
@@ -152,7 +152,7 @@ def test_a_group_of_run_cancelled_alone_is_one(error: Exception, status: RunStat
 
 
 @pytest.mark.parametrize(
-    ("error", "hidden", "exposed"),
+    "error, hidden, exposed",
     [
         (ValueError("secret"), ("ERROR", "the run failed"), ("ERROR", "secret")),
         (ExceptionGroup("g", [ValueError("secret")]), ("ERROR", "the run failed"), ("ERROR", "secret")),

@@ -1,0 +1,128 @@
+"""A committer at work in a test: a real one, on a log that can fail, with owners that take notes."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from penstock.committer import Committer, Outbox
+from penstock.log.tail import Tails
+from tests.logs import CANCELLED, DONE, LEASE, Unreliable, record, seqs
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from penstock.log import Entry
+    from penstock.log.tail import Tail
+
+MIB = 1024 * 1024
+
+
+class Owner:
+    """Takes notes of what becomes of a run, and ends it as cancelled if its completion is refused."""
+
+    def __init__(self, works: Works) -> None:
+        self.works = works
+        self.told: list[str] = []
+        self.news = trio.lowlevel.ParkingLot()
+        self.outbox: Outbox
+
+    def note(self, line: str) -> None:
+        self.told.append(line)
+        self.news.unpark_all()
+
+    def cancel_on_record(self, reason: str | None) -> None:
+        self.note(f"cancel: {reason}")
+
+    def completion_refused(self, reason: str | None) -> None:
+        self.note(f"refused: {reason}")
+        self.works.committer.close(self.outbox, [b"event: cancelled\ndata: {}\n\n", DONE], CANCELLED)
+
+    def run_lost(self) -> None:
+        self.note("lost")
+
+    def run_settled(self) -> None:
+        self.note("settled")
+
+
+class Works:
+    """A committer, its log, its tails, and the runs that write to it."""
+
+    def __init__(self, log: Unreliable, **knobs: float) -> None:
+        self.log = log
+        self.tails = Tails(max_entries=100_000, max_bytes=100 * MIB, max_process_bytes=1000 * MIB)
+        self.warnings: list[str] = []
+        self.owners: dict[str, Owner] = {}
+        self.committer = Committer(
+            log,
+            flush_interval=knobs.get("flush_interval", 0.0),
+            flush_size=int(knobs.get("flush_size", 512)),
+            spacing=knobs.get("spacing", 0.002),
+            max_pending_bytes=int(knobs.get("max_pending_bytes", MIB)),
+            max_process_pending_bytes=int(knobs.get("max_process_pending_bytes", 64 * MIB)),
+            on_warning=self.warnings.append,
+        )
+        self.start = trio.current_time()
+
+    async def run(self, run_id: str = "r", epoch: str = LEASE.epoch) -> Outbox:
+        """A run that this committer owns."""
+        await self.log.start(record(run_id), LEASE)
+        return self.outbox(run_id, epoch)
+
+    def outbox(self, run_id: str, epoch: str = LEASE.epoch) -> Outbox:
+        """An outbox for a run that is in the log, or not."""
+        owner = self.owners[run_id] = Owner(self)
+        tail = self.tails.acquire(run_id)
+        tail.fed = True
+        owner.outbox = Outbox(run_id, epoch, tail, owner)
+        return owner.outbox
+
+    def put(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:
+        """Write so many entries, each `size` bytes long on the wire."""
+        for seq in range(outbox.seq + 1, outbox.seq + 1 + count):
+            block = b"data: " + b"x" * (size - len(b"id: %d\ndata: \n\n" % seq)) + b"\n\n"
+            self.committer.put(outbox, [block])
+
+    async def write(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:
+        """Wait for room before each of so many entries, as a run does."""
+        for _ in range(count):
+            await self.committer.room(outbox)
+            self.put(outbox, 1, size)
+
+    async def settled(self, run_id: str = "r", told: str = "settled") -> None:
+        """Wait until the owner has been told so."""
+        owner = self.owners[run_id]
+        with trio.fail_after(60):
+            while told not in owner.told:
+                await owner.news.park()
+
+    async def stored(self, run_id: str = "r") -> list[int]:
+        """What the log has of a run, which must be whole."""
+        page = await self.log.read(run_id, 0, max_entries=100_000, max_bytes=1000 * MIB)
+        assert seqs(page.entries) == list(range(1, page.run.seq + 1))
+        assert [each.seq for each in page.entries if each.terminal] == ([page.run.seq] if page.run.ended_at else [])
+        return seqs(page.entries)
+
+    @property
+    def appends(self) -> list[float]:
+        """When the log was asked to append, in seconds from the beginning."""
+        return [when - self.start for when, _ in self.log.appended]
+
+
+def shown(tail: Tail) -> Sequence[Entry]:
+    """What readers can see."""
+    taken = tail.take(0, max_entries=100_000, max_bytes=1000 * MIB)
+    assert taken is not None
+    return taken
+
+
+@asynccontextmanager
+async def committing(**knobs: float) -> AsyncIterator[Works]:
+    """A committer that runs as long as the block."""
+    works = Works(Unreliable(), **knobs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(works.committer.run)
+        yield works
+        nursery.cancel_scope.cancel()

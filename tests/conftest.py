@@ -1,0 +1,66 @@
+"""Fixtures that several files share: every kind of event log there is, and how its time passes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from penstock.log.urls import open_log
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+    from trio.abc import Clock
+
+    from penstock.log import EventLog
+
+Elapse = Callable[[float], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of event log.
+
+    Attributes:
+        open: opens one that is empty; takes `ttl` and `max_entries`.
+        clock: makes the clock that the test runs by; None: the real one, for a log behind a socket.
+        elapse: lets so many seconds pass for the log.
+    """
+
+    open: Callable[..., AbstractAsyncContextManager[EventLog]]
+    clock: Callable[[], Clock | None]
+    elapse: Elapse
+
+
+KINDS = {
+    "memory": Kind(partial(open_log, "memory://"), lambda: MockClock(autojump_threshold=0), trio.sleep),
+}
+"""Another log gets the whole suite of `test_log_*.py` by a line here."""
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def clock(kind: Kind) -> Clock | None:
+    return kind.clock()
+
+
+@pytest.fixture
+def elapse(kind: Kind) -> Elapse:
+    return kind.elapse
+
+
+@pytest.fixture
+async def log(kind: Kind, clock: Clock | None) -> AsyncIterator[EventLog]:
+    async with kind.open() as log:
+        yield log

@@ -1,0 +1,78 @@
+"""Servers in processes of their own: started, signalled, and waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import trio
+
+from tests.serving import GUARD, Client
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import AsyncIterator
+
+ROOT = Path(__file__).parent.parent
+
+
+class Process(Client):
+    """A server in another process."""
+
+    def __init__(self, process: trio.Process, url: str, client: httpx.AsyncClient) -> None:
+        super().__init__(url, client)
+        self._process = process
+        self.said = ""
+        """What it has written to stderr so far."""
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    async def exit_code(self) -> int:
+        """The exit code, waited for."""
+        return await self._process.wait()
+
+
+@asynccontextmanager
+async def process(*command: str) -> AsyncIterator[Process]:
+    """A process that serves: started, ready, and killed when the block is left, if it is still there."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with trio.fail_after(GUARD):
+        child = await trio.lowlevel.open_process(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        async with httpx.AsyncClient(timeout=GUARD) as client, trio.open_nursery() as nursery:
+            server = Process(child, "", client)
+            try:
+                await nursery.start(_read, server)
+                yield server
+            finally:
+                if child.returncode is None:
+                    child.kill()
+                with trio.CancelScope(shield=True):
+                    await child.wait()
+
+
+async def _read(server: Process, task_status: trio.TaskStatus[None]) -> None:
+    """Read stderr to its end; the server has started when it says its URL there."""
+    stderr = server._process.stderr
+    assert stderr is not None
+    async with stderr:
+        while piece := await stderr.receive_some():
+            server.said += piece.decode()
+            if not server.url and (url := re.search(r"http://127\.0\.0\.1:\d+", server.said)):
+                server.turn_to(url[0])
+                task_status.started()
+    assert server.url, f"it did not start: {server.said}"
+
+
+def serving_process(**knobs: Any) -> Any:
+    """`penstock.serve` in a process of its own."""
+    return process(sys.executable, "-m", "tests.served", json.dumps(knobs))

@@ -1,0 +1,274 @@
+"""The fetcher and its readers: wake-ups, outages, release, and runs that vanish."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
+from penstock.log import Batch
+from penstock.log.fetcher import RETRY
+from tests.following import read_to_the_end, reading
+from tests.logs import CANCELLED, COMPLETED, DONE, LEASE, OBITUARY, Unreliable, entry, record, seqs
+
+if TYPE_CHECKING:
+    from penstock.log.memory import MemoryLog
+
+# --- wake-ups -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lost_wake_up_is_healed_by_the_next(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(1)
+        async with works.follow(1) as follower, trio.open_nursery() as nursery:
+            seen: list[int] = []
+
+            async def read() -> None:
+                seen.extend(await read_to_the_end(follower))
+
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            works.wakeups.deaf = True
+            await works.append(2, 5)
+            await trio.sleep(100)
+            assert works.tails.all()[0].last == 1
+            works.wakeups.deaf = False
+            await works.append(6, 6)
+            await trio.sleep(1)
+            assert works.tails.all()[0].last == 6
+            await works.append(7, 7, COMPLETED)
+        assert seen == [2, 3, 4, 5, 6, 7]
+
+
+async def test_a_lost_wake_up_is_healed_by_another_reader_as_well(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(1)
+        async with works.follow(1) as first:
+            works.wakeups.deaf = True
+            await works.append(2, 5, COMPLETED)
+            await trio.sleep(1)
+            async with works.follow() as second:
+                assert await read_to_the_end(second) == [1, 2, 3, 4, 5]
+                assert await read_to_the_end(first) == [2, 3, 4, 5]
+
+
+async def test_one_fetch_serves_all_runs_that_have_moved_and_all_their_readers(autojump_clock: MockClock) -> None:
+    async with reading(spacing=1.0) as works, trio.open_nursery() as nursery:
+        seen: list[list[int]] = []
+
+        async def read(run_id: str) -> None:
+            async with works.follow(run_id=run_id) as follower:
+                seen.append(await read_to_the_end(follower))
+
+        for number in range(20):
+            await works.run(run_id=f"r{number}")
+            for _ in range(10):
+                nursery.start_soon(read, f"r{number}")
+        await wait_all_tasks_blocked()
+        works.log.calls.clear()
+        for number in range(20):
+            await works.append(1, 2, run_id=f"r{number}")
+        await trio.sleep(1.5)
+        assert works.log.calls["fetch"] <= 2
+        for number in range(20):
+            await works.append(3, 3, COMPLETED, run_id=f"r{number}")
+        await trio.sleep(2.5)
+        assert works.log.calls["fetch"] <= 4
+        assert works.log.calls["read"] == 0
+        assert seen == [[1, 2, 3]] * 200
+
+
+async def test_d15_an_idle_reader_and_one_that_has_left_cost_no_calls(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(3)
+        async with works.follow(3), trio.open_nursery() as nursery:
+            await trio.sleep(1)
+            works.log.calls.clear()
+            await trio.sleep(10_000)
+            assert works.log.calls.total() == 0
+            nursery.cancel_scope.cancel()
+        await works.append(4, 9)
+        await trio.sleep(10)
+        assert works.log.calls.total() == 0
+        assert works.left_behind() == []
+
+
+async def test_d42_readers_share_one_tail_and_one_subscription_however_many_they_are(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works, trio.open_nursery() as nursery:
+        await works.run(5)
+        done: list[list[int]] = []
+
+        async def read(after: int) -> None:
+            async with works.follow(after) as follower:
+                done.append(await read_to_the_end(follower))
+
+        for number in range(1_000):
+            nursery.start_soon(read, number % 6)
+        await wait_all_tasks_blocked()
+        assert [tail.readers for tail in works.tails.all()] == [1_000]
+        assert works.wakeups.subscribed == {"r"}
+        await works.append(6, 9, COMPLETED)
+        await trio.sleep(1)
+        assert sorted(done) == sorted([list(range(number % 6 + 1, 10)) for number in range(1_000)])
+        assert works.log.calls["fetch"] == 1
+
+
+async def test_d10_nothing_is_kept_of_runs_whose_readers_have_left(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        for number in range(200):
+            await works.run(3, COMPLETED if number % 2 else None, run_id=f"r{number}")
+            async with works.follow(run_id=f"r{number}") as follower:
+                await anext(follower)
+            assert works.left_behind() == []
+            assert works.tails.size == 0
+
+
+async def test_a_cancel_request_is_passed_on(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.log.start(record(), LEASE)
+        async with works.log.wakeups(LEASE.owner):
+            await works.log.request_cancel("r", "theirs")
+        assert works.cancels == []
+        await works.log.start(record("mine"), type(LEASE)("reader", "epoch", 30.0))
+        await works.log.request_cancel("mine", "stop")
+        await wait_all_tasks_blocked()
+        assert len(works.cancels) == 1
+
+
+# --- outages --------------------------------------------------------------------------------------------------------
+
+
+async def test_d41_an_outage_kills_no_reader_that_waits(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(1)
+        async with works.follow(1) as follower, trio.open_nursery() as nursery:
+            seen: list[int] = []
+
+            async def read() -> None:
+                seen.extend(await read_to_the_end(follower))
+
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            works.log.away = True
+            await works.append(2, 3)
+            await trio.sleep(3.6 * RETRY)
+            assert works.warnings == [f"cannot fetch entries: away; trying again in {RETRY} s"] * 4
+            assert seen == []
+            works.log.away = False
+            await works.append(4, 4, COMPLETED)
+        assert seen == [2, 3, 4]
+
+
+async def test_a_log_that_is_away_refuses_a_reader_on_entering(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(3, COMPLETED)
+        works.log.away = True
+        follower = works.follow()
+        with pytest.raises(LogUnavailable):
+            await follower.__aenter__()
+        assert works.left_behind() == []
+        works.log.away = False
+        async with follower:
+            assert await read_to_the_end(follower) == [1, 2, 3]
+
+
+# --- release --------------------------------------------------------------------------------------------------------
+
+
+async def test_released_readers_get_what_there_is_and_then_the_reason(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(3)
+        async with works.follow() as follower, works.follow(3) as waiting:
+            gone = ReaderReleased("the server is shutting down")
+
+            async def wait() -> None:
+                with pytest.raises(ReaderReleased) as caught:
+                    await anext(waiting)
+                assert caught.value is gone
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await wait_all_tasks_blocked()
+                works.fetcher.release(gone)
+            assert [(await anext(follower)).seq for _ in range(3)] == [1, 2, 3]
+            with pytest.raises(ReaderReleased):
+                await anext(follower)
+        with pytest.raises(ReaderReleased):
+            await works.follow().__aenter__()
+
+
+async def test_a_run_that_has_ended_is_read_on_after_the_release(autojump_clock: MockClock) -> None:
+    async with reading(tail_entries=2) as works:
+        await works.run(600, COMPLETED)
+        async with works.follow() as early:
+            works.fetcher.release(ReaderReleased("go"))
+            async with works.follow() as late:
+                assert await read_to_the_end(late) == list(range(1, 601))
+            assert await read_to_the_end(early) == list(range(1, 601))
+
+
+# --- runs that vanish -----------------------------------------------------------------------------------------------
+
+
+async def test_i4_a_reader_of_a_run_whose_owner_died_is_let_go_with_the_obituary(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(2)
+        async with works.follow() as follower, trio.open_nursery() as nursery:
+            seen: list[bytes] = []
+
+            async def read() -> None:
+                seen.extend([each.data async for each in follower])
+
+            nursery.start_soon(read)
+            await trio.sleep(31)
+            await works.log.reap(lambda: OBITUARY)
+        assert seen[2:] == list(OBITUARY.blocks)
+        assert seen[-1] == DONE
+
+
+async def test_d34_a_reader_of_a_run_that_vanishes_is_told_so(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(2)
+        async with works.follow(2) as follower:
+            await works.append(3, 3, CANCELLED)
+            del works.log._runs["r"]
+            works.log._ended.clear()
+            with pytest.raises(RunNotFound):
+                await anext(follower)
+
+
+async def test_one_run_that_vanishes_or_was_trimmed_away_keeps_no_other_from_its_readers(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await works.run(1, run_id="trimmed")
+        await works.run(1, run_id="good")
+        async with works.follow(1, run_id="trimmed") as trimmed, works.follow(1, run_id="good") as good:
+            await works.append(2, 9, run_id="trimmed")
+            works.log._runs["trimmed"].ring.clear()
+            await works.append(2, 3, COMPLETED, run_id="good")
+            with trio.fail_after(5):
+                assert await read_to_the_end(good) == [2, 3]
+                with pytest.raises(CursorExpired) as caught:
+                    await anext(trimmed)
+            assert caught.value.oldest_seq == 10
+            await trio.sleep(1)
+            works.log.calls.clear()
+            await trio.sleep(100)
+            assert works.log.calls.total() == 0
+
+
+async def test_two_processes_on_one_log_see_the_same(autojump_clock: MockClock) -> None:
+    log = Unreliable()
+    async with reading(log) as one:
+        await one.run(2)
+        other_log: MemoryLog = log
+        async with one.follow() as follower:
+            (reply,) = await other_log.append([Batch("r", "epoch", [entry(3), entry(4, terminal=True)], COMPLETED)])
+            assert reply.seq == 4
+            assert seqs([each async for each in follower]) == [1, 2, 3, 4]
