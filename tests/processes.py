@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import trio
 
 from tests.serving import GUARD, Client
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 class Process(Client):
     """A server in another process."""
 
-    def __init__(self, process: trio.Process, url: str, client: httpx.AsyncClient) -> None:
+    def __init__(self, process: trio.Process, url: str, client: httpx2.AsyncClient) -> None:
         super().__init__(url, client)
         self._process = process
         self.said = ""
@@ -48,7 +48,7 @@ async def process(*command: str) -> AsyncIterator[Process]:
         child = await trio.lowlevel.open_process(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        async with httpx.AsyncClient(timeout=GUARD) as client, trio.open_nursery() as nursery:
+        async with httpx2.AsyncClient(timeout=GUARD) as client, trio.open_nursery() as nursery:
             server = Process(child, "", client)
             try:
                 await nursery.start(_read, server)

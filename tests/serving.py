@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import httpx
+import httpx2
 import trio
 from hypercorn.config import Config
 
@@ -107,7 +107,7 @@ class Silence(LoggingObserver):
 class Client:
     """What a test says to a server, wherever that is."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
+    def __init__(self, url: str, client: httpx2.AsyncClient) -> None:
         self.client = client
         self.url = ""
         self.port = 0
@@ -117,8 +117,8 @@ class Client:
     def turn_to(self, url: str) -> None:
         """From now on the server is here."""
         self.url = url
-        self.port = httpx.URL(url).port or 80
-        self.client.base_url = httpx.URL(url)
+        self.port = httpx2.URL(url).port or 80
+        self.client.base_url = httpx2.URL(url)
 
     async def wire(self) -> Wire:
         return Wire(await trio.open_tcp_stream("127.0.0.1", self.port))
@@ -153,7 +153,7 @@ class Client:
     ) -> AsyncIterator[Reader]:
         """A reader of whatever answers this request, with its headers; leaving the block closes its connection."""
         if query:
-            path += "?" + str(httpx.QueryParams(query))
+            path += "?" + str(httpx2.QueryParams(query))
         body = b"" if json_body is None else json.dumps(json_body).encode()
         async with await self.wire() as wire:
             reader = Reader(wire)
@@ -171,7 +171,7 @@ class Client:
 class Server(Client):
     """A server in this process."""
 
-    def __init__(self, app: Starlette, client: httpx.AsyncClient, observer: Silence) -> None:
+    def __init__(self, app: Starlette, client: httpx2.AsyncClient, observer: Silence) -> None:
         super().__init__("", client)
         self.app = app
         self.observer = observer
@@ -203,7 +203,7 @@ class Server(Client):
         return await self.run(run_id)
 
 
-def problem(answer: httpx.Response, status: int, code: str) -> Any:
+def problem(answer: httpx2.Response, status: int, code: str) -> Any:
     """The answer's body, which is a problem of RFC 9457."""
     assert answer.headers["content-type"] == "application/problem+json"
     body = answer.json()
@@ -264,7 +264,7 @@ async def serving(
     observer = Silence()
     app = create_app(producers, log, observer=observer, **{"drain_timeout": 0.0, **knobs})
     with trio.fail_after(GUARD):
-        async with httpx.AsyncClient(timeout=GUARD, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx2.AsyncClient(timeout=GUARD, limits=httpx2.Limits(max_connections=None)) as client:
             server = Server(app, client, observer)
             if isinstance(config.errorlog, logging.Logger):
                 config.errorlog.addHandler(_Complaints(server.complaints))

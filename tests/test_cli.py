@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 import trio
 from click.testing import CliRunner
@@ -22,7 +22,7 @@ from penstock.cli.hosting import Hosted, listen
 from penstock.cli.loading import load_producers
 from penstock.settings import Settings
 from tests.command_line import GUARD, environment, penstock
-from tests.serving import DONE, blocks_of, ids
+from tests.wire import DONE, blocks_of, ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -274,7 +274,7 @@ def test_a_files_neighbours_can_be_imported(tmp_path: Path, monkeypatch: pytest.
 
 
 async def test_serve_says_where_it_is_and_its_curl_line_works_and_sigterm_ends_it_with_0() -> None:
-    async with penstock("serve", "--producers", PRODUCERS, *ANY_PORT) as program, httpx.AsyncClient() as client:
+    async with penstock("serve", "--producers", PRODUCERS, *ANY_PORT) as program, httpx2.AsyncClient() as client:
         url = (await program.until(r"serving on (http://127\.0\.0\.1:[1-9]\d*) "))[1]
         await program.until("producers: agent, countdown, failing, files, silent")
         curl = shlex.split((await program.until(r"try:  (curl .*)$"))[1])
@@ -296,7 +296,7 @@ async def test_serve_says_where_it_is_and_its_curl_line_works_and_sigterm_ends_i
 
 async def test_ctrl_c_drains_and_readers_get_the_end_of_an_interrupted_run() -> None:
     args = ("serve", "--producers", PRODUCERS, *ANY_PORT, "--drain-timeout", "0", "--log-level", "error")
-    async with penstock(*args) as program, httpx.AsyncClient(timeout=GUARD) as client:
+    async with penstock(*args) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (\S+)"))[1]
         started = await client.post(f"{url}/v1/runs", json={"producer": "silent"})
         async with client.stream("GET", url + started.headers["location"]) as stream:
@@ -317,7 +317,7 @@ async def test_a_producer_that_holds_on_is_shown_and_left_behind_with_code_3(tmp
         "producers = {'stubborn': stubborn}\n"
     )
     args = ("serve", "--producers", "stubborn:producers", *ANY_PORT, "--drain-timeout", 0, "--cancel-grace", 0.1)
-    async with penstock(*args, cwd=tmp_path) as program, httpx.AsyncClient(timeout=GUARD) as client:
+    async with penstock(*args, cwd=tmp_path) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (\S+)"))[1]
         run_id = (await client.post(f"{url}/v1/runs", json={"producer": "stubborn"})).json()["id"]
         program.process.terminate()
@@ -338,7 +338,7 @@ async def test_a_service_that_dies_ends_it_with_code_1(tmp_path: Path) -> None:
         "producers = {'one': one}\n"
     )
     args = ("serve", "--producers", "broken.py:producers", *ANY_PORT)
-    async with penstock(*args, cwd=tmp_path) as program, httpx.AsyncClient(timeout=GUARD) as client:
+    async with penstock(*args, cwd=tmp_path) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (\S+)"))[1]
         assert (await client.post(f"{url}/v1/runs", json={"producer": "one"})).status_code == 201
         assert await program.end() == 1
@@ -364,7 +364,7 @@ PRINTER = "import sys; print('one'); print('two', file=sys.stderr); sys.exit(int
 
 async def test_exec_serves_a_commands_output_again_and_again_until_it_is_stopped() -> None:
     args = ("exec", *ANY_PORT, "--", sys.executable, "-c", PRINTER, 0)
-    async with penstock(*args) as program, httpx.AsyncClient(timeout=GUARD) as client:
+    async with penstock(*args) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"curl -N (http://127\.0\.0\.1:\d+/v1/runs/exec/stream)"))[1]
         await program.until("the command ended with exit code 0; .* its stream stays until Ctrl-C")
         blocks = blocks_of((await client.get(url)).text)
@@ -392,7 +392,7 @@ async def test_exec_can_leave_with_the_commands_exit_code_and_says_no_traceback(
 
 async def test_exec_says_that_its_command_was_cancelled() -> None:
     args = ("exec", *ANY_PORT, "--exit-after", 0, "--run-id", "mine", "--", sys.executable, "-c", SLEEPER)
-    async with penstock(*args) as program, httpx.AsyncClient(timeout=GUARD) as client:
+    async with penstock(*args) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"curl -X POST (\S+/v1/runs/mine/cancel)"))[1]
         assert (await client.post(url, json={"reason": "enough"})).status_code == 202
         assert await program.end() == 143
@@ -441,8 +441,8 @@ def test_exec_refuses_with_what_to_do(args: tuple[str, ...], words: str) -> None
 
 async def test_the_page_escapes_names_and_loads_nothing_from_elsewhere() -> None:
     app = library.create_app({"<script>alert(1)</script>": trio.sleep})
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
         pages = [await client.get("/") for _ in range(2)]
     for page in pages:
         policy = page.headers["content-security-policy"]

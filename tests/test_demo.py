@@ -79,8 +79,8 @@ async def test_a_port_in_use_fails_with_the_servers_words() -> None:
             await program.until("Address already in use")
 
 
-def test_without_httpx_it_says_what_to_install() -> None:
-    program = "import sys; sys.modules['httpx'] = None; from penstock.cli import main; main(['demo'])"
+def test_without_httpx2_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['httpx2'] = None; from penstock.cli import main; main(['demo'])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import h2.config
 import h2.connection
 import h2.events
-import httpx
+import httpx2
 import pytest
 import trio
 
@@ -79,7 +79,7 @@ async def connected(server: Server) -> AsyncIterator[Streams]:
 
 
 async def test_the_api_works_over_http2() -> None:
-    async with serving() as server, httpx.AsyncClient(base_url=server.url, http1=False, http2=True) as client:
+    async with serving() as server, httpx2.AsyncClient(base_url=server.url, http1=False, http2=True) as client:
         started = await client.post("/v1/runs", json={"producer": "count", "input": 200})
         assert (started.http_version, started.status_code) == ("HTTP/2", 201)
         stream = await client.get(started.headers["location"], headers={"Last-Event-ID": "100"})
@@ -99,7 +99,7 @@ async def test_the_api_works_over_http2() -> None:
 async def test_an_answer_to_a_request_that_is_still_being_sent_does_not_take_the_server_down(
     method: str, path: str, status: int
 ) -> None:
-    async with serving() as server, httpx.AsyncClient(base_url=server.url, http1=False, http2=True) as client:
+    async with serving() as server, httpx2.AsyncClient(base_url=server.url, http1=False, http2=True) as client:
         run_id = await server.start("silent")
         for _ in range(3):
             answer = await client.request(method, path, content=b" " * 2_000_000)

@@ -14,7 +14,7 @@ from tests.serving import eventually, quiet_config, serving
 from tests.wire import DONE, Wire, ids
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
     from tests.serving import Server
 
@@ -22,7 +22,7 @@ LIMIT = 4096
 """max_body_bytes, where a test is about it."""
 
 
-def refused(answer: httpx.Response, code: str, status: int = 400) -> str:
+def refused(answer: httpx2.Response, code: str, status: int = 400) -> str:
     """The words of a refusal."""
     assert (answer.status_code, answer.json().get("code")) == (status, code), answer.text
     assert answer.headers["content-type"] == "application/problem+json"
@@ -37,7 +37,7 @@ async def serves_on(server: Server) -> None:
     assert server.observer.errors == []
 
 
-async def post(server: Server, body: bytes, path: str = "/v1/runs", **headers: str) -> httpx.Response:
+async def post(server: Server, body: bytes, path: str = "/v1/runs", **headers: str) -> httpx2.Response:
     return await server.client.post(path, content=body, headers=headers)
 
 

@@ -133,3 +133,16 @@ async def test_a_mounted_application_says_where_the_stream_really_is() -> None:
         answer = await server.client.post("/api/v1/runs", json={"producer": "count", "input": 1})
         assert answer.headers["location"] == f"/api/v1/runs/{answer.json()['id']}/stream"
         assert ids(blocks_of((await server.client.get(answer.headers["location"])).text)) == [1, 2]
+
+
+@pytest.mark.parametrize("path", ["/v1/runs", "/v1/runs/any/cancel", "/v1/runs/any/stream"])
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_a_page_of_another_site_posts_nothing_without_having_asked_first(path: str, site: str) -> None:
+    async with serving() as server:
+        headers = {"Sec-Fetch-Site": site, "Content-Type": "text/plain"}
+        answer = await server.client.post(path, headers=headers, content=b'{"producer": "echo"}')
+        problem(answer, 403, "CROSS_SITE")
+        headers["Content-Type"] = "application/json"  # asked for, since it needs a preflight: it is looked at
+        assert (await server.client.post(path, headers=headers, content=b"{}")).status_code in {400, 404}
+        headers = {"Sec-Fetch-Site": "same-origin"}
+        assert (await server.client.post(path, headers=headers, content=b"{}")).status_code in {400, 404}

@@ -12,7 +12,7 @@ from tests.serving import PRODUCERS, quiet_config, serving
 from tests.wire import DONE, blocks_of
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
     from tests.serving import Server
 
@@ -94,7 +94,7 @@ async def status_of(server: Server, request: Any) -> int:
         return answer.status_code
 
 
-def check(answer: httpx.Response) -> None:
+def check(answer: httpx2.Response) -> None:
     assert answer.status_code < 500, answer.status_code
     assert (answer.status_code >= 400) == (answer.headers.get("content-type") == "application/problem+json")
 

@@ -397,6 +397,27 @@ async def test_keyboard_interrupt_is_not_an_outcome_and_leaves_bare() -> None:
     assert not client.complete
 
 
+@pytest.mark.parametrize("on_disconnect", ["cancel", "detach"])
+@on_both
+async def test_a_disconnect_during_the_last_send_neither_cuts_it_off_nor_lets_it_hang(on_disconnect: str) -> None:
+    for slow, complete in ((FAREWELL / 2, True), (math.inf, False)):
+        client = Client()
+        ran: list[str] = []
+        start = anyio.current_time()
+
+        async def point(where: str) -> None:
+            if where == "send" and len(client.sent) == 2:  # noqa: B023  (the headers and the chunk: this is the last)
+                client.leave()  # noqa: B023
+                client.slow = slow  # noqa: B023
+
+        client.point = point
+        await client.get(chunks(b"data: x\n\n"), on_disconnect=on_disconnect, background=BackgroundTask(note, ran))
+        assert anyio.current_time() - start == pytest.approx(min(slow, FAREWELL))
+        assert client.complete == complete
+        assert client.late == []
+        assert ran == ["background"]
+
+
 class Stop:
     """Lets something happen at the n-th of the points around `receive`, `send` and the source's steps."""
 

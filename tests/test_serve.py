@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 import trio
 from hypercorn.config import Config
@@ -41,7 +41,7 @@ async def test_while_it_drains_streams_go_on_and_new_runs_are_refused() -> None:
             await reader.take(1)
             server.shutdown.set()
             await eventually(lambda: server.service.supervisor.draining)
-            async with httpx.AsyncClient(base_url=server.url) as client:  # a new connection: it still accepts
+            async with httpx2.AsyncClient(base_url=server.url) as client:  # a new connection: it still accepts
                 for answer in (
                     await client.get("/readyz"),
                     await client.post("/v1/runs", json={"producer": "count", "input": 1}),
@@ -166,7 +166,7 @@ async def test_a_cancellation_from_outside_skips_the_drain_and_runs_get_their_en
     with trio.fail_after(50):
         async with trio.open_nursery() as nursery:
             (url,) = await nursery.start(partial(serve, app, quiet_config(), signals=()))
-            async with httpx.AsyncClient(base_url=url) as client:
+            async with httpx2.AsyncClient(base_url=url) as client:
                 for name in ("tap", "silent"):
                     started = await client.post("/v1/runs", json={"producer": name, "run_id": name})
                     assert started.status_code == 201

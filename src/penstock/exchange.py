@@ -174,6 +174,7 @@ class Exchange:
         if self.finished:
             # The last send may hang now (HTTP/2). But it may also be what brought the news: Hypercorn tells itself in
             # the middle of that send, which, cut off there, would leave a connection that no timeout ever closes.
+            self.gone = True
             self._group.cancel_scope.deadline = anyio.current_time() + FAREWELL
         else:
             self._lose_client()

@@ -47,8 +47,7 @@ async def keepalive(
 
     Args:
         source: an async iterable, an async context manager that hands one out, or an awaitable of either. It is opened,
-        iterated and
-            closed in one background task, with a copy of the caller's context variables.
+            iterated and closed in one background task, with a copy of the caller's context variables.
         interval: seconds of Trio's clock; more than 0.
         ping: what is handed out for a silence, or a function that makes it.
 
@@ -57,8 +56,7 @@ async def keepalive(
         trio.ClosedResourceError: from the iterator: its block has been left.
         trio.BusyResourceError: from the iterator: two tasks iterate it at once.
         Exception: from the iterator: what the source raised, after all that it had yielded. An exception that the block
-        did not stay for
-            is raised when the block is left.
+            did not stay for is raised when the block is left.
     """
     if not interval > 0:
         raise ConfigurationError(f"interval is a number of seconds above 0, not {interval!r}")

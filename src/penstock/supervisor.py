@@ -83,7 +83,7 @@ class Supervisor:
 
         Args:
             producer: an async generator function, called with `args` in the run's own task; or any source that needs no
-            call.
+                call.
             args: what the producer is called with.
             run_id: the id, if the caller has one; see `check_run_id`.
             name: the record's `producer`; by default the producer's own name.

@@ -243,9 +243,9 @@ def demo(port: int) -> None:
     Then a silent run is cancelled, and the time is taken. Exits with 0 only if all of it held; leaves nothing running.
     """
     try:
-        from penstock.demo.performance import run_demo  # noqa: PLC0415  (it needs httpx, which nothing else here does)
+        from penstock.demo.performance import run_demo  # noqa: PLC0415  (it needs httpx2, which nothing else here does)
     except ModuleNotFoundError as error:
-        if error.name not in {"httpx", "httpx_sse"}:
+        if error.name != "httpx2":
             raise
         raise click.ClickException(f'{error.name} is missing; install it with: pip install "penstock[demo]"') from None
     sys.exit(run_demo(port))

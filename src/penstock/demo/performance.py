@@ -3,9 +3,9 @@
     penstock serve        a process of its own, on a free port
       └─ tee ── compileall, over a part of the standard library ──▶ written.txt
            │
-           └─▶ run ─▶ log ─▶ HTTP ─▶ httpx-sse:  connection 1 ✂   connection 2 ✂   connection 3, to the end
+           └─▶ run ─▶ log ─▶ HTTP ─▶ httpx2:  connection 1 ✂   connection 2 ✂   connection 3, to the end
 
-Nothing that judges is penstock's: the client is httpx with httpx-sse, and what the command wrote is read from a file
+Nothing that judges is penstock's: the client is httpx2, and what the command wrote is read from a file
 that the command's own process tree wrote. Everything happens in a temporary folder; the server is ended whatever
 happens, Ctrl-C included.
 """
@@ -23,19 +23,18 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
-import httpx  # noqa: ASYNC127  (httpx-sse is made for it)
+import httpx2
 import trio
-from httpx_sse import aconnect_sse
 
 from penstock.demo.checks import CUTS, MISSED, Check, Cut, Reading, Received, judge_cancel, judge_reading
 from penstock.demo.producers import COMPILED, COPY, FOLDERS
 from penstock.errors import single_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 GUARD_SECONDS: Final = 60.0
 """After so long the demo gives up; it takes a few seconds."""
@@ -150,24 +149,29 @@ async def serving(folder: Path, port: int) -> AsyncIterator[Server]:
             await process.stderr.aclose()
 
 
-def client_of(server: Server) -> httpx.AsyncClient:
+def client_of(server: Server) -> httpx2.AsyncClient:
     """A client without a past; `trust_env`: no proxy stands between the demo and this machine."""
-    return httpx.AsyncClient(base_url=server.url, timeout=GUARD_SECONDS, trust_env=False)
+    return httpx2.AsyncClient(base_url=server.url, timeout=GUARD_SECONDS, trust_env=False)
 
 
-async def start(client: httpx.AsyncClient, producer: str) -> str:
+async def start(client: httpx2.AsyncClient, producer: str) -> str:
     """Start a run; the path of its record."""
     answer = await client.post("/v1/runs", json={"producer": producer})
     answer.raise_for_status()
     return f"/v1/runs/{answer.json()['id']}"
 
 
-async def record(client: httpx.AsyncClient, run: str) -> dict[str, Any]:
+async def record(client: httpx2.AsyncClient, run: str) -> dict[str, Any]:
     """A run's record."""
     answer = await client.get(run)
     answer.raise_for_status()
     members: dict[str, Any] = answer.json()
     return members
+
+
+def _events(source: httpx2.EventSource) -> AsyncGenerator[httpx2.ServerSentEvent, None]:
+    """The events, as the generator that they are: it is to be closed when the reading stops before their end."""
+    return cast("AsyncGenerator[httpx2.ServerSentEvent, None]", aiter(source))
 
 
 async def read(server: Server, run: str, reading: Reading, up_to: float, screen: Screen, total: int) -> None:
@@ -176,12 +180,10 @@ async def read(server: Server, run: str, reading: Reading, up_to: float, screen:
     words = f"connection {len(reading.cuts) + 1}"
     async with (
         client_of(server) as client,
-        aconnect_sse(client, "GET", f"{run}/stream", headers=headers) as source,
-        aclosing(source.aiter_sse()) as events,
+        client.sse(f"{run}/stream", headers=headers) as source,
+        aclosing(_events(source)) as events,
     ):
         async for event in events:
-            if event.event == "message" and not event.data:
-                continue  # httpx-sse 0.4 makes an event of a ping
             reading.events.append(Received(int(event.id or 0), event.event, event.data))
             screen.bar(reading.last_id, total, words)
             if reading.last_id >= up_to:
@@ -217,8 +219,8 @@ async def cancel_silent_run(server: Server) -> Check:
         nonlocal last, ended
         async with (
             client_of(server) as client,
-            aconnect_sse(client, "GET", f"{run}/stream") as source,
-            aclosing(source.aiter_sse()) as events,
+            client.sse(f"{run}/stream") as source,
+            aclosing(_events(source)) as events,
         ):
             async for event in events:
                 names.append(event.event)
@@ -284,7 +286,7 @@ def run_demo(port: int = 0) -> int:
         checks = trio.run(partial(_until_signalled, port, screen))
     except Exception as error:
         match single_error(error):
-            case DemoError() | httpx.HTTPError() | OSError() as failure:
+            case DemoError() | httpx2.HTTPError() | OSError() as failure:
                 click.echo(f"\nthe demo FAILED: {str(failure) or type(failure).__name__}", err=True)
             case trio.TooSlowError():
                 click.echo(f"\nthe demo FAILED: it was not done after {GUARD_SECONDS:g} s", err=True)

@@ -145,7 +145,7 @@ def create_app(
 
     Args:
         producers: what runs can be started of: name → producer, which is called with the request's `input` (any JSON
-        value).
+            value).
         log: the event log, or its URL for `open_log`.
         observer: told of what happens; by default it goes to the logger `penstock`.
         ping_interval: seconds without a send after which a stream is pinged; None = never.

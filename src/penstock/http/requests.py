@@ -31,6 +31,7 @@ MAX_KEY: Final = 255
 
 _CURSOR: Final = re.compile(r"[0-9]{1,18}")
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_OWN_SITE: Final = frozenset({"same-origin", "none"})
 _TRUE: Final = frozenset({"true", "1"})
 _FALSE: Final = frozenset({"false", "0"})
 
@@ -60,6 +61,7 @@ class StreamRequest:
 
 async def json_body(request: Request, limit: int) -> dict[str, Any]:
     """The request's body, a JSON object; no body is the same as `{}`. At most `limit` bytes of it are read."""
+    _refuse_unasked(request.headers)
     read = bytearray()
     async with aclosing(request.stream()) as pieces:
         async for piece in pieces:
@@ -79,6 +81,18 @@ async def json_body(request: Request, limit: int) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise StreamRejected(400, "BAD_JSON", "the body is a JSON object, such as {}")
     return body
+
+
+def _refuse_unasked(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser sends on behalf of another site without having asked first.
+
+    Any page may have a browser POST to this server, as long as the content type is one that needs no CORS preflight
+    (WHATWG Fetch, section 2.2.2); it could not read the answer, but it would have started or cancelled a run. Clients that
+    are no browsers do not send `Sec-Fetch-Site`; JSON is asked for first, and so is the business of CORS middleware.
+    """
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if headers.get("sec-fetch-site", "none") not in _OWN_SITE and media_type != "application/json":
+        raise StreamRejected(403, "CROSS_SITE", "a page of another site sends JSON as application/json, or nothing")
 
 
 def _refuse_constant(name: str) -> NoReturn:

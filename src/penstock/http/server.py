@@ -55,13 +55,11 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
     Args:
         app: made by `create_app`.
         config: Hypercorn's; by default it binds to 127.0.0.1:8000. `read_timeout` must stay None: it ends idle streams.
-        signals: what asks for a shutdown; empty for an embedder who handles signals himself, and needed so outside the
-        main thread.
+        signals: what asks for a shutdown; empty for an embedder who handles signals, and outside the main thread.
         shutdown_trigger: returns when a shutdown is wanted for another reason.
         abandon: called with the runs whose producers have not let go `ABANDON_AFTER` seconds after all else of the
-        shutdown is
-            done. Nothing in Trio can abandon a task, so all that it can do is to end the process; without it, serve
-            waits.
+            shutdown is done. Nothing in Trio can abandon a task, so all that it can do is to end the process; without
+            it, serve waits.
         task_status: is given the URLs that are served, once connections are accepted.
 
     Raises:
