@@ -1,4 +1,4 @@
-"""Write the pages that are tables of the code: docs/life.md and docs/settings.md. `just docs` runs it; a test compares."""
+"""Write the pages that are tables of the code, docs/life.md and docs/settings.md: `just docs`. A test compares."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def life() -> str:
     lines = [
         "# A run's life",
         "",
-        "Drawn from the tables `LIFE` and `CAUSES` in `penstock/runs.py` by `just docs`. A terminal status has no way out:",
-        "the first ending that the log stores is the run's ending.",
+        "Drawn from the tables `LIFE` and `CAUSES` in `penstock/runs.py` by `just docs`. A terminal status has no way",
+        "out: the first ending that the log stores is the run's ending.",
         "",
         "```mermaid",
         "stateDiagram-v2",
@@ -32,7 +32,7 @@ def life() -> str:
     lines += [
         "```",
         "",
-        "| cause | status | stop reason | the producer reads | the readers get, before `[DONE]` |",
+        "| cause | status | stop reason | the producer reads | readers get, before `[DONE]` |",
         "|---|---|---|---|---|",
     ]
     for cause, row in CAUSES.items():
@@ -41,8 +41,9 @@ def life() -> str:
         lines.append(f"| {cause.value} | {row.status.value} | {row.stop_reason} | {told} | {shown} |")
     lines += [
         "",
-        f"A producer that says why it stopped (`Event.stop(reason)`) completes its run with {_listed(COMPLETING)}; with",
-        "`cancelled` the run ends cancelled, and with any other reason it ends failed.",
+        "A producer that says why it stopped (`Event.stop(reason)`) completes its run with",
+        f"{_listed(COMPLETING)};",
+        "with `cancelled` the run ends cancelled, and with any other reason it ends failed.",
         "",
     ]
     return "\n".join(lines)
@@ -53,8 +54,9 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "Each is a keyword argument of `open_supervisor` and `create_app`, an option of `penstock serve` (`--cancel-grace`) and",
-        "an environment variable (`PENSTOCK_CANCEL_GRACE`). Written from `penstock/settings.py` by `just docs`.",
+        "Each is a keyword argument of `open_supervisor` and `create_app`, an option of `penstock serve`",
+        "(`--cancel-grace`) and an environment variable (`PENSTOCK_CANCEL_GRACE`). Written from `penstock/settings.py`",
+        "by `just docs`.",
         "",
         "| name | default | | what it is |",
         "|---|---|---|---|",

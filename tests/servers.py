@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 import anyio
-import httpx
+import httpx2
 import uvicorn
 from hypercorn.config import Config
 
@@ -33,7 +33,7 @@ class Server:
     def __init__(self, kind: str, address: tuple[str, int], process: subprocess.Popen[bytes]) -> None:
         self.kind = kind
         self.address = address
-        self.client = httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=TIMEOUT)
+        self.client = httpx2.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=TIMEOUT)
         self._process = process
 
     def connect(self, path: str) -> socket.socket:

@@ -231,8 +231,8 @@ async def count(upto: int, every: float = 0.0) -> AsyncIterator[Event]:
 
 
 async def shielded(until: trio.Event) -> None:
-    """Hold on to the task, whoever cancels it."""
-    with trio.CancelScope(shield=True):
+    """Hold on to the task, whoever cancels it; not for ever, lest a test that fails hang."""
+    with trio.move_on_after(1000, shield=True):
         await until.wait()
 
 

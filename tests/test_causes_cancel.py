@@ -166,7 +166,7 @@ async def test_a_producer_that_ignores_its_cancel_loses_its_run_after_the_grace(
         record = await ended(log, run.id)
         assert (record.status, record.cancel_reason) == ("cancelled", "enough")
         assert [(stuck.run_id, "holds_on" in stuck.stack) for stuck in owner.stuck] == [(run.id, True)]
-        await trio.sleep(20)
+        await trio.sleep(21)
         assert [(who, seconds) for who, seconds, _ in notes.stuck] == [(run.id, 4), (run.id, 14), (run.id, 24)]
         assert all("await shielded(let_go)" in stack for _, _, stack in notes.stuck)
         let_go.set()

@@ -9,14 +9,14 @@ import uuid
 from typing import TYPE_CHECKING
 
 import pytest
-from httpx_sse import connect_sse
+from httpx2 import EventSource
 
 from tests.servers import KINDS, Server, read_until, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import httpx
+    import httpx2
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -36,7 +36,7 @@ def name() -> str:
     return uuid.uuid4().hex
 
 
-def check_headers(response: httpx.Response) -> None:
+def check_headers(response: httpx2.Response) -> None:
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["cache-control"] == "no-store"
     assert response.headers["x-accel-buffering"] == "no"
@@ -44,10 +44,10 @@ def check_headers(response: httpx.Response) -> None:
 
 
 def test_a_stream_arrives_whole(server: Server, at: str) -> None:
-    with connect_sse(server.client, "GET", f"{at}/content") as events:
-        check_headers(events.response)
-        assert events.response.status_code == 200
-        received = list(events.iter_sse())
+    with server.client.stream("GET", f"{at}/content") as response:
+        check_headers(response)
+        assert response.status_code == 200
+        received = list(EventSource(response))
     assert [event.data for event in received] == ["one", "two", "three", "x" * 200_000]
     assert received[0].id == "1"
 
@@ -69,8 +69,8 @@ def test_d12_an_error_before_the_first_chunk_is_a_whole_response_with_a_code(ser
 
 
 def test_d13_an_error_later_is_an_error_event_and_done(server: Server, at: str) -> None:
-    with connect_sse(server.client, "GET", f"{at}/fails_later") as events:
-        first, error, done = events.iter_sse()
+    with server.client.stream("GET", f"{at}/fails_later") as response:
+        first, error, done = EventSource(response)
     assert (first.data, error.event, done.data) == ("one", "error", "[DONE]")
     assert "secret" not in error.data
     assert json.loads(error.data)["error_id"]

@@ -29,6 +29,7 @@ from tests.supervising import (
     gists,
     read,
     readers,
+    shielded,
     slow,
     two_supervisors,
     unavailable,
@@ -242,8 +243,7 @@ async def test_an_observer_that_raises_harms_nobody(
 
     async def stuck() -> AsyncIterator[Event]:
         yield FIRST
-        with trio.CancelScope(shield=True):
-            await let_go.wait()
+        await shielded(let_go)
         raise ValueError
 
     async with open_supervisor(view, observer=Unbearable(), cancel_grace=1) as supervisor:

@@ -154,8 +154,8 @@ async def opened(source: Any) -> AsyncIterator[AsyncIterator[Any]]:
 async def _closing(chunks: AsyncIterable[Any]) -> AsyncIterator[AsyncIterator[Any]]:
     if not hasattr(chunks, "__aiter__"):
         raise TypeError(
-            f"a source is an async iterable, such as an async generator, or an async context manager that hands one out; "
-            f"{type(chunks).__name__} is neither"
+            "a source is an async iterable, such as an async generator, or an async context manager that hands one out;"
+            f" {type(chunks).__name__} is neither"
         )
     iterator: Any = aiter(chunks)
     if hasattr(iterator, "aclose"):

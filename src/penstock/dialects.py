@@ -7,12 +7,12 @@ whose top-level `message_type` is `stop_reason` says why the producer stopped.
 
 | | plain | letta |
 |---|---|---|
-| ping | `: ping` | `data: {"message_type":"ping","id","date","run_id","seq_id"}` |
-| error | `event: error`, `data: {"code","message","error_id"}` | `event: error`, `data: {"error","code","error_id"}` |
-| cancelled | `event: cancelled`, `data: {"code","message","reason"}` | `data: {"message_type":"stop_reason","stop_reason":"cancelled"}` |
-| stop | `event: stop`, `data: {"stop_reason"}` | `data: {"message_type":"stop_reason","stop_reason"}` |
-| done | `data: [DONE]` | `data: [DONE]` |
-| error body | `application/problem+json` (RFC 9457) | `{"detail": {"code","message"}}` |
+| ping | a comment, `: ping` | message type `ping` with `id`, `date`, `run_id`, `seq_id` |
+| error | event `error` with `code`, `message`, `error_id` | event `error` with `error`, `code`, `error_id` |
+| cancelled | event `cancelled` with `code`, `message`, `reason` | message type `stop_reason`: `cancelled` |
+| stop | event `stop` with `stop_reason` | message type `stop_reason` with `stop_reason` |
+| done | `[DONE]` | `[DONE]` |
+| error body | `application/problem+json` (RFC 9457) | `{"detail": {"code", "message"}}` |
 
 Control events never carry an `id` line: a client that came back with such an id would skip real events.
 """
@@ -153,7 +153,7 @@ class Letta:
         return encodable(reason) if isinstance(reason, str) and reason else None
 
     def stamp(self, block: bytes, run_id: str, seq: int) -> bytes:
-        """Fill in `"run_id":null` and `"seq_id":null` at the top level of JSON data, which is then written anew, compactly."""
+        """Fill in `"run_id":null` and `"seq_id":null` at the top level of JSON data, which is then written anew."""
         if b"null" not in block or (b'"run_id"' not in block and b'"seq_id"' not in block):
             return block
         lines = block.decode().split("\n")

@@ -25,8 +25,7 @@ What is read, and how that may end, is said by the two subclasses in `response.p
 from __future__ import annotations
 
 from collections.abc import Iterable
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -38,7 +37,9 @@ from penstock.observer import new_error_id, tell
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
-    from penstock.response import EventStreamResponse
+    from penstock.answers import Answer
+    from penstock.dialects import Dialect
+    from penstock.observer import Observer
 
 MAX_SEND: Final = 64 * 1024
 """The most bytes in one `send`; a larger chunk goes out in pieces, and nothing gets in between them."""
@@ -51,15 +52,28 @@ BURST_SECONDS: Final = 0.25
 _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceError)
 """What `send` raises then: a server OSError (ASGI 2.4), a middleware with a memory stream in it the others."""
 
-Answer = tuple[int, str, str, dict[str, Any]]
-"""An error body to be: status, code, words, further members."""
 Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Terms(Protocol):
+    """What an exchange is told by its response; `EventStreamResponse` explains each of them."""
+
+    source: Any
+    status_code: int
+    raw_headers: list[tuple[bytes, bytes]]
+    dialect: Dialect
+    observer: Observer
+    run_id: str | None
+    ping_interval: float
+    on_disconnect: Literal["cancel", "detach"]
+    first_chunk_timeout: float
+    expose_errors: bool
 
 
 class Exchange:
     """One call of a response: who may send, and what was sent. Subclasses say what is read, and how that may end."""
 
-    def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, response: Terms, scope: Scope, receive: Receive, send: Send) -> None:
         self.response = response
         self.source = response.source
         self.dialect = response.dialect
@@ -259,12 +273,8 @@ class Exchange:
             # A client drops half a block at the end of a stream; any words after it would complete it.
             await self._finish(b"" if self.torn else words)
         else:
-            status, code, message, members = answer
-            media_type, body = self.dialect.error_body(status, code, message, members)
-            headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
-            if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                headers.append((b"retry-after", b"1"))
-            await self.respond(status, headers, body)
+            headers, body = answer.render(self.dialect)
+            await self.respond(answer.status, headers, body)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkab
 
 from starlette.responses import Response
 
+from penstock.answers import Answer, answer_to, is_refusal
 from penstock.chunks import bytes_of, opened, status_of
 from penstock.dialects import DONE, dialect_named
 from penstock.errors import (
@@ -40,10 +41,10 @@ from penstock.errors import (
     RunCancelled,
     StreamInterrupted,
     StreamRejected,
+    encodable,
     single_error,
-    words_for_clients,
 )
-from penstock.exchange import MAX_SEND, Answer, Exchange
+from penstock.exchange import MAX_SEND, Exchange
 from penstock.observer import LoggingObserver, Observer
 from penstock.runs import CAUSES, Cause, RunError
 from penstock.sse import Event
@@ -142,7 +143,7 @@ class EventStreamResponse(Response):
         self.media_type = media_type
         self.background = background
         self.ping_interval = math.inf if ping_interval is None else ping_interval
-        self.on_disconnect = on_disconnect
+        self.on_disconnect: Literal["cancel", "detach"] = on_disconnect
         self.first_chunk_timeout = first_chunk_timeout
         self.dialect = dialect_named(dialect)
         self.expose_errors = expose_errors
@@ -226,14 +227,13 @@ class _DirectExchange(Exchange):
             return None, b""
         cause = single_error(error)
         if isinstance(cause, RunCancelled):
-            reason = None if cause.reason is None else _encodable(cause.reason)
+            reason = None if cause.reason is None else encodable(cause.reason)
             return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
-        answer = _answer_to(cause, expose_errors=self.response.expose_errors)
-        _, code, words, members = answer
-        if not self.started and _is_refusal(cause):
+        answer = answer_to(cause, expose_errors=self.response.expose_errors)
+        if not self.started and is_refusal(cause):
             return answer, b""
-        members["error_id"] = error_id = self.report(error)
-        return answer, self.dialect.error(RunError(code, words, error_id)) + DONE
+        answer.members["error_id"] = error_id = self.report(error)
+        return answer, self.dialect.error(RunError(answer.code, answer.words, error_id)) + DONE
 
 
 class _FollowerExchange(Exchange):
@@ -266,38 +266,9 @@ class _FollowerExchange(Exchange):
         if error is None:
             return None, b""
         cause = single_error(error)
-        answer = _answer_to(cause, expose_errors=self.response.expose_errors)
+        answer = answer_to(cause, expose_errors=self.response.expose_errors)
         if not isinstance(cause, PenstockError | StreamRejected | StreamInterrupted):
-            answer[3]["error_id"] = self.report(error)
+            answer.members["error_id"] = self.report(error)
         if isinstance(cause, CursorExpired):
             return answer, Event(comment=f"{cause.code}: {cause}").encode()
         return answer, RETRY
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether the error is meant as the answer, and so is nothing to report."""
-    return isinstance(error, StreamRejected) or (
-        isinstance(error, PenstockError) and error.status != HTTPStatus.INTERNAL_SERVER_ERROR
-    )
-
-
-def _answer_to(error: BaseException, *, expose_errors: bool) -> Answer:
-    """The answer to a request for a stream that cannot begin."""
-    if isinstance(error, StreamRejected):
-        return error.status, error.code, _encodable(error.message), dict(error.extra_members)
-    if isinstance(error, StreamInterrupted):
-        row = CAUSES[Cause.SHUTDOWN]
-        return HTTPStatus.SERVICE_UNAVAILABLE, str(row.code), row.message, {}
-    code, words = words_for_clients(error, expose_errors=expose_errors)
-    if not isinstance(error, PenstockError):
-        return HTTPStatus.INTERNAL_SERVER_ERROR, code, _encodable(words), {}
-    if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
-        words = str(error)  # what is wrong with the request
-    elif not expose_errors:
-        words = HTTPStatus(error.status).description
-    return error.status, code, _encodable(words), dict(error.extra())
-
-
-def _encodable(words: str) -> str:
-    """The words without lone surrogates, which no event can carry."""
-    return words.encode(errors="replace").decode()

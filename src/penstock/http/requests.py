@@ -87,8 +87,9 @@ def _refuse_unasked(headers: Mapping[str, str]) -> None:
     """Refuse what a browser sends on behalf of another site without having asked first.
 
     Any page may have a browser POST to this server, as long as the content type is one that needs no CORS preflight
-    (WHATWG Fetch, section 2.2.2); it could not read the answer, but it would have started or cancelled a run. Clients that
-    are no browsers do not send `Sec-Fetch-Site`; JSON is asked for first, and so is the business of CORS middleware.
+    (WHATWG Fetch, section 2.2.2); it could not read the answer, but it would have started or cancelled a run. Clients
+    that are no browsers do not send `Sec-Fetch-Site`; JSON is asked for first, and so is the business of CORS
+    middleware.
     """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if headers.get("sec-fetch-site", "none") not in _OWN_SITE and media_type != "application/json":

@@ -4,12 +4,12 @@ A log keeps, for every run, a record (`Run`) and its entries 1, 2, 3 ... n witho
 that `MemoryLog` implements; a log that lives in another process fits it just as well, because every operation is one
 that such a store can do in one atomic step:
 
-* **append** takes many runs' batches at once (one round trip). Each batch stands alone: all of it is stored, or nothing. It
-  carries the owner's *epoch*, an unguessable token that is only ever compared for equality, and the seq of its first
-  entry, so that a batch sent twice is stored once. The terminal entry and the terminal status are one step; the first
-  one wins.
-* **read** returns a page after a cursor, together with the run's record, so that "nothing yet" and "nothing more" differ.
-* **leases**: an owner renews; whoever finds a lease run out ends the run as lost, and replaces the epoch in the same step.
+* **append** takes many runs' batches at once (one round trip). Each batch stands alone: all of it is stored, or
+  nothing. It carries the owner's *epoch*, an unguessable token that is only ever compared for equality, and the seq of
+  its first entry, so that a batch sent twice is stored once. The terminal entry and the terminal status are one step;
+  the first one wins.
+* **read** returns a page after a cursor, together with the run's record: "nothing yet" and "nothing more" differ.
+* **leases**: an owner renews; whoever finds a lease run out ends the run as lost, and replaces the epoch in that step.
 * **cancel requests** are kept with the record, and a `completed` ending is refused while one is kept.
 * **wake-ups carry no data**: they say which run has moved, and how far. Losing one must do no harm.
 """
@@ -177,7 +177,7 @@ class CancelReply:
 
 
 class Wakeups(Protocol):
-    """What tells one supervisor that something has happened: the runs that it follows, and cancels for those it owns."""
+    """What tells one supervisor that something has happened: to the runs it follows, and cancels for those it owns."""
 
     async def subscribe(self, run_id: str) -> None:
         """From the return on, every append to the run is told."""
