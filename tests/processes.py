@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ import trio
 from tests.serving import GUARD, Client
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import AsyncIterator
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,12 @@ async def process(*command: str) -> AsyncIterator[Process]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with trio.fail_after(GUARD):
         child = await trio.lowlevel.open_process(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         async with httpx2.AsyncClient(timeout=GUARD) as client, trio.open_nursery() as nursery:
             server = Process(child, "", client)
@@ -54,8 +59,8 @@ async def process(*command: str) -> AsyncIterator[Process]:
                 await nursery.start(_read, server)
                 yield server
             finally:
-                if child.returncode is None:
-                    child.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # plain Hypercorn has a worker process
                 with trio.CancelScope(shield=True):
                     await child.wait()
 

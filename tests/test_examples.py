@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.processes import process
+from tests.wire import DONE, blocks_of, ids
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,3 +33,37 @@ def test_by_hand_reads_back_from_the_cursor_what_it_wrote() -> None:
     lines = output_of("by_hand.py")
     assert lines[0] == "wrote 20.5 as entry 1"
     assert lines[3:] == ['2 data: {"degrees":20.7}', '3 data: {"degrees":21.0}', "4 data: [DONE]"]
+
+
+HYPERCORN = (sys.executable, "-m", "hypercorn", "-k", "trio", "--bind", "127.0.0.1:0")
+UVICORN = (sys.executable, "-m", "uvicorn", "--port", "0", "--app-dir", "examples")
+PENSTOCK = (sys.executable, "-m", "penstock", "serve", "--bind", "127.0.0.1:0", "--producers")
+
+
+@pytest.mark.parametrize(
+    "command", [(*HYPERCORN, "examples/smallest.py:app"), (*UVICORN, "smallest:app")], ids=["trio", "asyncio"]
+)
+async def test_the_smallest_endpoint_counts_to_five(command: tuple[str, ...]) -> None:
+    async with process(*command) as server:
+        blocks = blocks_of((await server.client.get("/")).text)
+        server.signal(signal.SIGTERM)
+        await server.exit_code()
+    assert [(block.id, block.data) for block in blocks] == [(n, str(n)) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(*HYPERCORN, "examples/agent.py:app"), (*PENSTOCK, "examples/agent.py:producers")],
+    ids=["plain hypercorn", "penstock serve"],
+)
+async def test_the_agent_can_be_left_and_found_again_at_the_next_word(command: tuple[str, ...]) -> None:
+    async with process(*command) as server:
+        run_id = await server.start("agent", "hello")
+        async with server.reading(run_id) as reader:
+            seen = await reader.take(3)
+        seen += await server.read(run_id, starting_after=seen[-1].id)
+        assert ids(seen) == list(range(1, len(seen) + 1))
+        assert seen[-1].data == DONE
+        assert '"hello"' in "".join(block.json["content"] for block in seen[1:-2])
+        server.signal(signal.SIGTERM)
+        assert await server.exit_code() == 0

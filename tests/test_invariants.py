@@ -110,8 +110,8 @@ async def read_with_cuts(rng: random.Random, supervisors: list[Supervisor], run_
 async def test_i2_a_thousand_runs_read_through_broken_connections_are_complete_once_and_in_order(
     autojump_clock: MockClock,
 ) -> None:
-    # Fails if `Tail.take` begins one too early or too late, if `Follower.__anext__` moves the cursor before it hands the
-    # entry over, and if `Tail.wait` comes after a checkpoint (then readers sleep for ever).
+    # Fails if `Tail.take` begins one too early or too late, if `Follower._fill` moves the cursor, and if it lets a
+    # checkpoint come between looking and parking (then readers sleep for ever).
     rng = random.Random(7)
     log = MemoryLog()
     whole = 0
@@ -137,19 +137,19 @@ async def test_i2_a_thousand_runs_read_through_broken_connections_are_complete_o
 
 
 async def test_i3_of_many_endings_at_once_one_is_stored_and_stays(autojump_clock: MockClock) -> None:
-    # Fails if `MemoryLog._append` does not look whether the run has ended, and if `Execution.stop` records a second cause.
+    # Fails if `MemoryLog._append` takes what comes after the end, and if it does not refuse `completed` after a cancel.
     rng = random.Random(3)
     statuses = set()
     for _ in range(150):
         view = View()
         async with two_supervisors(view, view.log, cancel_grace=1) as (owner, other), trio.open_nursery() as nursery:
             view.before["append"] = slow(0.01 * rng.randrange(3))
-            limits = {"timeout": 1.0, "max_silence": 1.0} if rng.random() < 0.5 else {}
+            limits: dict[str, Any] = {"timeout": 1.0, "max_silence": 1.0} if rng.random() < 0.5 else {}
 
             async def producer(after: float) -> AsyncIterator[Event]:
                 yield FIRST
                 await trio.sleep(after)
-                if rng.random() < 0.5:  # noqa: B023
+                if rng.random() < 0.5:
                     raise ValueError
 
             run = await owner.start(producer, rng.choice([1.0, 50.0]), **limits)
@@ -176,7 +176,7 @@ async def _at(when: float, call: Any) -> None:
 
 async def test_i4_no_reader_waits_for_what_cannot_come(autojump_clock: MockClock) -> None:
     # Fails if `MemoryLog.reap` does nothing, if `Follower._fill` does not look at `tail.ended`, if `Tail.extend` does not
-    # notice the terminal entry, and if `Follower.__aenter__` does not compare the cursor with the oldest seq.
+    # set it, and if `Follower.__aenter__` does not compare the cursor with the oldest seq.
     view = View(MemoryLog(max_entries=5))
     async with two_supervisors(view, view.log, lease=6) as (owner, other):
         over = await owner.start(count, 9)
@@ -231,8 +231,7 @@ async def test_i5_neither_cancel_reaches_the_other(autojump_clock: MockClock) ->
 
 @pytest.mark.parametrize("wakeups", [True, False], ids=["by the wake-up", "by the poll alone"])
 async def test_i6_a_cancel_reaches_a_silent_producer_in_time(autojump_clock: MockClock, wakeups: bool) -> None:
-    # Fails if `Watch.cancels` only looks after a chunk, if nothing calls `Watch.wake` (by the wake-up), and if the poll's
-    # pause does not end (by the poll alone).
+    # Fails if nothing calls `Watch.wake` (by the wake-up), and if `Watch.cancels` waits without a timeout (the poll).
     view = View()
     view.wakeups_of_cancels = wakeups
     async with two_supervisors(view, view.log, cancel_check_interval=2) as (owner, other):
@@ -250,12 +249,12 @@ async def test_i6_a_cancel_reaches_a_silent_producer_in_time(autojump_clock: Moc
 
 
 async def test_i8_good_runs_among_bad_ones_are_whole_and_in_time(autojump_clock: MockClock) -> None:
-    # Fails if `Execution.execute` lets a run's error out, if `Committer._settle` raises for a reply that is not OK, and if
-    # one batch that the log refuses keeps those beside it from being settled.
+    # Fails if `Execution.leave` returns a run's own error, if `Committer._commit` stops at a reply that is not OK, and
+    # if `Execution._overdue` does not end the run.
     view, notes, let_go = View(), Notes(), trio.Event()
 
     async def floods(_: Witness) -> AsyncIterator[str]:
-        for _ in range(300):
+        for _number in range(300):
             yield "data: " + 1000 * "x" + "\n\n"
 
     async def grips(_: Witness) -> AsyncIterator[Event]:
@@ -310,7 +309,7 @@ async def test_i8_good_runs_among_bad_ones_are_whole_and_in_time(autojump_clock:
 async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_limit(
     autojump_clock: MockClock,
 ) -> None:
-    # Fails if `Execution.write` does not wait for room, if `Tail.extend` does not trim, and if `MemoryLog._store` does not.
+    # Fails if `Execution.write` does not wait for room, and if `Tail.extend` or `MemoryLog._store` does not trim.
     view = View(MemoryLog(max_entries=500))
     pending: list[int] = []
     knobs: dict[str, Any] = {"max_pending_bytes": 5_000, "max_process_pending_bytes": 12_000, "tail_entries": 100}
@@ -323,9 +322,8 @@ async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_
             await trio.sleep(0.01)
 
         view.before["append"] = look
-        runs = [
-            await supervisor.start(producers.yields(*["data: " + "x" * 90 + "\n\n"] * 3000), Witness()) for _ in "abcd"
-        ]
+        flood = producers.yields(*["data: " + "x" * 90 + "\n\n"] * 3000)
+        runs = [await supervisor.start(flood, Witness()) for _ in range(4)]
         async with supervisor.follow(runs[0].id) as slow_reader:
             await anext(slow_reader)
             for run in runs[1:]:
