@@ -312,7 +312,7 @@ def gist(entry: Entry) -> str:
     if message.event == "cancelled" or said.get("stop_reason") == "cancelled":
         return "cancelled"
     if message.event == "error":
-        return f"error {said['code']}"
+        return f"error {said.get('code', message.data)}"
     return f"stop {said['stop_reason']}" if "stop_reason" in said else message.data
 
 

@@ -183,15 +183,19 @@ async def test_what_a_fenced_run_held_is_let_go_when_its_producer_goes_late(auto
 
 async def test_an_outage_of_the_log_makes_nobody_reap(autojump_clock: MockClock) -> None:
     view = View()
-    async with two_supervisors(view, lease=LEASE) as (owner, _):
+    other_view = View(view.log)
+    async with two_supervisors(view, other_view, lease=LEASE) as (owner, _):
         run = await owner.start(Witness().waits)
         await trio.sleep(20)
-        for operation in ("append", "renew", "reap", "check", "cancel_requests"):
-            view.before[operation] = unavailable
-        await trio.sleep(10 * LEASE)
-        view.before.clear()
-        await trio.sleep(10 * LEASE)
-        assert (await owner.get(run.id)).status == "running"
+        for away in (7.5, 10.5, 13.5, 16.5, 19.5, 60.5):
+            for operation in ("append", "renew", "reap", "check", "cancel_requests"):
+                view.before[operation] = other_view.before[operation] = unavailable
+            await trio.sleep(away)
+            other_view.before.clear()
+            await trio.sleep(3)  # the owner hears of it later
+            view.before.clear()
+            await trio.sleep(10 * LEASE)
+            assert (await owner.get(run.id)).status == "running"
         await owner.cancel(run.id)
         assert gists(await read(owner, run.id)) == CANCELLED
 

@@ -128,8 +128,8 @@ CALLS = [start, cancel, cancel_elsewhere, wait, wait_elsewhere, follow, follow_e
 async def test_i7_a_call_that_is_cancelled_in_any_wait_is_over_and_leaves_everything_whole(
     autojump_clock: MockClock, call: Callable[[Supervisor, Supervisor], Awaitable[None]], delay: float
 ) -> None:
-    # Fails if `Fetcher.reading` does not give the tail back when it is cancelled, if `Services.starting` does not forget
-    # a start, if `writing` does not conclude a body that is cancelled, and if anything swallows `Cancelled`.
+    # Fails if `Fetcher.reading` keeps the tail when it is cancelled, if `Services.starting` never forgets a start, if
+    # `writing` does not conclude a body that is cancelled, and if anything swallows `Cancelled`.
     async def case(cancelling: CancelAt) -> None:
         view, witness = View(), Witness()
         for operation in ("start", "request_cancel", "read", "get", "subscribe"):
@@ -327,7 +327,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(STEPS, min_size=2, max_size=25), st.integers(1, 50))
 def test_i2_i3_in_any_order_of_starts_cancels_and_cuts_every_run_ends_and_every_reader_is_whole(
     steps: list[tuple[Any, ...]], tail_entries: int

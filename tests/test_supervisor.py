@@ -123,10 +123,10 @@ async def test_an_id_that_is_used_again_after_its_run_expired_is_a_new_run_to_ev
             assert (await anext(old)).seq == 1
             await owner.wait("again")
             await trio.sleep(10)
-            await owner.start(count, 3, 1, run_id="again")
+            await owner.start(count, 2, 1, run_id="again")
             async with readers((owner, "again"), (other, "again")) as (here, there):
                 pass
-            assert gists(here.entries) == gists(there.entries) == COUNTED
+            assert gists(here.entries) == gists(there.entries) == ["1", "2", "[DONE]"]
             assert (await owner.wait("again")).status == "completed"
         assert_nothing_is_left(owner)
 
@@ -230,6 +230,9 @@ class Unbearable(LoggingObserver):
     """An observer that raises whatever it is told."""
 
     def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return super().__getattribute__(name)
+
         def hook(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError(name)
 
@@ -265,6 +268,7 @@ async def test_an_observer_that_raises_harms_nobody(
 async def test_nothing_is_kept_of_runs_that_ended_without_readers(autojump_clock: MockClock) -> None:
     before = len(trio.lowlevel.current_root_task().child_nurseries[0].child_tasks)  # type: ignore[union-attr]
     async with two_supervisors(MemoryLog(), drain_timeout=5) as (owner, other):
+        await wait_all_tasks_blocked()
         idle = _tasks()
         for index in range(300):
             timeout = 3600 if index % 3 else None

@@ -47,7 +47,7 @@ def answer_to(error: BaseException, *, expose_errors: bool = False) -> Answer:
     if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
         words = encodable(str(error))  # what is wrong with the request
     elif not expose_errors:
-        words = HTTPStatus(error.status).description
+        words = error.public
     return Answer(error.status, code, words, dict(error.extra()))
 
 

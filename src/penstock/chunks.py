@@ -12,7 +12,7 @@ passes chunks on.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -59,16 +59,23 @@ class Block:
         return cls(wire, done=data == "[DONE]", stop_reason=None if data is None else dialect.stop_reason(data))
 
 
-def blocks_of(chunk: object, dialect: Dialect, *, max_event_bytes: int = MAX_EVENT_BYTES) -> list[Block]:
+def blocks_of(
+    chunk: object, dialect: Dialect, *, max_event_bytes: int = MAX_EVENT_BYTES, max_chunk_bytes: int | None = None
+) -> list[Block]:
     """Take a run's chunk apart.
 
     Raises:
         InvalidChunk: it is no chunk, holds half a block, has an id of its own, or cannot be encoded.
-        EventTooLarge: one of its blocks is over the limit.
+        EventTooLarge: one of its blocks is over the limit, or all of them together are over theirs.
     """
     if isinstance(chunk, Event):
         blocks = [_block_of_event(chunk, dialect)]
     elif isinstance(chunk, str | bytes):
+        if max_chunk_bytes is not None and len(chunk) > max_chunk_bytes:
+            raise EventTooLarge(
+                f"a chunk of {len(chunk)} is over the limit of {max_chunk_bytes} bytes (max_pending_bytes): yield its "
+                "events in several chunks"
+            )
         blocks = [Block.of(block.wire, block.event, block.data, dialect) for block in split_blocks(chunk)]
     else:
         raise InvalidChunk(f"a chunk is an Event, str or bytes, not {type(chunk).__name__}; yield Event(data=...)")
@@ -158,8 +165,26 @@ async def _closing(chunks: AsyncIterable[Any]) -> AsyncIterator[AsyncIterator[An
             f" {type(chunks).__name__} is neither"
         )
     iterator: Any = aiter(chunks)
-    if hasattr(iterator, "aclose"):
-        async with aclosing(iterator):
-            yield iterator
-    else:
+    try:
         yield iterator
+    finally:
+        if hasattr(iterator, "aclose"):
+            await _close(iterator)  # noqa: ASYNC102  (whoever holds the source has a deadline for its cleanup)
+
+
+async def _close(iterator: Any) -> None:
+    """Close a generator; if it yields inside a nursery, that wraps the `GeneratorExit` which closes it in a group."""
+    try:
+        await iterator.aclose()
+    except BaseExceptionGroup as group:
+        _, others = group.split(GeneratorExit)
+        if others is not None:
+            raise others from None
+
+
+def held_across_a_yield() -> RuntimeError:
+    """The error of a source whose own cancel scope or nursery has cancelled whoever iterates it."""
+    return RuntimeError(
+        "the source holds a cancel scope or a nursery open across a yield, and its cancellation reached the task that "
+        "iterates it; make it a context manager that hands out an iterator, for example with trio.as_safe_channel"
+    )

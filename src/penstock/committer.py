@@ -248,12 +248,14 @@ class Committer:
 
     def is_full(self, outbox: Outbox) -> bool:
         """True if a write to the outbox has to wait."""
-        return bool(outbox.entries) and (outbox.size >= self._max_pending or self._size >= self._max_process_pending)
+        return outbox.size >= self._max_pending or self._size >= self._max_process_pending
 
     async def room(self, outbox: Outbox) -> None:
         """Wait until the outbox takes more. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while self.is_full(outbox):
+            self._urgent = True  # whoever waits for room does not wait for a linger as well
+            self._wake.set()
             await (outbox.vacancy if outbox.size >= self._max_pending else self._room).park()
 
     async def run(self) -> None:

@@ -38,6 +38,8 @@ class PenstockError(Exception):
 
     code: ClassVar[str] = "ERROR"
     status: ClassVar[int] = 500
+    public: ClassVar[str] = "the server failed"
+    """What clients are told where the words themselves are the server's affair (status 500 and above)."""
 
     def extra(self) -> dict[str, Any]:
         """Further members of the error's JSON body."""
@@ -178,6 +180,7 @@ class ReaderReleased(PenstockError):  # noqa: N818
 
     code = "READER_RELEASED"
     status = 503
+    public = "this server serves the stream no longer; come back with the cursor"
 
 
 class Draining(PenstockError):  # noqa: N818
@@ -185,6 +188,7 @@ class Draining(PenstockError):  # noqa: N818
 
     code = "DRAINING"
     status = 503
+    public = "this server is shutting down and starts no more runs; ask another, or again later"
 
 
 class LogUnavailable(PenstockError):  # noqa: N818
@@ -192,6 +196,7 @@ class LogUnavailable(PenstockError):  # noqa: N818
 
     code = "LOG_UNAVAILABLE"
     status = 503
+    public = "the event log cannot be reached at the moment; try again"
 
 
 class SupervisorFailed(PenstockError):  # noqa: N818
@@ -199,6 +204,7 @@ class SupervisorFailed(PenstockError):  # noqa: N818
 
     code = "SUPERVISOR_FAILED"
     status = 503
+    public = "a part of this server has died; ask another, or again later"
 
 
 class ConfigurationError(PenstockError, ValueError):
@@ -238,9 +244,9 @@ def single_error(error: BaseException) -> BaseException:
 
 def words_for_clients(error: BaseException, *, expose_errors: bool = False) -> tuple[str, str]:
     """The code and the words that a client is shown of an exception: its own only if it is meant to be public."""
-    if isinstance(error, PublicError):
-        return encodable(error.code), encodable(error.message)
-    code: str = error.code if isinstance(error, PenstockError | InvalidChunk) else "ERROR"
+    if isinstance(error, PublicError):  # perhaps of a subclass that has forgotten to call ours
+        return encodable(getattr(error, "code", "ERROR")), encodable(getattr(error, "message", "the run failed"))
+    code = encodable(error.code) if isinstance(error, PenstockError | InvalidChunk) else "ERROR"
     return code, encodable(error) if expose_errors else "the run failed"
 
 

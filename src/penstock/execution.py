@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from penstock.chunks import blocks_of, opened, status_of
+from penstock.chunks import blocks_of, held_across_a_yield, opened, status_of
 from penstock.committer import Outbox
 from penstock.endings import Facts, ending_of
 from penstock.errors import RunCancelled, RunEnded, single_error, words_of_error_event
+from penstock.groups import is_cancellation
 from penstock.observer import new_error_id, tell
 from penstock.runs import CAUSES, Cause
 
@@ -83,6 +84,8 @@ class Execution:
         """The task in which the producer runs."""
         self._office = office
         self._raised: BaseException | None = None
+        self._interrupted = False
+        """Something from outside ended the producer's loop, without a cause on record."""
         self._said: str | None = None
         self._reported: tuple[str, str] | None = None
         self._untold = False
@@ -182,8 +185,7 @@ class Execution:
             return
         self.ended = True
         self._raised, outer = _apart(error)
-        if outer is not None and self.cause is None:
-            self.cause = Cause.SHUTDOWN
+        self._interrupted = outer is not None
         self._expect_to_leave()
 
     async def write(self, chunk: Any) -> bool:
@@ -209,7 +211,9 @@ class Execution:
             return False
         stored: list[bytes] = []
         goes_on = True
-        for block in blocks_of(chunk, office.dialect, max_event_bytes=office.settings.max_event_bytes):
+        limit = office.settings.max_event_bytes
+        largest = max(limit, office.settings.max_pending_bytes)
+        for block in blocks_of(chunk, office.dialect, max_event_bytes=limit, max_chunk_bytes=largest):
             self._said = block.stop_reason or self._said
             goes_on = not block.done and block.error is None
             if not block.done:
@@ -234,8 +238,11 @@ class Execution:
         for timer in self._timers.values():
             timer.cancel()
         own, outer = _apart(error)
+        if outer is not None and is_cancellation(outer, trio.Cancelled) and trio.current_effective_deadline() > -inf:
+            # Nobody around this task was cancelled: the producer's own scope has cancelled its consumer.
+            own, outer, self._interrupted = own or held_across_a_yield(), None, False
         if self._ending is None:
-            self._conclude(self._facts(own))
+            self._conclude(self._facts(own or self._raised))
         elif own is not None and own is not self._raised:
             tell(
                 self._office.observer.on_error, own, error_id=new_error_id(), where=f"run {self.run.id}, after its end"
@@ -253,7 +260,8 @@ class Execution:
         return self._ending is not None
 
     def _facts(self, error: BaseException | None = None) -> Facts:
-        return Facts(error, self.cause, self.words, self._said, self._reported, self._untold)
+        cause = Cause.SHUTDOWN if self.cause is None and self._interrupted else self.cause
+        return Facts(error, cause, self.words, self._said, self._reported, self._untold)
 
     def _conclude(self, facts: Facts) -> None:
         error_id = new_error_id()
@@ -309,8 +317,8 @@ class Execution:
 def _apart(error: BaseException | None) -> tuple[BaseException | None, BaseException | None]:
     """What a producer raised of its own, and what came from outside through it."""
     if isinstance(error, BaseExceptionGroup):
-        outer, own = error.split(lambda each: not isinstance(each, Exception | BaseExceptionGroup))
+        outer, own = error.split((trio.Cancelled, KeyboardInterrupt))
         return own, outer
-    if error is None or isinstance(error, Exception):
-        return error, None
-    return None, error
+    if isinstance(error, trio.Cancelled | KeyboardInterrupt):
+        return None, error
+    return error, None

@@ -20,11 +20,12 @@ It does not buffer, and it does not shield anything: cleanup that awaits needs a
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from penstock.chunks import opened
+from penstock.chunks import held_across_a_yield, opened
 from penstock.errors import ConfigurationError
 from penstock.groups import raise_bare, raise_unchanged
 
@@ -111,6 +112,10 @@ class _Chunks:
                 async with opened(source) as chunks:
                     async for chunk in chunks:
                         await self._send.send(chunk)
+            except trio.Cancelled:  # noqa: ASYNC103  (the source's own: nobody around this task was cancelled)
+                if trio.current_effective_deadline() == -inf:
+                    raise
+                self._error = held_across_a_yield()
             except Exception as error:
                 if self._left:
                     raise

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from typing import TYPE_CHECKING, Final, ParamSpec, Protocol
+from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, runtime_checkable
 
-from penstock.errors import PublicError
+from penstock.errors import PublicError, words_for_clients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +22,7 @@ logger: Final = logging.getLogger("penstock")
 P = ParamSpec("P")
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What an observer is told. Derive from `LoggingObserver` to change a part of it."""
 
@@ -68,7 +69,7 @@ class LoggingObserver:
     def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
         """The traceback, at level ERROR; of an error that was meant for the client one line, at level WARNING."""
         if isinstance(error, PublicError):
-            logger.warning("%s: %s: %s [%s]", where, error.code, error.message, error_id)
+            logger.warning("%s: %s: %s [%s]", where, *words_for_clients(error), error_id)
         else:
             logger.error("%s: %s [%s]", where, error, error_id, exc_info=error)
 

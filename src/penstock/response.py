@@ -187,6 +187,10 @@ class _DirectExchange(Exchange):
                             verdict = error
                             break
                     await self.write(body)
+        except (GeneratorExit, SystemExit) as error:
+            failure = RuntimeError(f"the source raised {type(error).__name__}")
+            failure.__cause__ = error  # nothing that a source raises may end the server
+            return failure
         except Exception as error:
             if self.is_of_the_server(error):
                 raise

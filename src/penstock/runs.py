@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RUN_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_NOT_IN_A_PATH: Final = frozenset({".", ".."})  # clients resolve them before they ask (RFC 3986, section 5.2.4)
 
 
 class RunStatus(StrEnum):
@@ -261,8 +262,10 @@ def check_run_id(run_id: str) -> str:
     """Return `run_id` if it is one.
 
     Raises:
-        ValueError: it is not 1 to 128 characters of `[A-Za-z0-9._:-]`.
+        ValueError: it is not 1 to 128 characters of `[A-Za-z0-9._:-]`, or is `.` or `..`.
     """
-    if not isinstance(run_id, str) or RUN_ID.fullmatch(run_id) is None:
-        raise ValueError(f"a run id is 1 to 128 letters, digits, '.', '_', ':' or '-', not {run_id!r:.160}")
+    if not isinstance(run_id, str) or RUN_ID.fullmatch(run_id) is None or run_id in _NOT_IN_A_PATH:
+        raise ValueError(
+            f"a run id is 1 to 128 letters, digits, '.', '_', ':' or '-', and not '.' or '..'; not {run_id!r:.160}"
+        )
     return run_id

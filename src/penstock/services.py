@@ -182,6 +182,8 @@ class Services:
             timeout += self._settings.cancel_grace
         with trio.move_on_after(timeout, shield=True):
             await self.all_settled()
+        for execution in self.live.values():
+            self.committer.drop(execution.outbox)  # who waits for a flush waits no more
         self.fetcher.release(ReaderReleased("the supervisor has ended; come back with the cursor"), everyone=True)
         self._scope.cancel(reason="the supervisor has ended")
 

@@ -6,7 +6,7 @@ an environment variable of each. A value that a knob cannot have is refused by n
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise ConfigurationError(f"{knob.name} is a {'whole ' if whole else ''}number, not {value!r}")
             above = knob.metadata["above"]
-            if not math.isfinite(value) or value < least or (above and value == least):
+            if not least <= value <= sys.float_info.max or (above and value == least):
                 raise ConfigurationError(
                     f"{knob.name} is {'above' if above else 'at least'} {least} {knob.metadata['unit']}, not {value!r}"
                 )
@@ -89,13 +89,16 @@ class Settings:
         return cls(**knobs)
 
 
-def check_duration(name: str, seconds: float | None) -> None:
+def check_duration(name: str, seconds: float | None, *, zero: bool = False) -> None:
     """Check an optional duration that a caller gave.
 
     Raises:
-        ConfigurationError: it is not a finite number of seconds above 0.
+        ConfigurationError: it is not a finite number of seconds above 0, or from 0 if that is allowed.
     """
     if seconds is None:
         return
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise ConfigurationError(f"{name} is a number of seconds above 0, or None, not {seconds!r}")
+    fits = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= sys.float_info.max
+    if not fits or (seconds == 0 and not zero):
+        raise ConfigurationError(
+            f"{name} is a number of seconds {'from' if zero else 'above'} 0, or None, not {seconds!r}"
+        )

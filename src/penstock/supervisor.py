@@ -20,20 +20,22 @@ from collections.abc import AsyncIterable, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from penstock.errors import (
+    ConfigurationError,
     Draining,
     ReaderReleased,
+    RunExists,
+    RunNotFound,
     SupervisorFailed,
 )
 from penstock.follower import Follower
 from penstock.groups import raise_bare
 from penstock.log import CancelStatus, Idempotency
-from penstock.observer import LoggingObserver, tell
+from penstock.observer import LoggingObserver, Observer, tell
 from penstock.runs import Cause, Run, check_run_id, new_run_id
 from penstock.services import Services
 from penstock.settings import Settings, check_duration
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
     from penstock.execution import Execution
     from penstock.log import CancelReply, EventLog, Started
-    from penstock.observer import Observer
     from penstock.runs import RunStatus
 
 
@@ -132,11 +133,8 @@ class Supervisor:
         if args and not call:
             raise ValueError("arguments are for a producer that can be called, and this one cannot")
         name = name or str(getattr(producer, "__qualname__", type(producer).__name__))
-        idempotency = (
-            None
-            if idempotency_key is None
-            else Idempotency(idempotency_key, _fingerprint(name, args, metadata, run_id, timeout, max_silence))
-        )
+        request = (name, args, metadata, run_id, timeout, max_silence)
+        idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
         started, execution = await self._begin(name, run_id, metadata, idempotency, timeout, max_silence)
         if execution is not None:
             make_source = partial(producer, *args) if call else lambda: producer
@@ -212,6 +210,8 @@ class Supervisor:
             ValueError: the reason holds half of a surrogate pair, and cannot be written.
         """
         if reason is not None:
+            if not isinstance(reason, str):
+                raise ValueError(f"a reason is a str, not {type(reason).__name__}")
             reason.encode()
         reply = await self.log.request_cancel(run_id, reason)
         if reply.status is CancelStatus.REQUESTED and run_id in self._services.live:
@@ -231,6 +231,8 @@ class Supervisor:
             while not run.status.terminal:
                 if tail.ended:
                     run = await self.log.get(run_id)
+                    if not run.status.terminal:  # the log has dropped the run that ended, and the id is another's
+                        raise RunNotFound(run_id)
                 elif tail.released is not None:
                     raise tail.released
                 else:
@@ -264,6 +266,7 @@ class Supervisor:
         Args:
             timeout: how long runs may go on, in seconds; by default `drain_timeout`.
         """
+        check_duration("timeout", timeout, zero=True)
         self.draining = True
         self._services.fetcher.release(ReaderReleased("the server is shutting down; come back with the cursor"))
         with trio.move_on_after(self.settings.drain_timeout if timeout is None else timeout):
@@ -323,13 +326,16 @@ class Supervisor:
         check_duration("timeout", timeout)
         check_duration("max_silence", max_silence)
         try:
-            metadata = dict(metadata or {})
-            json.dumps([name, metadata], ensure_ascii=False, allow_nan=False).encode()
+            text = json.dumps([name + "", dict(metadata or {})], ensure_ascii=False, allow_nan=False)
+            text.encode()
         except (TypeError, RecursionError) as error:
             raise ValueError(f"the name of a run is a str, and its metadata a JSON object: {error}") from error
+        metadata = json.loads(text)[1]  # the caller may go on changing the other
         run = Run(
             new_run_id() if run_id is None else check_run_id(run_id), name, created_at=time.time(), metadata=metadata
         )
+        if run.id in self._services.live:  # the log may have dropped it; its producer is still here
+            raise RunExists(self._services.live[run.id].run)
         lease = self._services.lease()
         with self._services.starting() as admit:
             started = await self.log.start(run, lease, idempotency)
@@ -367,7 +373,10 @@ async def open_supervisor(
         SupervisorFailed: a service died; the exception it died of is the cause.
         LogUnavailable: the log cannot be reached to begin with.
     """
-    supervisor = Supervisor(log, Settings.of(knobs), LoggingObserver() if observer is None else observer)
+    observer = LoggingObserver() if observer is None else observer
+    if not isinstance(observer, Observer):
+        raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from LoggingObserver")
+    supervisor = Supervisor(log, Settings.of(knobs), observer)
     try:
         async with trio.open_nursery() as outer:
             await outer.start(supervisor._services.run, outer.cancel_scope)  # noqa: SLF001
@@ -387,8 +396,3 @@ async def open_supervisor(
         raise_bare(group, trio.Cancelled)
     if (failure := supervisor._services.failure) is not None:  # noqa: SLF001
         raise SupervisorFailed("a service of the supervisor died") from failure
-
-
-def _fingerprint(*request: Any) -> str:
-    """What tells a repeated start from another one: all that it asks for."""
-    return sha256(json.dumps(request, sort_keys=True, default=repr).encode()).hexdigest()

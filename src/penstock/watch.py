@@ -7,6 +7,7 @@ been in contact for one lease.
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -99,7 +100,10 @@ class Watch:
         in_contact_since = trio.current_time()
         pause = REAP_INTERVAL
         while True:
-            await trio.sleep(pause)
+            due = trio.current_time() + pause
+            await trio.sleep_until(due)
+            if trio.current_time() - due > self._office.settings.lease / 3:
+                in_contact_since = trio.current_time()  # this process stood still, and its own renewals with it
             try:
                 if trio.current_time() - in_contact_since < self._office.settings.lease:
                     await self._log.check()
@@ -107,9 +111,10 @@ class Watch:
                     await self._log.reap(self._obituary)
             except LogUnavailable as error:
                 pause = self._back_off("reap", error, pause)
-                in_contact_since = trio.current_time()
+                in_contact_since = inf
             else:
                 pause = REAP_INTERVAL
+                in_contact_since = min(in_contact_since, trio.current_time())
 
     def _give_up(self, execution: Execution) -> None:
         if not execution.settled.is_set():

@@ -11,6 +11,7 @@ import sys
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
+from urllib.parse import urlsplit
 
 from penstock.errors import StreamRejected
 from penstock.runs import RunStatus, check_run_id
@@ -92,7 +93,9 @@ def _refuse_unasked(headers: Mapping[str, str]) -> None:
     middleware.
     """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if headers.get("sec-fetch-site", "none") not in _OWN_SITE and media_type != "application/json":
+    origin = headers.get("origin")  # towards plain http elsewhere than on loopback, browsers send this one alone
+    own = origin is None or urlsplit(origin).netloc == headers.get("host")
+    if not (own and headers.get("sec-fetch-site", "none") in _OWN_SITE) and media_type != "application/json":
         raise StreamRejected(403, "CROSS_SITE", "a page of another site sends JSON as application/json, or nothing")
 
 

@@ -9,7 +9,8 @@ fires that:
            ──▶ every run has its terminal entry, and its readers have it
            ──▶ the trigger: listeners closed, the last responses end, the lifespan ends
 
-A second signal skips the waiting. A service of the supervisor that dies fires the trigger at once.
+A second signal skips the waiting, also that of Hypercorn for its last connections. A service of the supervisor that
+dies fires the trigger at once.
 """
 
 from __future__ import annotations
@@ -96,11 +97,14 @@ async def _shut_down(
     server: trio.CancelScope,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Wait for a reason to shut down, drain, and set `down`; before the start is over, cancel the `server`."""
+    """Wait for a reason to shut down, drain, and set `down`; before the start is over, cancel the `server`.
+
+    It listens for signals until the server has ended.
+    """
     asked = trio.Event()
     async with trio.open_nursery() as nursery:
         if signals:
-            await nursery.start(_listen, service, signals, asked)
+            await nursery.start(_listen, service, signals, asked, down, server)
         for reason in (service.failed.wait, shutdown_trigger):
             if reason is not None:
                 nursery.start_soon(_set_after, reason, asked)
@@ -114,16 +118,26 @@ async def _shut_down(
         down.set()
         if abandon is not None:
             await _abandon(service.supervisor, abandon)
-        nursery.cancel_scope.cancel(reason="the shutdown is under way")
 
 
 async def _listen(
-    service: Service, signals: Sequence[signal.Signals], asked: trio.Event, task_status: trio.TaskStatus[None]
+    service: Service,
+    signals: Sequence[signal.Signals],
+    asked: trio.Event,
+    down: trio.Event,
+    server: trio.CancelScope,
+    task_status: trio.TaskStatus[None],
 ) -> None:
-    """The first signal asks for a shutdown; the next ones take its patience away."""
+    """The first signal asks for a shutdown; the next ones take its patience away.
+
+    Once all runs are over, the next one takes away what Hypercorn still waits for, and any after that ends the process.
+    """
     with trio.open_signal_receiver(*signals) as received:
         task_status.started()
         async for _ in received:
+            if down.is_set():
+                server.cancel(reason="a signal during the last wait")
+                return
             if asked.is_set() and service.running:
                 service.supervisor.interrupt()
             asked.set()

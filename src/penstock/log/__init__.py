@@ -16,9 +16,11 @@ that such a store can do in one atomic step:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 PAGE_ENTRIES: Final = 500
 """The most entries that one page of a replay holds."""
 PAGE_BYTES: Final = 256 * 1024
-"""The size in bytes at which a page of a replay is full (its last entry may go beyond it)."""
+"""The most bytes that one page of a replay holds, unless its first entry alone is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,21 @@ class Idempotency:
 
     key: str
     fingerprint: str
+
+    @classmethod
+    def of(cls, key: str, request: Any) -> Idempotency:
+        """The key for this request, whatever that is made of.
+
+        Raises:
+            ValueError: the key is no str, or is empty.
+        """
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"an idempotency key is a str with something in it, not {key!r}")
+        try:
+            text = json.dumps(request, sort_keys=True, default=repr)
+        except (TypeError, ValueError):  # keys that cannot be sorted, a circle
+            text = repr(request)
+        return cls(key, sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +203,7 @@ class Wakeups(Protocol):
         """Stop telling about the run. Never blocks."""
 
     async def wait(self) -> tuple[Mapping[str, int], bool]:
-        """Wait until there is something to tell; then all of it.
+        """Wait until there is something to tell; then all of it. While the log cannot be reached it waits, too.
 
         Returns:
             The last seq of each run that has moved, and whether a cancel request has come in.
@@ -214,7 +231,7 @@ class EventLog(Protocol):
     async def read(
         self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES
     ) -> Page:
-        """A page of what follows `after`: at most `max_entries`, and no further one once `max_bytes` are reached.
+        """A page of what follows `after`: at most `max_entries`, and none but the first that goes beyond `max_bytes`.
 
         Raises:
             RunNotFound: there is no such run.

@@ -52,6 +52,8 @@ class Fetcher:
         self._on_cancel = on_cancel
         self._on_warning = on_warning
         self._released: PenstockError | None = None
+        self._moved: dict[str, int] = {}
+        self._news = trio.Event()
 
     def connect(self, wakeups: Wakeups) -> None:
         """Take the wake-ups, before anything is read or run."""
@@ -103,20 +105,32 @@ class Fetcher:
 
     async def run(self) -> None:
         """Do it, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            behind: dict[str, int] = {}
+            while True:
+                if not behind and not self._moved:
+                    self._news = trio.Event()
+                    await self._news.wait()
+                started = trio.current_time()
+                # A run that cannot be caught up with must not keep the news of the others waiting.
+                moved, self._moved = self._moved, {}
+                for run_id, seq in moved.items():
+                    tail = self._tails.get(run_id)
+                    if tail is not None and tail.last < seq:
+                        behind[run_id] = tail.last
+                if behind:
+                    behind = await self._fetch(behind)
+                await trio.sleep_until(started + self._spacing)
+
+    async def _listen(self) -> None:
+        """Take what the wake-ups tell, at once."""
         while True:
             moved, cancel = await self._wakeups.wait()
             if cancel:
                 self._on_cancel()
-            started = trio.current_time()
-            behind = {
-                run_id: tail.last
-                for run_id, seq in moved.items()
-                if (tail := self._tails.get(run_id)) is not None and tail.last < seq
-            }
-            while behind:
-                behind = await self._fetch(behind)
-                started += self._spacing
-                await trio.sleep_until(started)
+            self._moved.update(moved)
+            self._news.set()
 
     async def _fetch(self, behind: dict[str, int]) -> dict[str, int]:
         """Feed the tails that are behind; those that still are."""

@@ -85,6 +85,8 @@ class MemoryLog:
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ConfigurationError(f"{name} is a number above 0, not {value!r}")
+            if name != "ttl" and not isinstance(value, int):
+                raise ConfigurationError(f"{name} is a whole number, not {value!r}")
         self._max_entries = max_entries
         self._max_run_bytes = max_run_bytes
         self._max_bytes = max_bytes
