@@ -23,6 +23,12 @@ TIMEOUT: Final = 20.0
 """Seconds after which a client gives up. No test comes near it."""
 
 KINDS: Final = ("hypercorn-trio", "hypercorn-asyncio", "uvicorn")
+SHUTTING_DOWN: Final = KINDS if sys.version_info < (3, 12) else ("hypercorn-trio", "uvicorn")
+"""Those that end a stream when they are told to end.
+
+Hypercorn 0.18 awaits `asyncio.Server.wait_closed` before its graceful timeout begins, and since Python 3.12 that waits
+for the connections: there its asyncio worker lets every open stream go on for as long as the client likes.
+"""
 _GRACE: Final = 0.1
 """Seconds that a stream may go on after SIGTERM, before Hypercorn cancels its task; uvicorn does so at once."""
 

@@ -338,6 +338,7 @@ def assert_nothing_is_left(supervisor: Supervisor) -> None:
     """Of runs that are over and have no readers a supervisor keeps nothing (D10)."""
     services = supervisor._services
     assert not services.live
+    assert supervisor.live_runs == 0
     assert len(services.tails) == services.tails.size == 0
     assert services.committer.pending_bytes == 0
     assert not services.committer._dirty

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from httpx2 import EventSource
 
-from tests.servers import KINDS, Server, read_until, serving
+from tests.servers import KINDS, SHUTTING_DOWN, Server, read_until, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,7 +132,7 @@ def test_a_detached_source_runs_to_its_end_after_a_disconnect(server: Server, at
     server.wait_for(f"{name}.ended")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHUTTING_DOWN)
 @pytest.mark.parametrize("at", ["/plain", "/fastapi"])
 def test_d14_at_a_shutdown_the_client_is_told_and_the_server_ends(kind: str, at: str, name: str) -> None:
     with serving(kind) as server, server.connect(f"{at}/cancels?name={name}") as connection:

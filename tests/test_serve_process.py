@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
 import trio
@@ -17,6 +18,14 @@ async def is_draining(server: Process) -> None:
     """Wait until the server says so."""
     while (await server.client.get("/readyz")).status_code != 503:  # noqa: ASYNC110  (each look is a request)
         await trio.lowlevel.checkpoint()
+
+
+async def does_not_accept(server: Process) -> None:
+    """Wait until the server has closed its socket."""
+    with suppress(OSError):
+        while True:
+            async with await server.wire():
+                await trio.lowlevel.checkpoint()
 
 
 def ends(blocks: list[Block]) -> list[str | None]:
@@ -68,6 +77,18 @@ async def test_a_signal_without_runs_ends_the_server_at_once() -> None:
         assert ids(await server.read(await server.start("count", 3))) == [1, 2, 3, 4]
         server.signal(signal.SIGTERM)
         assert await server.exit_code() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_during_the_last_wait_ends_that_as_well(number: signal.Signals) -> None:
+    async with serving_process(drain_timeout=3600.0) as server, await server.wire() as wire:
+        await wire.stream.send_all(b"POST /v1/runs HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        await server.client.get("/healthz")  # and by then the half of a request has been seen
+        server.signal(number)
+        await does_not_accept(server)
+        server.signal(number)
+        assert await server.exit_code() == 0
+        assert "Traceback" not in server.said
 
 
 async def test_a_producer_that_does_not_let_go_ends_the_process_with_code_3_and_says_where_it_stands() -> None:

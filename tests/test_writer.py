@@ -145,15 +145,17 @@ async def test_a_body_that_ends_by_itself_is_told_nothing_of_a_cancel(autojump_c
 
 
 async def test_a_cancellation_from_outside_goes_on_and_the_run_is_interrupted(autojump_clock: MockClock) -> None:
-    log = MemoryLog()
-    async with open_supervisor(log) as supervisor:
+    view = View()
+    view.before["append"] = slow(1)
+    async with open_supervisor(view) as supervisor:
         with trio.move_on_after(3) as scope:
             async with supervisor.open_run("run") as writer:
                 await writer.write(FIRST)
                 await trio.sleep_forever()
         assert scope.cancelled_caught
-        assert gists(await entries_of(log, "run")) == ["first", "error INTERRUPTED", "[DONE]"]
-        assert (await ended(log, "run")).stop_reason == "interrupted"
+        assert trio.current_time() == near(4)  # leaving has waited until that was stored
+        assert gists(await entries_of(view, "run")) == ["first", "error INTERRUPTED", "[DONE]"]
+        assert (await ended(view, "run")).stop_reason == "interrupted"
 
 
 async def test_a_body_under_a_shield_writes_into_the_void_once_it_is_cancelled(autojump_clock: MockClock) -> None:
