@@ -121,7 +121,7 @@ async def test_d01_leaving_the_block_of_a_silent_source_is_immediate_and_runs_it
     assert trio.current_time() == start
 
 
-async def test_the_source_runs_at_most_one_chunk_ahead(autojump_clock: MockClock) -> None:
+async def test_d02_the_source_runs_at_most_one_chunk_ahead(autojump_clock: MockClock) -> None:
     source = Endless()
     async with keepalive(source) as chunks:
         await trio.testing.wait_all_tasks_blocked()

@@ -24,6 +24,7 @@ What is read, and how that may end, is said by the two subclasses in `response.p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -70,7 +71,7 @@ class Terms(Protocol):
     expose_errors: bool
 
 
-class Exchange:
+class Exchange(ABC):
     """One call of a response: who may send, and what was sent. Subclasses say what is read, and how that may end."""
 
     def __init__(self, response: Terms, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,13 +106,13 @@ class Exchange:
         self._last_sent = self._burst_began = anyio.current_time()
         self._noted = self._unnoted = 0
 
+    @abstractmethod
     async def read(self) -> Exception | None:
         """Open, iterate and close the source, writing what it yields; return what went wrong with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
         """What the client is told of that: the answer if nothing was sent yet, otherwise the stream's last words."""
-        raise NotImplementedError
 
     # The three tasks
 
