@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 import trio
 
 from tests.processes import Process, process, serving_process
-from tests.serving import eventually
+from tests.serving import GUARD, eventually
 from tests.wire import DONE, Block, Reader, ids
 
 
@@ -119,4 +119,19 @@ async def test_under_plain_hypercorn_the_api_works_and_sigterm_ends_it() -> None
             await reader.ask("GET", f"/v1/runs/{open_stream}/stream", {}, b"")
             server.signal(signal.SIGTERM)
             assert await reader.rest() == [Block(retry="1000")]
+        assert await server.exit_code() == 0
+
+
+async def test_a_burst_of_connections_waits_for_a_server_that_is_busy() -> None:
+    producers = ("--producers", "examples/agent.py:producers")
+    async with process(sys.executable, "-m", "penstock", "serve", "--bind", "127.0.0.1:0", *producers) as server:
+        async with AsyncExitStack() as connections:
+            server.signal(signal.SIGSTOP)
+            with trio.fail_after(
+                GUARD
+            ):  # a connection that finds no place waits for as long as the server stands still
+                for _ in range(300):
+                    await connections.enter_async_context(await server.wire())
+            server.signal(signal.SIGCONT)
+        server.signal(signal.SIGTERM)
         assert await server.exit_code() == 0

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 import trio
-from hypercorn.config import Config
 
 from penstock.errors import ConfigurationError, SupervisorFailed, single_error
 from penstock.groups import raise_bare
 from penstock.http.app import MAX_BODY_BYTES, create_app
-from penstock.http.server import ABANDON_AFTER, serve
+from penstock.http.server import ABANDON_AFTER, new_config, serve
 from penstock.log.urls import open_log
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ async def _host(
             max_body_bytes=hosted.max_body_bytes,
             **hosted.knobs,
         )
-        config = Config()
+        config = new_config()
         config.errorlog = logger
         config.loglevel = "WARNING"
         config.bind = [f"fd://{sock.detach()}" for sock in sockets]

@@ -36,8 +36,17 @@ if TYPE_CHECKING:
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask for a shutdown."""
+BACKLOG: Final = 1024
+"""The connections that may wait to be accepted. With Hypercorn's 100, some of a burst of 1,000 wait 13 s in vain."""
 ABANDON_AFTER: Final = 5.0
 """Seconds that a producer may still hold on to its task after everything else of a shutdown is done."""
+
+
+def new_config() -> Config:
+    """Hypercorn's configuration, with a backlog that takes a burst of readers who all come back at once."""
+    config = Config()
+    config.backlog = BACKLOG
+    return config
 
 
 async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
@@ -55,7 +64,8 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
 
     Args:
         app: made by `create_app`.
-        config: Hypercorn's; by default it binds to 127.0.0.1:8000. `read_timeout` must stay None: it ends idle streams.
+        config: Hypercorn's; by default `new_config()`, which binds to 127.0.0.1:8000. `read_timeout` must stay None: it
+            ends idle streams.
         signals: what asks for a shutdown; empty for an embedder who handles signals, and outside the main thread.
         shutdown_trigger: returns when a shutdown is wanted for another reason.
         abandon: called with the runs whose producers have not let go `ABANDON_AFTER` seconds after all else of the
@@ -68,7 +78,7 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
         OSError: the address cannot be bound.
         SupervisorFailed: a service of the supervisor died.
     """
-    config = Config() if config is None else config
+    config = new_config() if config is None else config
     service = getattr(app.state, "penstock", None)
     if not isinstance(service, Service):
         raise ConfigurationError("serve() needs an application made by create_app()")
