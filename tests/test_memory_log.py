@@ -59,6 +59,7 @@ def test_a_limit_that_is_not_above_zero_is_refused_by_name(name: str, value: Any
 async def test_the_smallest_limits_are_taken(autojump_clock: MockClock, name: str) -> None:
     log = MemoryLog(**{name: 1})
     await run_of(log, "r", 3, ended=True)
+    assert (await log.get("r")).status == "completed"
 
 
 @pytest.mark.parametrize("url", ["memory:", "memory:///", "memory://x", "memory://?x=1", "memori://", "", "redis"])

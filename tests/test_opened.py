@@ -269,6 +269,7 @@ async def test_a_plain_iterator_is_cancelled_where_it_waits(autojump_clock: Mock
         nursery.start_soon(read)
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
+    assert nursery.cancel_scope.cancelled_caught
 
 
 @pytest.mark.parametrize("source", [None, 7, "data: x\n\n", ["data: x\n\n"], iter("ab"), object(), generator])
