@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from penstock.log.urls import open_log
+from tests.redis_servers import let_pass, redis_servers, shared_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,8 +40,21 @@ class Kind:
     elapse: Elapse
 
 
+
+def redis(version: str) -> Kind:
+    """The kind whose server is of this version: the suite's own, emptied for each test."""
+
+    def empty(**limits: Any) -> AbstractAsyncContextManager[EventLog]:
+        server = shared_server(version)
+        server.flushall()
+        return open_log(server.url, **limits)
+
+    return Kind(empty, lambda: None, lambda seconds: let_pass(shared_server(version), seconds))
+
+
 KINDS = {
     "memory": Kind(partial(open_log, "memory://"), lambda: MockClock(autojump_threshold=0), trio.sleep),
+    **{f"redis {version}": redis(version) for version in redis_servers()},
 }
 """Another log gets the whole suite of `test_log_*.py` by a line here."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from penstock.follower import Follower
-from penstock.log import AppendStatus
+from penstock.log import AppendStatus, News
 from penstock.log.fetcher import Fetcher
 from penstock.log.tail import Tails
 from penstock.sse import Decoder
@@ -41,7 +41,7 @@ class Lossy:
         self.subscribed.discard(run_id)
         self.wakeups.unsubscribe(run_id)
 
-    async def wait(self) -> tuple[Mapping[str, int], bool]:
+    async def wait(self) -> News:
         while True:
             told = await self.wakeups.wait()
             if not self.deaf:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from penstock.log import AppendStatus, CancelStatus, Lease, Obituary
+from penstock.log import AppendStatus, CancelStatus, Lease, News, Obituary
 from penstock.runs import RunStatus
 from tests.logs import CANCELLED, COMPLETED, DONE, LOST, OBITUARY, batch, record, seqs
 
@@ -224,28 +224,27 @@ async def test_what_was_appended_since_the_subscription_is_told(log: EventLog, c
         seen: dict[str, int] = {}
         with trio.fail_after(5):
             while seen != {"a": 5, "b": 1}:
-                moved, cancel = await wakeups.wait()
-                assert moved
-                assert not cancel
-                seen |= moved
+                news = await wakeups.wait()
+                assert news.moved
+                assert not news.cancel
+                seen |= news.moved
 
 
 async def test_one_who_waits_is_woken(log: EventLog, clock: Clock) -> None:
     await start(log)
     async with log.wakeups("reader") as wakeups, trio.open_nursery() as nursery:
         await wakeups.subscribe("r")
-        told: list[tuple[dict[str, int], bool]] = []
+        told: list[News] = []
 
         async def wait() -> None:
-            moved, cancel = await wakeups.wait()
-            told.append((dict(moved), cancel))
+            told.append(await wakeups.wait())
 
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
         assert told == []
         with trio.fail_after(5):
             await log.append([batch(1, 2)])
-    assert told == [({"r": 2}, False)]
+    assert told == [News({"r": 2})]
 
 
 async def test_the_end_is_told_whoever_writes_it(log: EventLog, clock: Clock, elapse: Elapse) -> None:
@@ -260,7 +259,7 @@ async def test_the_end_is_told_whoever_writes_it(log: EventLog, clock: Clock, el
         seen: dict[str, int] = {}
         with trio.fail_after(5):
             while seen != {"ends": 2, "dies": 2}:
-                seen |= (await wakeups.wait())[0]
+                seen |= (await wakeups.wait()).moved
 
 
 async def test_a_run_without_a_subscription_and_one_unsubscribed_are_not_told(log: EventLog, clock: Clock) -> None:
@@ -278,7 +277,7 @@ async def test_a_run_without_a_subscription_and_one_unsubscribed_are_not_told(lo
         seen: dict[str, int] = {}
         with trio.fail_after(5):
             while "told" not in seen:
-                seen |= (await wakeups.wait())[0]
+                seen |= (await wakeups.wait()).moved
         assert seen == {"told": 1}
 
 
@@ -290,7 +289,7 @@ async def test_a_subscription_can_be_made_again(log: EventLog, clock: Clock) -> 
         await wakeups.subscribe("r")
         await log.append([batch(1, 1)])
         with trio.fail_after(5):
-            assert (await wakeups.wait())[0] == {"r": 1}
+            assert (await wakeups.wait()).moved == {"r": 1}
 
 
 async def test_a_cancel_request_wakes_the_owner_and_nobody_else(log: EventLog, clock: Clock) -> None:
@@ -299,12 +298,10 @@ async def test_a_cancel_request_wakes_the_owner_and_nobody_else(log: EventLog, c
         await other.subscribe("r")
         await log.request_cancel("r", "stop")
         with trio.fail_after(5):
-            moved, cancel = await owner.wait()
-        assert (dict(moved), cancel) == ({}, True)
+            assert await owner.wait() == News({}, cancel=True)
         await log.append([batch(1, 1)])
         with trio.fail_after(5):
-            moved, cancel = await other.wait()
-        assert (dict(moved), cancel) == ({"r": 1}, False)
+            assert await other.wait() == News({"r": 1})
 
 
 async def test_a_wait_that_is_cancelled_loses_nothing(log: EventLog, clock: Clock) -> None:
@@ -323,9 +320,9 @@ async def test_a_wait_that_is_cancelled_loses_nothing(log: EventLog, clock: Cloc
         cancel = False
         with trio.fail_after(5):
             while not (moved and cancel):
-                more, came = await wakeups.wait()
-                moved |= more
-                cancel = cancel or came
+                news = await wakeups.wait()
+                moved |= news.moved
+                cancel = cancel or news.cancel
         assert moved == {"r": 1}
 
 
@@ -337,4 +334,4 @@ async def test_every_subscriber_is_told(log: EventLog, clock: Clock) -> None:
         await log.append([batch(1, 1)])
         for wakeups in (one, two):
             with trio.fail_after(5):
-                assert (await wakeups.wait())[0] == {"r": 1}
+                assert (await wakeups.wait()).moved == {"r": 1}

@@ -231,7 +231,7 @@ class LogMachine(RuleBasedStateMachine):
                     assert reply.status is CancelStatus.REQUESTED
                     model.cancel_requested, model.words = True, words
                     with trio.fail_after(5):
-                        _, told = await wakeups.wait()
+                        told = (await wakeups.wait()).cancel
                     assert told
                     assert dict(await log.cancel_requests("owner")) == {run_id: words}
 
@@ -313,7 +313,8 @@ class LogMachine(RuleBasedStateMachine):
         )
         assert (run.ended_at is None) == (model.ending is None)
         assert run.cancel_reason == model.words
-        assert page.oldest_seq in self.oldest(model.last)
+        oldest = [max(each, min(after, model.last) + 1) for each in self.oldest(model.last)]
+        assert page.oldest_seq in oldest
         start = max(after + 1, page.oldest_seq)
         assert seqs(page.entries) == list(range(start, min(model.last, start + limit - 1) + 1))
         assert [each.seq for each in page.entries if each.terminal] == [
@@ -332,8 +333,7 @@ class LogMachine(RuleBasedStateMachine):
 
         async def told(wakeups: Wakeups) -> Mapping[str, int]:
             with trio.fail_after(5):
-                moved, _ = await wakeups.wait()
-            return moved
+                return (await wakeups.wait()).moved
 
         async def action(log: EventLog) -> None:
             async with log.wakeups("reader") as wakeups:

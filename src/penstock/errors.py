@@ -12,6 +12,7 @@ PenstockError
 ├── ReaderReleased          503   this process serves this reader no longer; come back with the cursor
 ├── Draining                503   this process starts no more runs
 ├── LogUnavailable          503   the log cannot be reached
+│   └── LogFull             503   the log has no room for another run
 ├── SupervisorFailed        503   a service of the supervisor died
 └── ConfigurationError            a knob has a value it cannot have (also a ValueError)
 InvalidChunk(ValueError)          what a producer yielded is not a chunk
@@ -197,6 +198,13 @@ class LogUnavailable(PenstockError):  # noqa: N818
     code = "LOG_UNAVAILABLE"
     status = 503
     public = "the event log cannot be reached at the moment; try again"
+
+
+class LogFull(LogUnavailable):
+    """The event log has no room for what is new; what is running can still end, be cancelled and be read."""
+
+    code = "LOG_FULL"
+    public = "the event log is full; try again later"
 
 
 class SupervisorFailed(PenstockError):  # noqa: N818

@@ -12,6 +12,7 @@ that such a store can do in one atomic step:
 * **leases**: an owner renews; whoever finds a lease run out ends the run as lost, and replaces the epoch in that step.
 * **cancel requests** are kept with the record, and a `completed` ending is refused while one is kept.
 * **wake-ups carry no data**: they say which run has moved, and how far. Losing one must do no harm.
+* **restore** puts back what a log has lost (a failover, a restart without its data) from its owner's copy.
 """
 
 from __future__ import annotations
@@ -109,12 +110,21 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one append stores of one run: entries with consecutive seqs, and the ending if the last one is terminal."""
+    """What one append stores of one run.
+
+    Attributes:
+        run_id: the run.
+        epoch: the token of its owner.
+        entries: at least one, with consecutive seqs.
+        ending: how the run ends, if the last entry is terminal.
+        final: it is part of what ends the run, which a log that is full takes all the same.
+    """
 
     run_id: str
     epoch: str
     entries: Sequence[Entry]
     ending: Ending | None = None
+    final: bool = False
 
 
 class AppendStatus(Enum):
@@ -132,6 +142,10 @@ class AppendStatus(Enum):
     """The first entry is beyond the last stored one plus one; `seq` says where the log stands."""
     CANCELLED = auto()
     """A `completed` ending is refused, because a cancel is on record."""
+    FULL = auto()
+    """The log has no room for it now; what is sent again later may find some."""
+    REFUSED = auto()
+    """The log cannot hold this run, now or later; `words` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +157,14 @@ class Appended:
         seq: the highest seq stored of the run, as far as the reply knows.
         cancelled: a cancel request is on record.
         cancel: its reason, where it has one.
+        words: what is wrong, if the batch was refused.
     """
 
     status: AppendStatus
     seq: int = 0
     cancelled: bool = False
     cancel: str | None = None
+    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +182,8 @@ class Page:
     Attributes:
         run: the record, read in the same step.
         entries: what follows the cursor, in order; empty if nothing does.
-        oldest_seq: the oldest seq there is (`run.seq + 1` if there is none).
+        oldest_seq: the oldest seq there is from the cursor on: `after + 1`, unless that has been trimmed (or the run is
+            not that far: then `run.seq + 1`).
     """
 
     run: Run
@@ -193,6 +210,21 @@ class CancelReply:
     run: Run
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a wake-up tells.
+
+    Attributes:
+        moved: the last seq of each run that has moved; a run that is gone counts as far beyond any.
+        cancel: a cancel request has come in.
+        reconnected: the log was out of reach, and may have lost something.
+    """
+
+    moved: Mapping[str, int]
+    cancel: bool = False
+    reconnected: bool = False
+
+
 class Wakeups(Protocol):
     """What tells one supervisor that something has happened: to the runs it follows, and cancels for those it owns."""
 
@@ -202,12 +234,8 @@ class Wakeups(Protocol):
     def unsubscribe(self, run_id: str) -> None:
         """Stop telling about the run. Never blocks."""
 
-    async def wait(self) -> tuple[Mapping[str, int], bool]:
-        """Wait until there is something to tell; then all of it. While the log cannot be reached it waits, too.
-
-        Returns:
-            The last seq of each run that has moved, and whether a cancel request has come in.
-        """
+    async def wait(self) -> News:
+        """Wait until there is something to tell; then all of it. While the log cannot be reached it waits, too."""
 
 
 @runtime_checkable
@@ -263,8 +291,25 @@ class EventLog(Protocol):
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
         """Renew the leases of these runs (run id → epoch); the replies are `OK`, `FENCED`, `ENDED` or `GONE`."""
 
+    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
+        """Put a run's record back after the log has lost it, or some of its last entries.
+
+        Args:
+            run: the record as it was when the run started.
+            lease: its owner's; another epoch than the record's, if there is one, is refused.
+            oldest: the oldest seq that the owner has at hand.
+
+        Returns:
+            `OK`: the log stands at `seq`, and the owner appends what follows. `HOLE`: the log stands before what the
+            owner has at hand, so what it had is dropped, and it stands at `seq`, which is `oldest - 1`. `FENCED`,
+            `ENDED`, `FULL`: as for an append.
+        """
+
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
-        """End the runs whose lease has run out, each with an obituary of its own; their ids."""
+        """End the runs whose lease has run out, each with an obituary of its own; their ids.
+
+        Each of them ends in a step of its own, so this may be cut short at any point.
+        """
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[Wakeups]:
         """Open the wake-ups of one supervisor."""

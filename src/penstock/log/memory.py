@@ -32,6 +32,7 @@ from penstock.log import (
     Entry,
     Idempotency,
     Lease,
+    News,
     Obituary,
     Page,
     Started,
@@ -181,7 +182,7 @@ class MemoryLog:
         ring = stored.ring
         start = max(after, ring.first - 1)
         entries = ring.after(start, max_entries=max_entries, max_bytes=max_bytes) if start < ring.last else []
-        return Page(stored.run, entries, ring.first)
+        return Page(stored.run, entries, max(ring.first, min(after, ring.last) + 1))
 
     async def get(self, run_id: str) -> Run:
         """The record. A checkpoint."""
@@ -233,6 +234,26 @@ class MemoryLog:
                 stored.lease_end = trio.current_time() + seconds
                 replies[run_id] = AppendStatus.OK
         return replies
+
+    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
+        """Put a record back, if it is gone: memory loses nothing by itself. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        self._expire()
+        stored = self._runs.get(run.id)
+        if stored is None:
+            stored = self._runs[run.id] = _Stored(run, lease, 0.0, None)
+            self._size += RUN_OVERHEAD
+        if stored.lease.epoch != lease.epoch:
+            return Appended(AppendStatus.FENCED)
+        if stored.run.status.terminal:
+            return Appended(AppendStatus.ENDED, stored.ring.last)
+        stored.lease_end = trio.current_time() + lease.seconds
+        lost = stored.ring.last < oldest - 1
+        if lost:
+            self._size -= stored.ring.size
+            stored.ring = Ring(oldest - 1)
+        stored.run = replace(stored.run, seq=stored.ring.last)
+        return Appended(AppendStatus.HOLE if lost else AppendStatus.OK, stored.ring.last)
 
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
         """End the runs whose lease has run out, under a new epoch that nobody has. A checkpoint."""
@@ -322,11 +343,11 @@ class _Wakeups:
         self._cancel = True
         self._lot.unpark_all()
 
-    async def wait(self) -> tuple[Mapping[str, int], bool]:
+    async def wait(self) -> News:
         """All that there is to tell, as soon as there is anything. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while not self._moved and not self._cancel:
             await self._lot.park()
-        told = self._moved, self._cancel
+        news = News(self._moved, self._cancel)
         self._moved, self._cancel = {}, False
-        return told
+        return news

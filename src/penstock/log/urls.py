@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from penstock.errors import ConfigurationError
 from penstock.log.memory import MemoryLog
+from penstock.log.redis.client import open_client
+from penstock.log.redis.log import RedisLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -16,13 +18,19 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def open_log(url: str, *, ttl: float = 10_800.0, max_entries: int = 10_000) -> AsyncIterator[EventLog]:
+async def open_log(
+    url: str, *, ttl: float = 10_800.0, max_entries: int = 10_000, prefix: str = "sse:run:"
+) -> AsyncIterator[EventLog]:
     """Open the event log that a URL names, for as long as the block lasts.
 
     Args:
-        url: `memory://`: this process's memory, gone with it.
+        url: `memory://`: this process's memory, gone with it. `redis://[[USER]:PASSWORD@]HOST[:PORT][/DB]`,
+            `rediss://...` (the same over TLS) or `unix://[[USER]:PASSWORD@]/PATH[?db=DB]`: a Redis, which any number of
+            processes share. Nothing is sent to it before the log is used.
         ttl: how long a run is kept after its end, in seconds.
         max_entries: the entries that are kept of one run.
+        prefix: what the keys of entries begin with in Redis; it ends with `run:`, and all other keys begin with what is
+            before that.
 
     Yields:
         The log, for `open_supervisor`.
@@ -30,7 +38,19 @@ async def open_log(url: str, *, ttl: float = 10_800.0, max_entries: int = 10_000
     Raises:
         ConfigurationError: there is no log of that kind, or a limit is not above 0.
     """
-    scheme = urlsplit(url).scheme
-    if scheme != "memory" or url != "memory://":
-        raise ConfigurationError(f"there is no event log {url!r}; there is memory://")
-    yield MemoryLog(ttl=ttl, max_entries=max_entries)
+    scheme = urlsplit(url).scheme if isinstance(url, str) else None
+    if url == "memory://":
+        yield MemoryLog(ttl=ttl, max_entries=max_entries)
+    elif scheme in {"redis", "rediss", "unix"}:
+        async with open_client(url) as client:
+            yield RedisLog(client, ttl=ttl, max_entries=max_entries, prefix=prefix)
+    else:
+        raise ConfigurationError(
+            f"there is no event log {_shown(url)}; there is memory://, redis://HOST:PORT/DB, rediss://... and unix:///PATH"
+        )
+
+
+def _shown(url: str) -> str:
+    """The URL without what may be a password."""
+    before, at, after = str(url).rpartition("@")
+    return repr(f"{before.partition('://')[0]}://...@{after}" if at else url)

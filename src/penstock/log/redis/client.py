@@ -1,0 +1,267 @@
+"""redis-py's asyncio client, for Trio: the only file that knows asyncio.
+
+It lives on one `trio_asyncio` loop, which is reached by its handle: a task that serves a request sees no current loop.
+Every call crosses to it and back, with a deadline of Trio's around it; a call that is cancelled there disconnects its
+own connection and no other, so no reply is ever taken for another's.
+
+redis-py's own retries and timeouts are off. What is sent here may be sent twice, since every command that penstock
+sends is one that may be: so a broken connection is tried again, once and at once, and what is still wrong then is
+`LogUnavailable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import redis.asyncio
+import trio
+import trio_asyncio
+from redis import exceptions
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from penstock.errors import ConfigurationError, LogFull, LogUnavailable
+from penstock.groups import raise_unchanged
+from penstock.log.redis.scripts import BY_DIGEST, Script
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+
+    from redis.asyncio.client import PubSub
+
+Command = tuple[Any, ...]
+"""A command and its arguments."""
+
+ANSWER_TIMEOUT: Final = 5.0
+"""How many seconds Redis may take to answer before it counts as out of reach."""
+COMMANDS_PER_ROUND_TRIP: Final = 100
+"""The most commands that are packed at once: packing thousands would hold up every other task."""
+BYTES_PER_ROUND_TRIP: Final = 1024 * 1024
+"""The size at which a round trip is full (its last command may go beyond it)."""
+_CLOSING: Final = 1.0
+"""How many seconds closing a connection may take."""
+_SCRIPT_TRIES: Final = 3
+"""How often a script is sent to a server that keeps forgetting it."""
+
+_ADVICE: Final = {
+    "READONLY": "it is a read-only replica; name its primary in the URL",
+    "WRONGPASS": "it refuses the user or the password in the URL",
+    "NOAUTH": "it wants a password; name it in the URL: redis://:PASSWORD@HOST",
+    "NOPERM": "the user in the URL may not do this",
+    "LOADING": "it is loading its data",
+    "MASTERDOWN": "it is a replica that has lost its primary",
+    "NOREPLICAS": "it has fewer replicas than it wants before it takes a write",
+    "MISCONF": "it cannot save its data, and takes no writes",
+    "BUSY": "it is busy with a script of somebody else's",
+    "CLUSTERDOWN": "its cluster is down",
+    "MOVED": "it is a node of a cluster, and not the one for this key",
+    "unknown command": "it does not know a command; penstock needs Redis 6.2 or later",
+}
+"""What is wrong with a server that answers so, whatever it is asked."""
+
+
+def call(script: Script, keys: Sequence[str], *args: Any) -> Command:
+    """The command that runs a script."""
+    return ("EVALSHA", script.digest, len(keys), *keys, *args)
+
+
+class Client:
+    """Commands to one Redis, on a few connections. Made by `open_client`."""
+
+    def __init__(self, client: redis.asyncio.Redis, loop: trio_asyncio.TrioEventLoop, address: str) -> None:
+        self.address = address
+        """Where Redis is, without any password."""
+        self._client = client
+        self._loop = loop
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands, in as few round trips as is good for others; their replies, in order.
+
+        A command that was refused has its exception as its reply: `LogFull`, or a `redis.exceptions.ResponseError`.
+
+        Raises:
+            LogUnavailable: Redis could not be reached, did not answer in time, or is in no state to.
+        """
+        replies: list[Any] = []
+        piece: list[Command] = []
+        size = 0
+        for command in commands:
+            piece.append(command)
+            size += sum(len(word) for word in command if isinstance(word, bytes | str))
+            if len(piece) == COMMANDS_PER_ROUND_TRIP or size >= BYTES_PER_ROUND_TRIP:
+                replies += await self._execute(piece)
+                piece, size = [], 0
+        if piece:
+            replies += await self._execute(piece)
+        return replies
+
+    async def ask(self, *command: Any) -> Any:
+        """Send one command; its reply.
+
+        Raises:
+            LogUnavailable: as for `execute`, and also if the command was refused.
+        """
+        (reply,) = await self._execute([command])
+        if isinstance(reply, LogUnavailable):
+            raise reply
+        if isinstance(reply, Exception):
+            raise LogUnavailable(f"Redis at {self.address} refuses a command: {reply}") from reply
+        return reply
+
+    async def _execute(self, commands: list[Command]) -> list[Any]:
+        replies = await self._send(commands)
+        for _ in range(_SCRIPT_TRIES):
+            forgotten = [n for n, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
+            if not forgotten:
+                break
+            digests = dict.fromkeys(commands[n][1] for n in forgotten)
+            loads: list[Command] = [("SCRIPT LOAD", BY_DIGEST[digest].source) for digest in digests]
+            again = await self._send(loads + [commands[n] for n in forgotten])
+            for n, reply in zip(forgotten, again[len(loads) :], strict=True):
+                replies[n] = reply
+        return [self._judged(reply) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies]
+
+    async def _send(self, commands: list[Command]) -> list[Any]:
+        async def round_trip() -> list[Any]:
+            if len(commands) == 1:
+                try:
+                    return [await self._client.execute_command(*commands[0])]
+                except exceptions.ResponseError as error:
+                    return [error]
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                return await pipeline.execute(raise_on_error=False)
+
+        async def twice() -> list[Any]:
+            try:
+                return await round_trip()
+            except (exceptions.AuthenticationError, exceptions.TimeoutError):
+                raise
+            except exceptions.ConnectionError:
+                return await round_trip()
+
+        return await self.run(twice())
+
+    async def run(self, work: Coroutine[Any, Any, Any], *, deadline: float | None = None) -> Any:
+        """Run asyncio code on the loop, until it returns or its time is over."""
+        seconds = ANSWER_TIMEOUT if deadline is None else deadline
+        try:
+            with trio.fail_after(seconds):
+                return await self._loop.run_aio_coroutine(work)
+        except trio.TooSlowError:
+            raise LogUnavailable(f"Redis at {self.address} has not answered for {seconds:g} s") from None
+        except asyncio.CancelledError:
+            raise LogUnavailable(f"the connection to Redis at {self.address} was closed") from None
+        except (exceptions.RedisError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def _judged(self, error: exceptions.ResponseError) -> Exception:
+        """What a refusal means: the command's own affair (returned), or the server's (raised)."""
+        words = str(error)
+        if "OOM" in words:  # on 6.2 inside of the words of the script's error
+            return LogFull(f"Redis at {self.address} is full: its maxmemory is reached, and it may evict nothing")
+        if any(sign in words for sign in _ADVICE):
+            raise self._unavailable(error)
+        return error
+
+    def _unavailable(self, error: Exception) -> LogUnavailable:
+        words = str(error)
+        advice = next((advice for sign, advice in _ADVICE.items() if sign in words), None)
+        if advice is None and isinstance(error, exceptions.AuthenticationError):
+            advice = _ADVICE["WRONGPASS"]
+        if advice is not None:
+            return LogUnavailable(f"Redis at {self.address} cannot serve: {advice}")
+        return LogUnavailable(f"cannot reach Redis at {self.address}: {words or type(error).__name__}")
+
+    @asynccontextmanager
+    async def subscription(self) -> AsyncIterator[Subscription]:
+        """A connection of its own that listens to channels."""
+        pubsub = self._client.pubsub()
+        try:
+            yield Subscription(self, pubsub)
+        finally:
+            with trio.move_on_after(_CLOSING, shield=True):
+                await self._loop.run_aio_coroutine(pubsub.aclose())
+
+
+class Subscription:
+    """One connection that listens. All that goes wrong with it is `LogUnavailable`, and it is of no use then."""
+
+    def __init__(self, client: Client, pubsub: PubSub) -> None:
+        self._client = client
+        self._pubsub = pubsub
+
+    async def subscribe(self, channels: Sequence[str]) -> None:
+        """Ask for these channels; a message of kind `subscribe` confirms each."""
+        await self._client.run(self._pubsub.subscribe(*channels))
+
+    async def unsubscribe(self, channels: Sequence[str]) -> None:
+        """Ask for these channels no more."""
+        await self._client.run(_awaited(self._pubsub.unsubscribe(*channels)))
+
+    async def ping(self) -> None:
+        """Ask for a sign of life: a message of kind `pong`."""
+        await self._client.run(_awaited(self._pubsub.ping()))
+
+    async def pump(self, take: Callable[[str, str, bytes], None]) -> None:
+        """Hand over every message (kind, channel, data), until the connection breaks."""
+
+        async def listen() -> None:
+            while True:
+                message = await self._pubsub.get_message(timeout=None)
+                if message is not None:
+                    channel, data = message["channel"] or b"", message["data"]
+                    take(message["type"], channel.decode(), data if isinstance(data, bytes) else b"")
+
+        await self._client.run(listen(), deadline=float("inf"))
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> None:
+    await awaitable
+
+
+@asynccontextmanager
+async def open_client(url: str) -> AsyncIterator[Client]:
+    """A client for as long as the block lasts; the connections are made when they are needed.
+
+    Raises:
+        ConfigurationError: redis-py cannot read the URL.
+    """
+    parts = urlsplit(url)
+    try:
+        address = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+        options = parse_url(url)
+        options.update(
+            protocol=2,
+            decode_responses=False,
+            socket_timeout=None,
+            socket_connect_timeout=None,
+            health_check_interval=0,
+            retry=Retry(NoBackoff(), 0),
+        )
+        pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool(**options)
+        pool.make_connection()  # which is not connected, but knows what it cannot be made of
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"this is no URL of a Redis: {error}; write redis://HOST:PORT/DB") from error
+    raised: BaseException | None = None
+    try:
+        async with trio_asyncio.open_loop() as loop:
+            client = redis.asyncio.Redis.from_pool(pool)
+            client.response_callbacks.clear()  # replies are taken as they come
+            try:
+                yield Client(client, loop, address)
+            except BaseException as error:
+                raised = error
+                raise
+            finally:
+                with trio.move_on_after(_CLOSING, shield=True):
+                    await loop.run_aio_coroutine(client.aclose())
+    except BaseExceptionGroup:
+        if raised is None:
+            raise
+        raise_unchanged(raised)  # the loop's nurseries are nothing that a caller should see

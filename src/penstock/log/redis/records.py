@@ -1,0 +1,151 @@
+"""How runs are written in Redis: the names of the keys, and a run's record as a hash.
+
+With the prefix `sse:run:` the keys are
+
+    sse:run:ID            the entries: a stream whose ids are `SEQ-0`, with the fields seq_id, data, timestamp, complete
+    {sse:run:ID}:meta     the record: a hash; the braces put it on the stream's own cluster slot
+    {sse:run:ID}:wake     the channel that is told the last seq after every append
+    sse:runs              the runs by the time of their making, for `list`
+    sse:live              the runs by the end of their lease: where a reaper looks first
+    sse:idem:KEY          an idempotency key: the fingerprint of its request, and the run
+    sse:proc:OWNER        the channel of a process; `sse:proc:OWNER:inbox` has the cancel requests for its runs
+
+Times are seconds since the Unix epoch in records, milliseconds in entries and leases.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from penstock.errors import ConfigurationError
+from penstock.log import Entry
+from penstock.runs import Ending, Run, RunError, RunStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from penstock.log import Idempotency
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of all keys and channels.
+
+    Args:
+        prefix: what the key of a run's entries begins with; it ends with `run:`, and what is before that is what all
+            other keys begin with.
+
+    Raises:
+        ConfigurationError: it does not, or has braces in it, which decide over the slot in a cluster.
+    """
+
+    prefix: str = "sse:run:"
+
+    def __post_init__(self) -> None:
+        if not self.prefix.endswith("run:") or "{" in self.prefix or "}" in self.prefix:
+            raise ConfigurationError(f"prefix ends with 'run:' and has no braces in it, unlike {self.prefix!r}")
+
+    @property
+    def _base(self) -> str:
+        return self.prefix.removesuffix("run:")
+
+    def stream(self, run_id: str) -> str:
+        """The entries of a run."""
+        return self.prefix + run_id
+
+    def record(self, run_id: str) -> str:
+        """The record of a run."""
+        return f"{{{self.prefix}{run_id}}}:meta"
+
+    def wake(self, run_id: str) -> str:
+        """The channel of a run."""
+        return f"{{{self.prefix}{run_id}}}:wake"
+
+    def woken(self, channel: str) -> str:
+        """The run whose channel this is."""
+        return channel[len(self.prefix) + 1 : -len("}:wake")]
+
+    @property
+    def runs(self) -> str:
+        """The runs by the time of their making."""
+        return f"{self._base}runs"
+
+    @property
+    def live(self) -> str:
+        """The runs by the end of their lease."""
+        return f"{self._base}live"
+
+    def idempotency(self, key: str) -> str:
+        """What a start under this idempotency key led to."""
+        return f"{self._base}idem:{key}"
+
+    def process(self, owner: str) -> str:
+        """The channel of a process."""
+        return f"{self._base}proc:{owner}"
+
+    def inbox(self, owner: str) -> str:
+        """The cancel requests for the runs of a process."""
+        return f"{self._base}proc:{owner}:inbox"
+
+
+def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> list[str]:
+    """The fields and values of a new record, apart from those that a script adds."""
+    fields = {
+        "owner": owner,
+        "producer": run.producer,
+        "status": run.status.value,
+        "seq": str(run.seq),
+        "created_at": repr(run.created_at),
+        "metadata": json.dumps(dict(run.metadata)),
+    }
+    if run.started_at:
+        fields["started_at"] = repr(run.started_at)
+    if idempotency is not None:
+        fields["idempotency"] = idempotency.key
+    return [word for pair in fields.items() for word in pair]
+
+
+def fields_of_ending(ending: Ending | None) -> list[str]:
+    """The fields and values that an ending changes in a record, `status` first."""
+    if ending is None:
+        return []
+    fields = {"status": ending.status.value, "stop_reason": ending.stop_reason}
+    if ending.error is not None:
+        fields["error"] = json.dumps(ending.error.to_json())
+    if ending.cancel_reason is not None:
+        fields["cancel_reason"] = ending.cancel_reason
+    return [word for pair in fields.items() for word in pair]
+
+
+def record_of(flat: Sequence[bytes]) -> dict[str, str]:
+    """A hash, as the server replies with it: field, value, field, value ..."""
+    return {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def run_of(run_id: str, record: Mapping[str, str]) -> Run:
+    """The run that a record is of."""
+    ended_at = record.get("ended_at")
+    return Run(
+        run_id,
+        record["producer"],
+        RunStatus(record["status"]),
+        record.get("stop_reason"),
+        record.get("cancel_reason"),
+        RunError(**json.loads(record["error"])) if "error" in record else None,
+        int(record["seq"]),
+        float(record["created_at"]),
+        float(record.get("started_at", 0)),
+        None if ended_at is None else float(ended_at),
+        json.loads(record["metadata"]),
+    )
+
+
+def entries_of(flat: Sequence[bytes], run: Run) -> list[Entry]:
+    """The entries of a page: seq, data, timestamp, seq ...; the last one of a run that has ended is terminal."""
+    last = run.seq if run.status.terminal else 0
+    return [
+        Entry(seq, b"id: %d\n%b" % (seq, data), int(stamp), seq == last)
+        for seq, data, stamp in zip(map(int, flat[::3]), flat[1::3], flat[2::3], strict=True)
+    ]

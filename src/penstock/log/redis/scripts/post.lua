@@ -1,0 +1,11 @@
+-- Put a cancel request into the inbox of the run's owner, and wake it.
+--
+-- KEYS  1 inbox
+-- ARGV  1 ttl (ms)   2 channel of the owner   3 run   4 reason, as JSON
+-- Reply the number of processes that were woken
+--
+-- A full server lets it through: its first write is PEXPIRE.
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+redis.call('HSET', KEYS[1], ARGV[3], ARGV[4])
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return redis.call('PUBLISH', ARGV[2], 'cancel')
