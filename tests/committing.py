@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
-from penstock.committer import Committer, Outbox
+from penstock.committer import Committer
 from penstock.log.tail import Tails
+from penstock.outbox import Outbox
 from tests.logs import CANCELLED, DONE, LEASE, Unreliable, record, seqs
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ class Owner:
     def run_settled(self) -> None:
         self.note("settled")
 
+    def log_diverged(self) -> None:
+        self.note("diverged")
+
+    def run_refused(self) -> None:
+        self.note("cannot be stored")
+
 
 class Works:
     """A committer, its log, its tails, and the runs that write to it."""
@@ -76,7 +84,7 @@ class Works:
         owner = self.owners[run_id] = Owner(self)
         tail = self.tails.acquire(run_id)
         tail.fed = True
-        owner.outbox = Outbox(run_id, epoch, tail, owner)
+        owner.outbox = Outbox(record(run_id), replace(LEASE, epoch=epoch), tail, owner)
         return owner.outbox
 
     def put(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:

@@ -40,7 +40,6 @@ class Kind:
     elapse: Elapse
 
 
-
 def redis(version: str) -> Kind:
     """The kind whose server is of this version: the suite's own, emptied for each test."""
 

@@ -56,12 +56,14 @@ class Reading:
         self.tails = tails
         self.warnings: list[str] = []
         self.cancels: list[float] = []
+        self.reconnects: list[float] = []
         self.wakeups: Lossy
         self.fetcher = Fetcher(
             log,
             tails,
             spacing=spacing,
             on_cancel=lambda: self.cancels.append(trio.current_time()),
+            on_reconnect=lambda: self.reconnects.append(trio.current_time()),
             on_warning=self.warnings.append,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -16,6 +17,7 @@ import trio
 
 from penstock.dialects import DONE
 from penstock.errors import LogUnavailable
+from penstock.log import News
 from penstock.log.memory import MemoryLog
 from penstock.observer import LoggingObserver
 from penstock.sse import Decoder, Event
@@ -129,6 +131,10 @@ class View:
         replies: Mapping[str, AppendStatus] = await self._do("renew", self.log.renew, owner, epochs, seconds)
         return replies
 
+    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
+        reply: Appended = await self._do("restore", self.log.restore, run, lease, oldest)
+        return reply
+
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
         reaped: Sequence[str] = await self._do("reap", self.log.reap, obituary)
         return reaped
@@ -157,12 +163,12 @@ class _Told:
     def unsubscribe(self, run_id: str) -> None:
         self.wakeups.unsubscribe(run_id)
 
-    async def wait(self) -> tuple[Mapping[str, int], bool]:
+    async def wait(self) -> News:
         while True:
-            moved, cancel = await self._view._do("wait", self.wakeups.wait)
-            cancel = cancel and self._view.wakeups_of_cancels
-            if moved or cancel:
-                return moved, cancel
+            news = await self._view._do("wait", self.wakeups.wait)
+            news = replace(news, cancel=news.cancel and self._view.wakeups_of_cancels)
+            if news.moved or news.cancel:
+                return news
 
 
 class Notes(LoggingObserver):

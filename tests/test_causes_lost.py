@@ -184,7 +184,7 @@ async def test_what_a_fenced_run_held_is_let_go_when_its_producer_goes_late(auto
 async def test_an_outage_of_the_log_makes_nobody_reap(autojump_clock: MockClock) -> None:
     view = View()
     other_view = View(view.log)
-    async with two_supervisors(view, other_view, lease=LEASE) as (owner, _):
+    async with two_supervisors(view, other_view, lease=LEASE, outage_limit=100) as (owner, _):
         run = await owner.start(Witness().waits)
         await trio.sleep(20)
         for away in (7.5, 10.5, 13.5, 16.5, 19.5, 60.5):

@@ -11,7 +11,7 @@ import pytest
 from penstock.errors import ConfigurationError
 from penstock.settings import Settings, check_duration
 
-ABOVE_ZERO = ["lease", "cancel_check_interval", "finalize_timeout"]
+ABOVE_ZERO = ["lease", "cancel_check_interval", "finalize_timeout", "outage_limit"]
 FROM_ZERO = ["flush_interval", "commit_spacing", "cancel_grace", "drain_timeout"]
 WHOLE = [
     "flush_size",
@@ -44,6 +44,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "cancel_check_interval": 0.5,
         "cancel_grace": 10.0,
         "finalize_timeout": 5.0,
+        "outage_limit": 30.0,
         "drain_timeout": 10.0,
     }
 

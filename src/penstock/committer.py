@@ -7,159 +7,35 @@ so that load turns into larger batches instead of more round trips.
 
     write ──▶ Outbox: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
                  ▲                                                 │
-                 └───────────── room for more ◀────────────────────┘
+                 ├───────────── room for more ◀────────────────────┤
+                 └──── restore, and again from the tail ◀── lost by the log
 
-What an outbox guarantees: order; that nothing follows its ending; that an ending's entries are stored in one step with
-the last of what came before them; and that a batch which has no reply yet is sent again as it was. Memory is bounded by
-`max_pending_bytes` for a run and `max_process_pending_bytes` for all: beyond them `room()` waits.
+Memory is bounded by `max_pending_bytes` for a run and `max_process_pending_bytes` for all: beyond them `room()` waits.
+While the log cannot be reached an append is tried again and again. A run for which a full log has no room waits alone,
+while the others go on. What a log has lost (a failover, a restart without its data) it is given again from the tail.
 """
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Final, Protocol
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from penstock.errors import LogUnavailable, RunEnded
-from penstock.log import AppendStatus, Batch, Entry
+from penstock.errors import RunEnded
+from penstock.log import AppendStatus
+from penstock.log.retries import patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from penstock.log import Appended, EventLog
-    from penstock.log.tail import Tail
+    from penstock.log import Appended, Batch, EventLog
+    from penstock.outbox import Outbox
     from penstock.runs import Ending
 
-BATCH_ENTRIES: Final = 200
-"""The most entries of one run in one append."""
-BATCH_BYTES: Final = 256 * 1024
-"""The size in bytes at which a run's batch is full (its last entry may go beyond it)."""
-RETRY: Final = 0.5
-"""Seconds between two tries while the log cannot be reached."""
-
-
-class Owner(Protocol):
-    """Whoever is told what becomes of an outbox's entries. All methods are synchronous."""
-
-    def cancel_on_record(self, reason: str | None) -> None:
-        """The log has a cancel request for the run."""
-
-    def completion_refused(self, reason: str | None) -> None:
-        """The log refused a `completed` ending, since a cancel is on record; the outbox wants another ending."""
-
-    def run_lost(self) -> None:
-        """The run is another's now, and the log takes nothing more from this owner; what was pending is gone."""
-
-    def run_settled(self) -> None:
-        """The ending is stored."""
-
-
-class Outbox:
-    """What one run has written and the log has not yet acknowledged."""
-
-    __slots__ = (
-        "_ending_entries",
-        "abandoned",
-        "closing",
-        "ending",
-        "entries",
-        "epoch",
-        "owner",
-        "run_id",
-        "seq",
-        "size",
-        "stored",
-        "stored_at",
-        "tail",
-        "vacancy",
-    )
-
-    def __init__(self, run_id: str, epoch: str, tail: Tail, owner: Owner) -> None:
-        self.run_id = run_id
-        self.epoch = epoch
-        self.tail = tail
-        self.owner = owner
-        self.seq = 0
-        """The seq that was given out last."""
-        self.entries: list[Entry] = []
-        self.size = 0
-        """The bytes of `entries`."""
-        self.ending: Ending | None = None
-        self.closing = False
-        """True once nothing can be added."""
-        self.abandoned = False
-        """True once nothing is stored from here any more."""
-        self.stored = 0
-        """The highest seq that the log has acknowledged."""
-        self.stored_at = 0.0
-        """When the log last acknowledged entries, in seconds since the Unix epoch."""
-        self._ending_entries = 0
-        self.vacancy = trio.lowlevel.ParkingLot()
-        """Where whoever writes to this run waits for room."""
-
-    def put(self, blocks: Sequence[bytes]) -> int:
-        """Give each encoded block its seq; the size in bytes of what was added."""
-        assert not self.closing, "nothing follows a run's ending"  # noqa: S101  (its owner drops what comes late)
-        stamp = round(time.time() * 1000)
-        added = 0
-        for block in blocks:
-            self.seq += 1
-            entry = Entry.of(self.seq, block, stamp)
-            self.entries.append(entry)
-            added += len(entry.wire)
-        self.size += added
-        return added
-
-    def close(self, blocks: Sequence[bytes], ending: Ending) -> int:
-        """Put the last blocks, with the run's ending; the size in bytes of what was added."""
-        added = self.put(blocks)
-        last = self.entries[-1]
-        self.entries[-1] = Entry(last.seq, last.wire, last.timestamp, terminal=True)
-        self.ending, self.closing, self._ending_entries = ending, True, len(blocks)
-        return added
-
-    def reopen(self) -> int:
-        """Take the ending back, so that another can be put; the size in bytes of what went."""
-        taken = self.entries[-self._ending_entries :]
-        del self.entries[-self._ending_entries :]
-        removed = sum(len(entry.wire) for entry in taken)
-        self.size -= removed
-        self.seq -= len(taken)
-        self.ending, self.closing = None, False
-        return removed
-
-    def abandon(self) -> int:
-        """Drop what is pending, for good; the size in bytes of what went."""
-        removed, self.size = self.size, 0
-        self.entries.clear()
-        self.closing = self.abandoned = True
-        self.vacancy.unpark_all()
-        return removed
-
-    def batch(self) -> Batch:
-        """What the next append stores of this run."""
-        size = cut = 0
-        for entry in self.entries[:BATCH_ENTRIES]:
-            cut += 1
-            size += len(entry.wire)
-            if size >= BATCH_BYTES:
-                break
-        if self.ending is not None and cut > len(self.entries) - self._ending_entries:
-            cut = len(self.entries)
-        whole = cut == len(self.entries)
-        return Batch(self.run_id, self.epoch, self.entries[:cut], self.ending if whole else None)
-
-    def acknowledge(self, entries: Sequence[Entry]) -> int:
-        """The log has these first entries; the size in bytes of what is no longer pending."""
-        del self.entries[: len(entries)]
-        removed = sum(len(entry.wire) for entry in entries)
-        self.size -= removed
-        self.stored = entries[-1].seq
-        self.stored_at = time.time()
-        self.tail.extend(entries)
-        self.vacancy.unpark_all()
-        return removed
+FULL_PAUSE: Final = 0.5
+"""Seconds until a full log is asked again whether it has room."""
 
 
 class Committer:
@@ -198,6 +74,11 @@ class Committer:
         self._wake = trio.Event()
         self._size = 0
         self._room = trio.lowlevel.ParkingLot()
+        self._lost: dict[Outbox, None] = {}
+        """Runs of which the log has lost something."""
+        self._without_room: dict[Outbox, None] = {}
+        """Runs for which the log has no room, until it is asked again."""
+        self._ask_again_at = inf
 
     @property
     def pending_bytes(self) -> int:
@@ -240,7 +121,15 @@ class Committer:
         self._size -= outbox.abandon()
         self._room.unpark_all()
 
+    def restore(self, outbox: Outbox) -> None:
+        """See to it that the log is given again what it has lost of a run. Synchronous."""
+        self._lost[outbox] = None
+        self._urgent = True
+        self._wake.set()
+
     def _mark(self, outbox: Outbox, *, urgent: bool) -> None:
+        if outbox in self._without_room and not outbox.closing:
+            return
         self._dirty[outbox] = None
         if urgent or not self._flush_interval:
             self._urgent = True
@@ -263,16 +152,23 @@ class Committer:
         started = trio.current_time() - self._spacing
         while True:
             self._wake = trio.Event()
-            if not self._dirty:
-                await self._wake.wait()
+            if not self._dirty and not self._lost:
+                with trio.move_on_at(self._ask_again_at):
+                    await self._wake.wait()
             if not self._urgent:
                 await self._linger()
             await trio.sleep_until(started + self._spacing)
             started = trio.current_time()
             self._urgent = False
+            if started >= self._ask_again_at:
+                self._dirty |= self._without_room
+                self._without_room, self._ask_again_at = {}, inf
             outboxes, self._dirty = self._dirty, {}
             if pending := [outbox for outbox in outboxes if outbox.entries]:
                 await self._commit(pending)
+            lost, self._lost = self._lost, {}
+            for outbox in lost:
+                await self._restore(outbox)
 
     async def _linger(self) -> None:
         """Wait for more to come, but not once something urgent has."""
@@ -289,28 +185,66 @@ class Committer:
 
     async def _append(self, batches: list[Batch]) -> Sequence[Appended]:
         """Append, again and again while the log cannot be reached: a batch sent twice is stored once."""
-        while True:
-            try:
-                return await self._log.append(batches)
-            except LogUnavailable as error:
-                self._on_warning(f"cannot commit: {error}; trying again in {RETRY} s")
-            await trio.sleep(RETRY)
+        return await patiently(partial(self._log.append, batches), what="commit", on_warning=self._on_warning)
 
     def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> None:
         """Act on the reply to one batch."""
         if outbox.abandoned:  # while the append was under way
             return
-        if reply.status is AppendStatus.OK:
-            self._size -= outbox.acknowledge(batch.entries)
-            if batch.ending is not None:
-                outbox.owner.run_settled()
-                return
-            if reply.cancelled:
-                outbox.owner.cancel_on_record(reply.cancel)
-            if outbox.entries:
+        match reply.status:
+            case AppendStatus.OK:
+                self._acknowledge(outbox, batch, reply)
+            case AppendStatus.CANCELLED:
+                self._size -= outbox.reopen()
+                outbox.owner.completion_refused(reply.cancel)
+            case AppendStatus.FULL:
+                self._wait_for_room(outbox, reply)
+            case AppendStatus.GONE | AppendStatus.HOLE:
+                self.restore(outbox)
+            case AppendStatus.REFUSED:
+                self._on_warning(f"cannot store run {outbox.run_id}: {reply.words}")
+                outbox.owner.run_refused()
+                self.drop(outbox)
+            case AppendStatus.FENCED | AppendStatus.ENDED:
+                self.abandon(outbox)
+
+    def _acknowledge(self, outbox: Outbox, batch: Batch, reply: Appended) -> None:
+        self._size -= outbox.acknowledge(batch.entries)
+        if batch.ending is not None:
+            outbox.owner.run_settled()
+            return
+        if reply.cancelled:
+            outbox.owner.cancel_on_record(reply.cancel)
+        if outbox.entries:
+            self._mark(outbox, urgent=True)
+
+    def _wait_for_room(self, outbox: Outbox, reply: Appended) -> None:
+        """Ask the log again later; until then this run's entries wait, and only its ending does not."""
+        if not self._without_room:
+            self._on_warning(f"cannot commit: {reply.words}; trying again")
+            self._ask_again_at = trio.current_time() + FULL_PAUSE
+        self._without_room[outbox] = None
+
+    async def _restore(self, outbox: Outbox) -> None:
+        """Put back what the log has lost of a run, and append again what follows."""
+        if outbox.abandoned:
+            return
+        at_hand = outbox.at_hand()
+        oldest = min([outbox.stored + 1, *(entry.seq for entry in at_hand[:1])])
+        restore = partial(self._log.restore, outbox.run, outbox.lease, oldest)
+        reply = await patiently(restore, what=f"restore run {outbox.run_id}", on_warning=self._on_warning)
+        if outbox.abandoned:
+            return
+        match reply.status:
+            case AppendStatus.OK | AppendStatus.HOLE:
+                self._on_warning(f"the log had lost a part of run {outbox.run_id}; going on from entry {reply.seq + 1}")
+                self._size += outbox.go_back(reply.seq, at_hand)
+                if reply.status is AppendStatus.HOLE:
+                    if outbox.ending is not None:
+                        self._size -= outbox.reopen()
+                    outbox.owner.log_diverged()
                 self._mark(outbox, urgent=True)
-        elif reply.status is AppendStatus.CANCELLED:
-            self._size -= outbox.reopen()
-            outbox.owner.completion_refused(reply.cancel)
-        else:
-            self.abandon(outbox)
+            case AppendStatus.FULL:
+                self._wait_for_room(outbox, reply)
+            case _:
+                self.abandon(outbox)

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from penstock.chunks import blocks_of, held_across_a_yield, opened, status_of
-from penstock.committer import Outbox
 from penstock.endings import Facts, ending_of
 from penstock.errors import RunCancelled, RunEnded, single_error, words_of_error_event
 from penstock.groups import is_cancellation
 from penstock.observer import new_error_id, tell
+from penstock.outbox import Outbox
 from penstock.runs import CAUSES, Cause
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from penstock.committer import Committer
     from penstock.dialects import Dialect
+    from penstock.log import Lease
     from penstock.log.tail import Tail
     from penstock.observer import Observer
     from penstock.runs import Ending, Run
@@ -58,15 +59,15 @@ class Office:
     dialect: Dialect
     observer: Observer
     changed: Callable[[Execution], None]
-    """Called when an execution has settled, been fenced, or left."""
+    """Called when an execution has settled, been given up, or left."""
 
 
 class Execution:
     """One run, while this process owns it."""
 
-    def __init__(self, run: Run, epoch: str, tail: Tail, office: Office) -> None:
+    def __init__(self, run: Run, lease: Lease, tail: Tail, office: Office) -> None:
         self.run = run
-        self.outbox = Outbox(run.id, epoch, tail, self)
+        self.outbox = Outbox(run, lease, tail, self)
         self.scope = trio.CancelScope()
         self.cause: Cause | None = None
         """The first cause that was recorded."""
@@ -78,8 +79,8 @@ class Execution:
         """The producer is gone, with all of its cleanup."""
         self.settled = trio.Event()
         """The ending is stored, or never will be from here."""
-        self.fenced = False
-        """Another owner has the run."""
+        self.given_up = False
+        """The run goes on, or ends, without this process."""
         self.task: trio.lowlevel.Task | None = None
         """The task in which the producer runs."""
         self._office = office
@@ -119,10 +120,30 @@ class Execution:
 
     def run_lost(self) -> None:
         """Another owner has the run."""
-        self.fenced = True
+        self.given_up = True
         self.stop(Cause.FENCED)
         tell(self._office.observer.run_fenced, self.run.id)
         self._settle()
+
+    def run_refused(self) -> None:
+        """The log cannot hold the run: a reaper ends it."""
+        self.given_up = True
+        self.stop(Cause.UNAVAILABLE)
+        self._settle()
+
+    def cut_off(self) -> None:
+        """The log has been away for too long: nothing is stored from here any more, and a reaper ends the run."""
+        if not self.settled.is_set():
+            self.run_refused()
+            self._office.committer.drop(self.outbox)
+
+    def log_diverged(self) -> None:
+        """The log has lost entries that nobody has any more: the run ends, and says so, even if it is over."""
+        if self.concluded:
+            self._conclude(Facts(cause=Cause.DIVERGED))
+        else:
+            self.stop(Cause.DIVERGED)
+            self.cause = self.cause or Cause.DIVERGED
 
     def run_settled(self) -> None:
         """The ending is stored."""

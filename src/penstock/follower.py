@@ -40,7 +40,7 @@ class Follower:
         CursorExpired: what follows the cursor has been trimmed, on entering or later.
         ReaderReleased: this process serves readers of this run no longer.
         SupervisorFailed: a service of the supervisor died.
-        LogUnavailable: the log cannot be reached.
+        LogUnavailable: on entering: the log cannot be reached. Later on a reader waits for it.
         RuntimeError: it is iterated before it was entered, or after it was left.
     """
 
@@ -133,7 +133,7 @@ class Follower:
         while True:
             taken = tail.take(self.cursor, max_entries=PAGE_ENTRIES, max_bytes=max_bytes)
             if taken is None:
-                page = await self._fetcher.log.read(self.run_id, self.cursor)
+                page = await self._fetcher.read(tail, self.cursor)
                 if self.cursor < page.oldest_seq - 1:
                     raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
                 taken = list(page.entries)

@@ -74,9 +74,14 @@ class Services:
         dialect = dialect_named(settings.dialect)
         office = Office(self.committer, self.timers, settings, dialect, observer, self._execution_changed)
         self._office = office
-        self._watch = Watch(log, self.owner, self.live, office, self._deliver)
+        self._watch = Watch(log, self.owner, self.live, office, self._deliver, self._outage)
         self.fetcher = Fetcher(
-            log, self.tails, spacing=settings.commit_spacing, on_cancel=self._watch.wake, on_warning=self._warn
+            log,
+            self.tails,
+            spacing=settings.commit_spacing,
+            on_cancel=self._watch.wake,
+            on_reconnect=self._watch.renew_now,
+            on_warning=self._warn,
         )
         self._log = log
         self._settings = settings
@@ -107,7 +112,7 @@ class Services:
     def _admit(self, early: dict[str, str | None], run: Run, lease: Lease) -> Execution:
         tail = self.tails.acquire(run.id, new=True)
         tail.fed = True
-        execution = self.live[run.id] = Execution(run, lease.epoch, tail, self._office)
+        execution = self.live[run.id] = Execution(run, lease, tail, self._office)
         if self.failure is not None:
             execution.forsake()
         elif self.interrupted:
@@ -123,6 +128,16 @@ class Services:
         else:
             for early in self._starts.values():
                 early[run_id] = reason
+
+    def _outage(self, away: ReaderReleased, *, over: bool) -> None:
+        """The log has been away for too long, or is back after that."""
+        if over:
+            self.fetcher.readmit(away)
+            return
+        self._warn(f"{away}: its runs are given up, and readers sent away")
+        self.fetcher.release(away, everyone=True)
+        for execution in list(self.live.values()):
+            execution.cut_off()
 
     def interrupt(self) -> None:
         """Cancel every run of this process, as a shutdown does, and those whose start is under way."""
@@ -151,6 +166,7 @@ class Services:
             self._watch.cancels,
             self._watch.renewals,
             self._watch.reaper,
+            self._watch.outages,
             self.fetcher.run,
         )
         try:
@@ -197,7 +213,7 @@ class Services:
 
     def _execution_changed(self, execution: Execution) -> None:
         tail = execution.outbox.tail
-        if execution.fenced and tail.fed:
+        if execution.given_up and tail.fed:
             tail.fed = False
             if self._nursery is not None:
                 self._nursery.start_soon(self.fetcher.adopt, execution.run.id)

@@ -55,6 +55,13 @@ class Settings:
         10.0, "how long a cancelled producer may take before its run ends without it", least=0, unit="s"
     )
     finalize_timeout: float = _knob(5.0, "how long storing a terminal entry may take", least=0, above=True, unit="s")
+    outage_limit: float = _knob(
+        30.0,
+        "how long the log may be out of reach before runs are given up and readers sent away",
+        least=0,
+        above=True,
+        unit="s",
+    )
     drain_timeout: float = _knob(10.0, "how long runs may go on after shutdown was asked for", least=0, unit="s")
 
     def __post_init__(self) -> None:

@@ -230,7 +230,7 @@ class Supervisor:
             tail.advance(run.seq, ended=run.status.terminal)
             while not run.status.terminal:
                 if tail.ended:
-                    run = await self.log.get(run_id)
+                    run = (await self._services.fetcher.read(tail, tail.last)).run
                     if not run.status.terminal:  # the log has dropped the run that ended, and the id is another's
                         raise RunNotFound(run_id)
                 elif tail.released is not None:

@@ -8,21 +8,26 @@ lack. Replay, live and the repair of a lost wake-up are thus one path: whatever 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from penstock.errors import LogUnavailable, RunNotFound
+from penstock.log.retries import patiently
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from penstock.errors import PenstockError
-    from penstock.log import EventLog, Wakeups
+    from penstock.log import EventLog, Page, Wakeups
     from penstock.log.tail import Tail, Tails
 
-RETRY: float = 0.5
-"""Seconds between two tries while the log cannot be reached."""
+MISSING_GRACE: Final = 10.0
+"""For how many seconds a run that has readers may be missing: a log that has lost it is given it again by its owner."""
+MISSING_PAUSE: Final = 0.5
+"""Seconds between two looks for runs that are missing."""
 
 
 class Fetcher:
@@ -33,6 +38,7 @@ class Fetcher:
         tails: the tails of this process.
         spacing: the least time between the starts of two fetches, in seconds.
         on_cancel: called when a cancel request has come in.
+        on_reconnect: called when the log can be reached again, and may have lost something.
         on_warning: told when the log cannot be reached.
     """
 
@@ -43,6 +49,7 @@ class Fetcher:
         *,
         spacing: float,
         on_cancel: Callable[[], None],
+        on_reconnect: Callable[[], None],
         on_warning: Callable[[str], None],
     ) -> None:
         self.log = log
@@ -50,9 +57,12 @@ class Fetcher:
         self._wakeups: Wakeups
         self._spacing = spacing
         self._on_cancel = on_cancel
+        self._on_reconnect = on_reconnect
         self._on_warning = on_warning
         self._released: PenstockError | None = None
         self._moved: dict[str, int] = {}
+        self._missing: dict[str, float] = {}
+        """The runs with readers here that the log does not have at the moment, and since when."""
         self._news = trio.Event()
 
     def connect(self, wakeups: Wakeups) -> None:
@@ -84,24 +94,46 @@ class Fetcher:
 
     def release(self, error: PenstockError, *, everyone: bool = False) -> None:
         """Send away the readers of runs that live elsewhere, or of all, and those to come; ended runs are read on."""
-        self._released = error
+        self._released = self._released or error
         for tail in self._tails.all():
             if everyone or not tail.fed:
                 tail.release(error)
 
-    async def adopt(self, run_id: str) -> None:
-        """Feed a tail whose run this process has lost to another owner."""
-        while True:
+    def readmit(self, error: PenstockError) -> None:
+        """Readers may come again, if it was `error` that released them."""
+        if self._released is error:
+            self._released = None
+        for tail in self._tails.all():
+            tail.readmit(error)
+
+    async def read(self, tail: Tail, after: int) -> Page:
+        """A page of a run that has a reader, who waits while the log cannot be reached.
+
+        Raises:
+            PenstockError: the log cannot be reached, and the tail has released its readers.
+            RunNotFound: there is no such run any more.
+        """
+
+        async def look() -> Page:
             try:
-                async with self.reading(run_id) as tail:
-                    behind = {run_id: tail.last}
-                    while behind:
-                        behind = await self._fetch(behind)
-            except LogUnavailable as error:
-                self._on_warning(f"cannot follow {run_id}: {error}; trying again in {RETRY} s")
-            else:
-                return
-            await trio.sleep(RETRY)
+                return await self.log.read(tail.run_id, after)
+            except LogUnavailable:
+                if tail.released is not None:
+                    raise tail.released from None
+                raise
+
+        return await patiently(look, what=f"read {tail.run_id}", on_warning=self._on_warning)
+
+    async def adopt(self, run_id: str) -> None:
+        """Feed a tail whose run this process has given up."""
+
+        async def catch_up() -> None:
+            async with self.reading(run_id) as tail:
+                behind = {run_id: tail.last}
+                while behind:
+                    behind = await self._fetch(behind)
+
+        await patiently(catch_up, what=f"follow {run_id}", on_warning=self._on_warning)
 
     async def run(self) -> None:
         """Do it, until cancelled."""
@@ -109,9 +141,10 @@ class Fetcher:
             nursery.start_soon(self._listen)
             behind: dict[str, int] = {}
             while True:
-                if not behind and not self._moved:
+                if behind.keys() <= self._missing.keys() and not self._moved:
                     self._news = trio.Event()
-                    await self._news.wait()
+                    with trio.move_on_after(MISSING_PAUSE if behind else inf):
+                        await self._news.wait()
                 started = trio.current_time()
                 # A run that cannot be caught up with must not keep the news of the others waiting.
                 moved, self._moved = self._moved, {}
@@ -126,27 +159,29 @@ class Fetcher:
     async def _listen(self) -> None:
         """Take what the wake-ups tell, at once."""
         while True:
-            moved, cancel = await self._wakeups.wait()
-            if cancel:
+            news = await self._wakeups.wait()
+            if news.cancel:
                 self._on_cancel()
-            self._moved.update(moved)
+            if news.reconnected:
+                self._on_reconnect()
+            self._moved.update(news.moved)
             self._news.set()
 
     async def _fetch(self, behind: dict[str, int]) -> dict[str, int]:
         """Feed the tails that are behind; those that still are."""
-        try:
-            pages = await self.log.fetch(behind)
-        except LogUnavailable as error:
-            self._on_warning(f"cannot fetch entries: {error}; trying again in {RETRY} s")
-            await trio.sleep(RETRY)
-            return behind
+        pages = await patiently(partial(self.log.fetch, behind), what="fetch entries", on_warning=self._on_warning)
         still: dict[str, int] = {}
         for run_id, page in pages.items():
             tail = self._tails.get(run_id)
+            missing_since = self._missing.pop(run_id, trio.current_time())
             if tail is None:
                 continue
             if page is None:
-                tail.release(RunNotFound(run_id))
+                if trio.current_time() - missing_since >= MISSING_GRACE:
+                    tail.release(RunNotFound(run_id))
+                else:
+                    self._missing[run_id] = missing_since
+                    still[run_id] = tail.last
                 continue
             if page.entries:
                 tail.extend(page.entries)

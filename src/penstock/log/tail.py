@@ -93,6 +93,15 @@ class Tail:
             return None
         return self._ring.after(cursor, max_entries=max_entries, max_bytes=max_bytes)
 
+    def recent(self) -> list[Entry]:
+        """All entries that are at hand, up to `last`."""
+        return self._ring.after(self._ring.first - 1, max_entries=len(self._ring), max_bytes=self._ring.size)
+
+    def readmit(self, error: PenstockError) -> None:
+        """Readers may come again, if it was `error` that released them."""
+        if self.released is error:
+            self.released = None
+
     async def wait(self) -> None:
         """Park until anything about the tail changes. A checkpoint; cancelling it loses nothing."""
         await self._lot.park()

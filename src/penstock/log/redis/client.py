@@ -42,6 +42,15 @@ COMMANDS_PER_ROUND_TRIP: Final = 100
 """The most commands that are packed at once: packing thousands would hold up every other task."""
 BYTES_PER_ROUND_TRIP: Final = 1024 * 1024
 """The size at which a round trip is full (its last command may go beyond it)."""
+OPTIONS: Final[dict[str, Any]] = {
+    "protocol": 2,
+    "decode_responses": False,
+    "socket_timeout": None,
+    "socket_connect_timeout": None,
+    "health_check_interval": 0,
+    "retry": Retry(NoBackoff(), 0),
+}
+"""How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
 _CLOSING: Final = 1.0
 """How many seconds closing a connection may take."""
 _SCRIPT_TRIES: Final = 3
@@ -129,13 +138,14 @@ class Client:
         async def round_trip() -> list[Any]:
             if len(commands) == 1:
                 try:
-                    return [await self._client.execute_command(*commands[0])]
+                    return [await self._client.execute_command(*commands[0])]  # type: ignore[no-untyped-call]
                 except exceptions.ResponseError as error:
                     return [error]
             async with self._client.pipeline(transaction=False) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
-                return await pipeline.execute(raise_on_error=False)
+                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+                return replies
 
         async def twice() -> list[Any]:
             try:
@@ -145,7 +155,8 @@ class Client:
             except exceptions.ConnectionError:
                 return await round_trip()
 
-        return await self.run(twice())
+        replies: list[Any] = await self.run(twice())
+        return replies
 
     async def run(self, work: Coroutine[Any, Any, Any], *, deadline: float | None = None) -> Any:
         """Run asyncio code on the loop, until it returns or its time is over."""
@@ -155,7 +166,7 @@ class Client:
                 return await self._loop.run_aio_coroutine(work)
         except trio.TooSlowError:
             raise LogUnavailable(f"Redis at {self.address} has not answered for {seconds:g} s") from None
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # noqa: ASYNC104  (asyncio's own; a cancellation from here is Trio's)
             raise LogUnavailable(f"the connection to Redis at {self.address} was closed") from None
         except (exceptions.RedisError, OSError) as error:
             raise self._unavailable(error) from error
@@ -186,7 +197,7 @@ class Client:
             yield Subscription(self, pubsub)
         finally:
             with trio.move_on_after(_CLOSING, shield=True):
-                await self._loop.run_aio_coroutine(pubsub.aclose())
+                await self._loop.run_aio_coroutine(pubsub.aclose())  # type: ignore[no-untyped-call]
 
 
 class Subscription:
@@ -235,17 +246,8 @@ async def open_client(url: str) -> AsyncIterator[Client]:
     parts = urlsplit(url)
     try:
         address = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-        options = parse_url(url)
-        options.update(
-            protocol=2,
-            decode_responses=False,
-            socket_timeout=None,
-            socket_connect_timeout=None,
-            health_check_interval=0,
-            retry=Retry(NoBackoff(), 0),
-        )
-        pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool(**options)
-        pool.make_connection()  # which is not connected, but knows what it cannot be made of
+        pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool(**{**parse_url(url), **OPTIONS})
+        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"this is no URL of a Redis: {error}; write redis://HOST:PORT/DB") from error
     raised: BaseException | None = None

@@ -140,7 +140,7 @@ class RedisLog:
                     self._idempotency[run.id] = idempotency
                 return Started(found, created=True)
         except BaseException:
-            await self._forget(run.id, lease.epoch)
+            await self._forget(run.id, lease.epoch)  # noqa: ASYNC102  (it has its own shield, with a deadline)
             raise
         if idempotency is not None and record_of(record).get("idempotency") == idempotency.key:
             return Started(found, created=False)
@@ -217,11 +217,11 @@ class RedisLog:
 
     def _delist(self, runs: Sequence[str]) -> list[Command]:
         """What is done beside the scripts for runs that have ended."""
-        commands: list[Command] = [("ZREM", self._keys.live, *runs)]
-        for run_id in runs:
-            if (idempotency := self._idempotency.pop(run_id, None)) is not None:
-                commands.append(("PEXPIRE", self._keys.idempotency(idempotency.key), self._ttl))
-        return commands
+        known = [self._idempotency.pop(run_id) for run_id in runs if run_id in self._idempotency]
+        return [
+            ("ZREM", self._keys.live, *runs),
+            *(("PEXPIRE", self._keys.idempotency(each.key), self._ttl) for each in known),
+        ]
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         """Put a run's record back. A checkpoint; it happens in one step or not at all."""
@@ -293,7 +293,10 @@ class RedisLog:
         gone: list[str] = []
         start = 0
         while len(runs) < limit:
-            ids = [each.decode() for each in await self._request("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1)]
+            ids = [
+                each.decode()
+                for each in await self._request("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1)
+            ]
             if not ids:
                 break
             async with self._requests:
@@ -342,9 +345,7 @@ class RedisLog:
         taken = self._taken.get(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
         flat = _checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
-        requests: dict[str, str | None] = {
-            run_id: json.loads(reason) for run_id, reason in record_of(flat).items()
-        }
+        requests: dict[str, str | None] = {run_id: json.loads(reason) for run_id, reason in record_of(flat).items()}
         self._taken[owner] = [*requests]
         return requests | self._heard.pop(owner, {})
 
