@@ -129,7 +129,7 @@ def test_options_and_variables_become_knobs(hosted: list[Hosted]) -> None:
     knobs = dict(served.knobs)
     assert (knobs["cancel_grace"], knobs["dialect"], knobs["lease"]) == (3, "letta", 7.5)
     assert (knobs["max_pending_bytes"], knobs["expose_errors"]) == (1000, True)
-    assert served.limits == {"ttl": 60, "max_entries": 10_000}
+    assert served.limits == {"ttl": 60, "max_entries": 10_000, "prefix": "sse:run:"}
     assert served.ping_interval is None
     assert Settings.of(knobs).lease == 7.5
 

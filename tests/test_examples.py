@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
 
+from penstock import Event, open_log, open_supervisor
 from tests.processes import process
+from tests.redis_servers import shared_server
 from tests.wire import DONE, blocks_of, ids
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -33,6 +36,30 @@ def test_by_hand_reads_back_from_the_cursor_what_it_wrote() -> None:
     lines = output_of("by_hand.py")
     assert lines[0] == "wrote 20.5 as entry 1"
     assert lines[3:] == ['2 data: {"degrees":20.7}', '3 data: {"degrees":21.0}', "4 data: [DONE]"]
+
+
+async def test_a_plain_redis_client_reads_a_run_from_the_cursor_on_and_to_its_end() -> None:
+    server = shared_server()
+    async with open_log(server.url) as log, open_supervisor(log) as supervisor:
+        async with supervisor.open_run("plain") as run:
+            await run.write(Event(data="one"))
+            await run.write(Event(data="two\nlines", event="x"))
+        command = [sys.executable, str(EXAMPLES / "plain_redis.py"), server.url, "plain"]
+        done = await trio.run_process(command, capture_stdout=True)
+        resumed = await trio.run_process([*command, "2"], capture_stdout=True)
+    lines = done.stdout.decode().splitlines()
+    assert [line.split(maxsplit=2)[::2] for line in lines] == [
+        ["1", "data: one"],
+        ["2", "event: x | data: two | data: lines"],
+        ["3", "data: [DONE]"],
+    ]
+    assert resumed.stdout.decode().splitlines() == lines[2:]
+
+
+async def test_a_plain_redis_client_says_that_there_is_no_such_run() -> None:
+    command = [sys.executable, str(EXAMPLES / "plain_redis.py"), shared_server().url, "nothing"]
+    done = await trio.run_process(command, check=False, capture_stderr=True)
+    assert (done.returncode, done.stderr[:24]) == (1, b"there is no run 'nothing")
 
 
 HYPERCORN = (sys.executable, "-m", "hypercorn", "-k", "trio", "--bind", "127.0.0.1:0")

@@ -37,7 +37,8 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_CODES: Final = """\b
 Exit codes:
   0  a clean shutdown           2  a wrong argument
-  1  a part of the server died  3  a producer would not let go
+  1  a part of the server died, or the log could not be reached to begin with
+  3  a producer would not let go
 """
 
 CONTEXT: Final = {
@@ -96,7 +97,9 @@ def main() -> None:
     default="memory://",
     metavar="URL",
     envvar="PENSTOCK_LOG",
-    help="The event log. memory:// is this process's memory, gone with it.",
+    help="The event log. memory:// is this process's memory, gone with it; redis://[:PASSWORD@]HOST[:PORT][/DB] "
+    "(rediss:// over TLS, unix:///PATH) is a Redis that any number of servers share. A password is better kept in the "
+    "environment variable.",
 )
 @shared_options
 @option(
@@ -112,6 +115,12 @@ def main() -> None:
     metavar="ENTRIES",
     type=click.IntRange(min=1),
     help="How many entries are kept of one run.",
+)
+@option(
+    "--prefix",
+    default="sse:run:",
+    metavar="PREFIX",
+    help="What the keys of entries in Redis begin with; it ends with run:, and all others begin with what is before.",
 )
 @option(
     "--ping-interval",
@@ -138,6 +147,7 @@ def serve(
     log_level: str,
     ttl: float,
     max_entries: int,
+    prefix: str,
     ping_interval: float,
     max_body_bytes: int,
     **knobs: Any,
@@ -151,13 +161,14 @@ def serve(
     Examples:
       penstock serve --producers mypackage.agents:producers
       penstock serve --producers ./agents.py:producers --bind 127.0.0.1:0 --cancel-grace 3
+      penstock serve --producers agents:producers --log redis://localhost     (as many of these as you like)
       PENSTOCK_BIND="127.0.0.1:8000 [::1]:8000" penstock serve --producers agents:producers
     """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
     try:
         hosted = Hosted(
             load_producers(producers),
             log_url,
-            {"ttl": ttl, "max_entries": max_entries},
+            {"ttl": ttl, "max_entries": max_entries, "prefix": prefix},
             ping_interval or None,
             max_body_bytes,
             knobs,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 import trio
 
-from penstock.errors import ConfigurationError, SupervisorFailed, single_error
+from penstock.errors import ConfigurationError, LogUnavailable, SupervisorFailed, single_error
 from penstock.groups import raise_bare
 from penstock.http.app import MAX_BODY_BYTES, create_app
 from penstock.http.server import ABANDON_AFTER, new_config, serve
@@ -51,7 +51,7 @@ class Hosted:
     Attributes:
         producers: what runs can be started of.
         log_url: the event log.
-        limits: `open_log`'s `ttl` and `max_entries`.
+        limits: `open_log`'s `ttl`, `max_entries` and `prefix`.
         ping_interval: see `create_app`.
         max_body_bytes: see `create_app`.
         knobs: the supervisor's.
@@ -153,6 +153,9 @@ def host(
     """
     try:
         trio.run(partial(_host, hosted, sockets, log_to_stderr(log_level), ready))
+    except LogUnavailable as error:
+        say(f"{error}; not started")
+        return SERVICE_DIED
     except SupervisorFailed:
         say("a service of the supervisor died (its traceback is above); readers were told to come back")
         return SERVICE_DIED

@@ -49,7 +49,7 @@ def new_config() -> Config:
     return config
 
 
-async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
+async def serve(
     app: Starlette,
     config: Config | None = None,
     *,
@@ -75,6 +75,7 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
 
     Raises:
         ConfigurationError: the application or the configuration cannot be served, or the event log's URL be opened.
+        LogUnavailable: the event log cannot be reached to begin with.
         OSError: the address cannot be bound.
         SupervisorFailed: a service of the supervisor died.
     """
@@ -85,13 +86,19 @@ async def serve(  # noqa: ASYNC128  (Hypercorn calls task_status.started)
     if config.read_timeout is not None:
         raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
     down = trio.Event()
+    framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
+
+    async def accept(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  (Hypercorn passes it on)
+        await hypercorn.trio.serve(framework, config, shutdown_trigger=down.wait, task_status=task_status)
+        scope.cancel(reason="the server has ended")
+
     try:
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 await nursery.start(_shut_down, service, signals, shutdown_trigger, abandon, down, scope)
-                framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
-                await hypercorn.trio.serve(framework, config, shutdown_trigger=down.wait, task_status=task_status)
-                scope.cancel(reason="the server has ended")
+                urls = await nursery.start(accept)
+                if service.running:  # or its start has failed, and Hypercorn has not noticed yet
+                    task_status.started(urls)
     except BaseExceptionGroup as group:  # of Hypercorn's nurseries and this one: the caller should see what went wrong
         raise_unchanged(service.startup_error or single_error(group))
     if service.failed.is_set():

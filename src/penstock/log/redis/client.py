@@ -181,7 +181,7 @@ class Client:
         return error
 
     def _unavailable(self, error: Exception) -> LogUnavailable:
-        words = str(error)
+        words = str(error).rstrip(".")
         advice = next((advice for sign, advice in _ADVICE.items() if sign in words), None)
         if advice is None and isinstance(error, exceptions.AuthenticationError):
             advice = _ADVICE["WRONGPASS"]
@@ -243,8 +243,10 @@ async def open_client(url: str) -> AsyncIterator[Client]:
     Raises:
         ConfigurationError: redis-py cannot read the URL.
     """
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
+        if parts.scheme != "unix" and not parts.path.strip("/").isdigit() and parts.path not in {"", "/"}:
+            raise ValueError("what follows the slash is the number of a database")  # noqa: TRY301  (as redis-py's own)
         address = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
         pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool(**{**parse_url(url), **OPTIONS})
         pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,12 +39,12 @@ from penstock.log import (
     Started,
 )
 from penstock.log.redis import scripts
-from penstock.log.redis.client import call
+from penstock.log.redis.client import ANSWER_TIMEOUT, call
 from penstock.log.redis.records import Keys, entries_of, fields_of, fields_of_ending, record_of, run_of
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from penstock.log.redis.client import Client, Command
@@ -54,7 +55,7 @@ REQUESTS_AT_ONCE: Final = 8
 LISTED_RUNS: Final = 10_000
 """The newest runs that `list` knows of."""
 REAPED_AT_ONCE: Final = 100
-"""The most runs that one call reaps."""
+"""The most runs that are reaped in one round trip."""
 LIST_PAGE: Final = 100
 """The records that `list` looks up in one round trip."""
 _FORGETTING: Final = 1.0
@@ -93,8 +94,20 @@ class RedisLog:
         self._taken: dict[str, list[str]] = {}
         """For each owner, the runs whose requests were taken out of the inbox, and are to be removed from it."""
 
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of the requests that may be under way; who waits for it too long is told that Redis is out of reach."""
+        with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
+            await self._requests.acquire()
+        if waiting.cancelled_caught:
+            raise LogUnavailable(f"Redis at {self._client.address} has not come to a request for {ANSWER_TIMEOUT:g} s")
+        try:
+            yield
+        finally:
+            self._requests.release()
+
     async def _request(self, *command: Any) -> Any:
-        async with self._requests:
+        async with self._turn():
             return await self._client.ask(*command)
 
     # Starting
@@ -115,7 +128,7 @@ class RedisLog:
             run = replace(run, id=there)
         keys = self._keys
         try:
-            async with self._requests:
+            async with self._turn():
                 _, listed, *_, reply = await self._client.execute(
                     [
                         call(scripts.ENLIST, [keys.live], _ms(lease.seconds), "NX", run.id),
@@ -150,7 +163,7 @@ class RedisLog:
         """Take the idempotency key: the id to start under, or what a start under this key has led to before."""
         key = self._keys.idempotency(idempotency.key)
         value = json.dumps([idempotency.fingerprint, run.id])
-        async with self._requests:
+        async with self._turn():
             _, there = await self._client.execute([("SET", key, value, "NX", "PX", self._ttl), ("GET", key)])
         fingerprint, known = json.loads(_checked(there) or value)
         if known == run.id and fingerprint == idempotency.fingerprint:
@@ -299,7 +312,7 @@ class RedisLog:
             ]
             if not ids:
                 break
-            async with self._requests:
+            async with self._turn():
                 replies = await self._client.execute([("HGETALL", self._keys.record(run_id)) for run_id in ids])
             for run_id, reply in zip(ids, replies, strict=True):
                 if not _checked(reply):
@@ -342,11 +355,12 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached.
         """
         inbox = self._keys.inbox(owner)
-        taken = self._taken.get(owner, [])
+        taken = self._taken.pop(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
         flat = _checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
         requests: dict[str, str | None] = {run_id: json.loads(reason) for run_id, reason in record_of(flat).items()}
-        self._taken[owner] = [*requests]
+        if requests:
+            self._taken[owner] = [*requests]
         return requests | self._heard.pop(owner, {})
 
     # Leases
@@ -380,16 +394,22 @@ class RedisLog:
         return replies
 
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
-        """End the runs whose lease has run out by Redis' clock, at most `REAPED_AT_ONCE`. A checkpoint.
+        """End the runs whose lease has run out by Redis' clock, `REAPED_AT_ONCE` in one round trip. A checkpoint.
 
         Raises:
-            LogUnavailable: Redis cannot be reached.
+            LogUnavailable: Redis cannot be reached; some may have been reaped.
         """
         due = call(scripts.DUE, [self._keys.live], REAPED_AT_ONCE)
-        now, ids = await self._client.ask(*due)
-        dead = [each.decode() for each in ids]
-        if not dead:
-            return []
+        reaped: list[str] = []
+        while True:
+            now, ids = await self._client.ask(*due)
+            dead = [each.decode() for each in ids]
+            reaped += await self._reap_all(dead, now, obituary)
+            if len(dead) < REAPED_AT_ONCE:
+                return reaped
+
+    async def _reap_all(self, dead: Sequence[str], now: bytes, obituary: Callable[[], Obituary]) -> Sequence[str]:
+        """Reap what was due at `now`; the runs that were."""
         replies = await self._client.execute([self._reap(run_id, now, obituary()) for run_id in dead])
         reaped: list[str] = []
         over: list[str] = []
@@ -402,7 +422,8 @@ class RedisLog:
                 over.append(run_id)
             if status == b"FENCED":
                 reaped.append(run_id)
-        await self._client.execute([*alive, *(self._delist(over) if over else [])])
+        if alive or over:
+            await self._client.execute([*alive, *(self._delist(over) if over else [])])
         return reaped
 
     def _reap(self, run_id: str, now: bytes, words: Obituary) -> Command:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from penstock.errors import LogUnavailable
+from penstock.errors import LogUnavailable, single_error
 from penstock.groups import raise_bare
 from penstock.log import News
 from penstock.log.redis.client import ANSWER_TIMEOUT
@@ -37,6 +37,8 @@ PING_INTERVAL: Final = 5.0
 """Seconds between two signs of life of the subscription connection."""
 CHECK_INTERVAL: Final = 60.0
 """Within about so many seconds the last seq of a silent run is looked up, message or no message."""
+MAX_SEQ_DIGITS: Final = 16
+"""The most digits of a seq; what else is published on a run's channel is none of ours."""
 CHANNELS_PER_COMMAND: Final = 500
 """The most channels in one SUBSCRIBE or UNSUBSCRIBE."""
 
@@ -114,6 +116,7 @@ class RedisWakeups:
         for channel, confirmed in self._channels.items():
             if confirmed.is_set():
                 self._channels[channel] = trio.Event()
+        broken: LogUnavailable | None = None
         try:
             async with self._client.subscription() as subscription:
                 await self._send(subscription)
@@ -121,9 +124,10 @@ class RedisWakeups:
                     nursery.start_soon(subscription.pump, self._take)
                     nursery.start_soon(self._keep, subscription)
         except* LogUnavailable as errors:
-            if not self._channels[self._process].is_set():
-                raise LogUnavailable(str(errors.exceptions[0])) from errors
-            logger.warning("the subscription to Redis broke: %s", errors.exceptions[0])
+            broken = LogUnavailable(str(single_error(errors)))
+        if broken is not None and not self._channels[self._process].is_set():
+            raise broken
+        logger.warning("the subscription to Redis broke: %s", broken)
         self._reconnecting = True
 
     async def _keep(self, subscription: Subscription) -> None:
@@ -164,7 +168,7 @@ class RedisWakeups:
         if kind == "message":
             if channel == self._process:
                 self._cancel = True
-            elif channel in self._channels and data.isdigit():
+            elif channel in self._channels and data.isdigit() and len(data) <= MAX_SEQ_DIGITS:
                 run_id = self._keys.woken(channel)
                 self._stirred.add(run_id)
                 self._moved[run_id] = max(self._moved.get(run_id, 0), int(data))
