@@ -236,6 +236,49 @@ async def _awaited(awaitable: Awaitable[Any]) -> None:
     await awaitable
 
 
+class Requests:
+    """Commands for readers and callers, of whom there may be thousands: they take turns on a few connections.
+
+    Args:
+        client: the way to Redis.
+        at_once: the most that are under way.
+    """
+
+    def __init__(self, client: Client, at_once: int) -> None:
+        self._client = client
+        self._turns = trio.CapacityLimiter(at_once)
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """`Client.execute`, when it is this request's turn.
+
+        Raises:
+            LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
+        """
+        async with self._turn():
+            return await self._client.execute(commands)
+
+    async def ask(self, *command: Any) -> Any:
+        """`Client.ask`, when it is this request's turn.
+
+        Raises:
+            LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
+        """
+        async with self._turn():
+            return await self._client.ask(*command)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
+            await self._turns.acquire()
+        if waiting.cancelled_caught:
+            words = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
+            raise LogUnavailable(f"Redis at {self._client.address} {words}")
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+
 @asynccontextmanager
 async def open_client(url: str) -> AsyncIterator[Client]:
     """A client for as long as the block lasts; the connections are made when they are needed.

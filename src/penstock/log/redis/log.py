@@ -10,56 +10,33 @@ from __future__ import annotations
 
 import json
 import secrets
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-import trio
-
-from penstock.errors import (
-    ConfigurationError,
-    IdempotencyConflict,
-    LogFull,
-    LogUnavailable,
-    RunExists,
-    RunNotFound,
-)
-from penstock.log import (
-    PAGE_BYTES,
-    PAGE_ENTRIES,
-    Appended,
-    AppendStatus,
-    Batch,
-    CancelReply,
-    CancelStatus,
-    Idempotency,
-    Lease,
-    Obituary,
-    Page,
-    Started,
-)
+from penstock.errors import ConfigurationError, RunNotFound
+from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
-from penstock.log.redis.client import ANSWER_TIMEOUT, call
-from penstock.log.redis.records import Keys, entries_of, fields_of, fields_of_ending, record_of, run_of
+from penstock.log.redis.client import Requests, call
+from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of
+from penstock.log.redis.replies import appended_of, checked, page_of
+from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from penstock.log import Appended, Batch, Idempotency, Lease, Obituary, Page, Started
     from penstock.log.redis.client import Client, Command
     from penstock.runs import Run, RunStatus
 
 REQUESTS_AT_ONCE: Final = 8
 """The most requests, and so connections, that are under way for readers and callers."""
-LISTED_RUNS: Final = 10_000
-"""The newest runs that `list` knows of."""
 REAPED_AT_ONCE: Final = 100
 """The most runs that are reaped in one round trip."""
 LIST_PAGE: Final = 100
 """The records that `list` looks up in one round trip."""
-_FORGETTING: Final = 1.0
-"""How many seconds taking back a start may take whose caller is gone."""
+_LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.REFUSED})
+"""After these replies a run is its owner's no more."""
 
 
 class RedisLog:
@@ -83,34 +60,17 @@ class RedisLog:
         if isinstance(max_entries, bool) or not isinstance(max_entries, int) or not max_entries > 0:
             raise ConfigurationError(f"max_entries is a whole number above 0, not {max_entries!r}")
         self._client = client
-        self._ttl = _ms(ttl)
+        self._ttl = ms(ttl)
         self._max_entries = max_entries
         self._keys = Keys(prefix)
-        self._requests = trio.CapacityLimiter(REQUESTS_AT_ONCE)
-        self._idempotency: dict[str, Idempotency] = {}
-        """The keys of this process's runs, which are kept for as long as the runs are."""
+        self._requests = Requests(client, REQUESTS_AT_ONCE)
+        self._starting = Starting(self._requests, self._keys, self._ttl)
         self._heard: dict[str, dict[str, str | None]] = {}
         """For each owner, the cancel requests that came with a renewal, because the inbox may have missed them."""
         self._taken: dict[str, list[str]] = {}
         """For each owner, the runs whose requests were taken out of the inbox, and are to be removed from it."""
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """One of the requests that may be under way; who waits for it too long is told that Redis is out of reach."""
-        with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
-            await self._requests.acquire()
-        if waiting.cancelled_caught:
-            raise LogUnavailable(f"Redis at {self._client.address} has not come to a request for {ANSWER_TIMEOUT:g} s")
-        try:
-            yield
-        finally:
-            self._requests.release()
-
-    async def _request(self, *command: Any) -> Any:
-        async with self._turn():
-            return await self._client.ask(*command)
-
-    # Starting
+    # Writing
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
         """Create the record, unless the idempotency key has led to one before. A checkpoint; cancelled, it leaves none.
@@ -119,78 +79,17 @@ class RedisLog:
             RunExists: the id is in use.
             IdempotencyConflict: the key belongs to another request.
             LogFull: Redis has no room for another run.
-            LogUnavailable: Redis cannot be reached. The run may have been created, if so it ends with its lease.
+            LogUnavailable: Redis cannot be reached. The run may have been created; if so, it ends with its lease.
         """
-        if idempotency is not None:
-            there = await self._reserve(run, idempotency)
-            if isinstance(there, Started):
-                return there
-            run = replace(run, id=there)
-        keys = self._keys
-        try:
-            async with self._turn():
-                _, listed, *_, reply = await self._client.execute(
-                    [
-                        call(scripts.ENLIST, [keys.live], _ms(lease.seconds), "NX", run.id),
-                        ("ZADD", keys.runs, "NX", repr(run.created_at), run.id),
-                        ("ZREMRANGEBYRANK", keys.runs, 0, -LISTED_RUNS - 1),
-                        call(
-                            scripts.START,
-                            [keys.stream(run.id), keys.record(run.id)],
-                            lease.epoch,
-                            self._ttl,
-                            _ms(lease.seconds),
-                            *fields_of(run, lease.owner, idempotency),
-                        ),
-                    ]
-                )
-            created, record = _checked(reply)
-            found = run_of(run.id, record_of(record))
-            if created == b"1":
-                if not listed:  # by an older run with this id
-                    await self._request("ZADD", keys.runs, repr(run.created_at), run.id)
-                if idempotency is not None:
-                    self._idempotency[run.id] = idempotency
-                return Started(found, created=True)
-        except BaseException:
-            await self._forget(run.id, lease.epoch)  # noqa: ASYNC102  (it has its own shield, with a deadline)
-            raise
-        if idempotency is not None and record_of(record).get("idempotency") == idempotency.key:
-            return Started(found, created=False)
-        raise RunExists(found)
+        return await self._starting.start(run, lease, idempotency)
 
-    async def _reserve(self, run: Run, idempotency: Idempotency) -> Started | str:
-        """Take the idempotency key: the id to start under, or what a start under this key has led to before."""
-        key = self._keys.idempotency(idempotency.key)
-        value = json.dumps([idempotency.fingerprint, run.id])
-        async with self._turn():
-            _, there = await self._client.execute([("SET", key, value, "NX", "PX", self._ttl), ("GET", key)])
-        fingerprint, known = json.loads(_checked(there) or value)
-        if known == run.id and fingerprint == idempotency.fingerprint:
-            return run.id
-        record = record_of(await self._request("HGETALL", self._keys.record(known)))
-        if record.get("idempotency") == idempotency.key:
-            if fingerprint != idempotency.fingerprint:
-                raise IdempotencyConflict(idempotency.key, known)
-            return Started(run_of(known, record), created=False)
-        if fingerprint == idempotency.fingerprint:
-            return str(known)  # its start broke off, or the run has expired
-        await self._request("SET", key, value, "PX", self._ttl)
-        return run.id
+    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
+        """Put a run's record back. A checkpoint; it happens in one step or not at all.
 
-    async def _forget(self, run_id: str, epoch: str) -> None:
-        """Take back a start of which nobody will know, if Redis can be reached; if not, it ends with its lease."""
-        self._idempotency.pop(run_id, None)
-        with trio.move_on_after(_FORGETTING, shield=True):
-            try:
-                if await self._client.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
-                    await self._client.execute(
-                        [("ZREM", self._keys.live, run_id), ("ZREM", self._keys.runs, run_id)],
-                    )
-            except LogUnavailable:
-                return  # what there is, is reaped
-
-    # Appending
+        Raises:
+            LogUnavailable: Redis cannot be reached.
+        """
+        return await self._starting.restore(run, lease, oldest)
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
         """Store every batch, each on its own. A checkpoint; cancelled, each of them is stored or not.
@@ -199,14 +98,11 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached, or takes no writes; any of the batches may be stored.
         """
         replies = await self._client.execute([self._append(batch) for batch in batches])
-        appended = [_appended(reply) for reply in replies]
-        over = [
-            batch.run_id
-            for batch, reply in zip(batches, appended, strict=True)
-            if batch.ending is not None and reply.status is AppendStatus.OK
-        ]
-        if over:
-            await self._client.execute(self._delist(over))
+        appended = [appended_of(reply) for reply in replies]
+        settled = [(batch, reply.status) for batch, reply in zip(batches, appended, strict=True)]
+        over = [batch.run_id for batch, status in settled if batch.ending is not None and status is AppendStatus.OK]
+        await self._client.execute(self._starting.over(over))
+        self._starting.drop(batch.run_id for batch, status in settled if status in _LOST)
         return appended
 
     def _append(self, batch: Batch) -> Command:
@@ -228,29 +124,6 @@ class RedisLog:
             *words,
         )
 
-    def _delist(self, runs: Sequence[str]) -> list[Command]:
-        """What is done beside the scripts for runs that have ended."""
-        known = [self._idempotency.pop(run_id) for run_id in runs if run_id in self._idempotency]
-        return [
-            ("ZREM", self._keys.live, *runs),
-            *(("PEXPIRE", self._keys.idempotency(each.key), self._ttl) for each in known),
-        ]
-
-    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        """Put a run's record back. A checkpoint; it happens in one step or not at all."""
-        record = [self._keys.stream(run.id), self._keys.record(run.id)]
-        idempotency = self._idempotency.get(run.id)
-        fields = fields_of(run, lease.owner, idempotency)
-        commands = [
-            call(scripts.ENLIST, [self._keys.live], _ms(lease.seconds), "NX", run.id),
-            ("ZADD", self._keys.runs, repr(run.created_at), run.id),
-            call(scripts.RESTORE, record, lease.epoch, self._ttl, _ms(lease.seconds), oldest, *fields),
-        ]
-        if idempotency is not None:
-            value = json.dumps([idempotency.fingerprint, run.id])
-            commands.insert(0, ("SET", self._keys.idempotency(idempotency.key), value, "NX", "PX", self._ttl))
-        return _appended((await self._client.execute(commands))[-1])
-
     # Reading
 
     async def read(
@@ -262,7 +135,7 @@ class RedisLog:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached.
         """
-        page = _page(run_id, after, await self._request(*self._read(run_id, after, max_entries, max_bytes)))
+        page = page_of(run_id, after, await self._requests.ask(*self._read(run_id, after, max_entries, max_bytes)))
         if page is None:
             raise RunNotFound(run_id)
         return page
@@ -276,7 +149,7 @@ class RedisLog:
         commands = [self._read(run_id, after, PAGE_ENTRIES, PAGE_BYTES) for run_id, after in positions.items()]
         replies = await self._client.execute(commands)
         return {
-            run_id: _page(run_id, after, _checked(reply))
+            run_id: page_of(run_id, after, checked(reply))
             for (run_id, after), reply in zip(positions.items(), replies, strict=True)
         }
 
@@ -291,7 +164,7 @@ class RedisLog:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached.
         """
-        record = record_of(await self._request("HGETALL", self._keys.record(run_id)))
+        record = record_of(await self._requests.ask("HGETALL", self._keys.record(run_id)))
         if not record:
             raise RunNotFound(run_id)
         return run_of(run_id, record)
@@ -308,20 +181,19 @@ class RedisLog:
         while len(runs) < limit:
             ids = [
                 each.decode()
-                for each in await self._request("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1)
+                for each in await self._requests.ask("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1)
             ]
             if not ids:
                 break
-            async with self._turn():
-                replies = await self._client.execute([("HGETALL", self._keys.record(run_id)) for run_id in ids])
+            replies = await self._requests.execute([("HGETALL", self._keys.record(run_id)) for run_id in ids])
             for run_id, reply in zip(ids, replies, strict=True):
-                if not _checked(reply):
+                if not checked(reply):
                     gone.append(run_id)
                 elif status in {None, (run := run_of(run_id, record_of(reply))).status}:
                     runs.append(run)
             start += LIST_PAGE
         if gone:
-            await self._request("ZREM", self._keys.runs, *gone)
+            await self._requests.ask("ZREM", self._keys.runs, *gone)
         return runs[:limit]
 
     # Cancelling
@@ -335,7 +207,7 @@ class RedisLog:
         """
         words = ("1", reason) if reason is not None else ("", "")
         command = call(scripts.CANCEL, [self._keys.record(run_id)], secrets.token_hex(8), self._ttl, *words)
-        what, flat = await self._request(*command)
+        what, flat = await self._requests.ask(*command)
         if what == b"GONE":
             raise RunNotFound(run_id)
         record = record_of(flat)
@@ -345,7 +217,7 @@ class RedisLog:
             post = call(
                 scripts.POST, [self._keys.inbox(owner)], self._ttl, self._keys.process(owner), run_id, words_on_record
             )
-            await self._request(*post)
+            await self._requests.ask(*post)
         return CancelReply(status, run_of(run_id, record))
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
@@ -357,7 +229,7 @@ class RedisLog:
         inbox = self._keys.inbox(owner)
         taken = self._taken.pop(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
-        flat = _checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
+        flat = checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
         requests: dict[str, str | None] = {run_id: json.loads(reason) for run_id, reason in record_of(flat).items()}
         if requests:
             self._taken[owner] = [*requests]
@@ -374,23 +246,18 @@ class RedisLog:
         if not epochs:
             return {}
         keys = [key for run_id in epochs for key in (self._keys.stream(run_id), self._keys.record(run_id))]
-        renewed = await self._client.ask(*call(scripts.RENEW, keys, _ms(seconds), self._ttl, *epochs.values()))
+        renewed = await self._client.ask(*call(scripts.RENEW, keys, ms(seconds), self._ttl, *epochs.values()))
         replies: dict[str, AppendStatus] = {}
         for run_id, (status, cancelled, reason) in zip(epochs, renewed, strict=True):
             replies[run_id] = AppendStatus[status.decode()]
-            if replies[run_id] in {AppendStatus.FENCED, AppendStatus.ENDED}:
-                self._idempotency.pop(run_id, None)
+            if replies[run_id] in _LOST:
+                self._starting.drop([run_id])
             if cancelled and replies[run_id] is AppendStatus.OK:
                 self._heard.setdefault(owner, {})[run_id] = None if reason is None else reason.decode()
         alive = [run_id for run_id, status in replies.items() if status is AppendStatus.OK]
         if alive:
-            keys = [self._keys.idempotency(self._idempotency[each].key) for each in alive if each in self._idempotency]
-            await self._client.execute(
-                [
-                    call(scripts.ENLIST, [self._keys.live], _ms(seconds), "XX", *alive),
-                    *(("PEXPIRE", key, self._ttl) for key in keys),
-                ]
-            )
+            enlist = call(scripts.ENLIST, [self._keys.live], ms(seconds), "", *alive)
+            await self._client.execute([enlist, *self._starting.keep(alive)])
         return replies
 
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
@@ -415,15 +282,14 @@ class RedisLog:
         over: list[str] = []
         alive: list[Command] = []
         for run_id, reply in zip(dead, replies, strict=True):
-            status, lease = _checked(reply)
+            status, lease = checked(reply)
             if status == b"OK":
-                alive.append(call(scripts.ENLIST, [self._keys.live], lease, "XX", run_id))
+                alive.append(call(scripts.ENLIST, [self._keys.live], lease, "", run_id))
             else:
                 over.append(run_id)
             if status == b"FENCED":
                 reaped.append(run_id)
-        if alive or over:
-            await self._client.execute([*alive, *(self._delist(over) if over else [])])
+        await self._client.execute([*alive, *self._starting.over(over)])
         return reaped
 
     def _reap(self, run_id: str, now: bytes, words: Obituary) -> Command:
@@ -444,44 +310,3 @@ class RedisLog:
             LogUnavailable: it cannot, or does not.
         """
         await self._client.ask("PERSIST", self._keys.live)  # a write that changes nothing
-
-
-def _ms(seconds: float) -> int:
-    """Milliseconds, at least one, and no more than Redis can count."""
-    return max(1, min(round(seconds * 1000), 2**53))
-
-
-def _checked(reply: Any) -> Any:
-    """A reply that is not a refusal.
-
-    Raises:
-        LogUnavailable: it is one.
-    """
-    if isinstance(reply, LogUnavailable):
-        raise reply
-    if isinstance(reply, Exception):
-        raise LogUnavailable(f"Redis refuses a command: {reply}") from reply
-    return reply
-
-
-def _appended(reply: Any) -> Appended:
-    if isinstance(reply, LogFull):
-        return Appended(AppendStatus.FULL, words=str(reply))
-    if isinstance(reply, Exception):
-        return Appended(AppendStatus.REFUSED, words=str(reply))
-    status, seq, *cancel = reply
-    cancelled, reason = cancel or (b"", None)
-    return Appended(
-        AppendStatus[status.decode()], int(seq), bool(cancelled), None if reason is None else reason.decode()
-    )
-
-
-def _page(run_id: str, after: int, reply: Any) -> Page | None:
-    flat, page = reply
-    if not flat:
-        return None
-    run = run_of(run_id, record_of(flat))
-    entries = entries_of(page, run)
-    if entries:
-        return Page(run, entries, entries[0].seq)
-    return Page(run, entries, run.seq + 1 if after < run.seq else min(after, run.seq) + 1)

@@ -90,6 +90,11 @@ class Keys:
         return f"{self._base}proc:{owner}:inbox"
 
 
+def ms(seconds: float) -> int:
+    """Milliseconds, at least one, and no more than Redis can count."""
+    return max(1, min(round(seconds * 1000), 2**53))
+
+
 def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> list[str]:
     """The fields and values of a new record, apart from those that a script adds."""
     fields = {

@@ -1,0 +1,47 @@
+"""What the scripts reply, read. Pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.errors import LogFull, LogUnavailable
+from penstock.log import Appended, AppendStatus, Page
+from penstock.log.redis.records import entries_of, record_of, run_of
+
+
+def checked(reply: Any) -> Any:
+    """A reply that is not a refusal.
+
+    Raises:
+        LogUnavailable: it is one.
+    """
+    if isinstance(reply, LogUnavailable):
+        raise reply
+    if isinstance(reply, Exception):
+        raise LogUnavailable(f"Redis refuses a command: {reply}") from reply
+    return reply
+
+
+def appended_of(reply: Any) -> Appended:
+    """The reply to one batch, or to a restore."""
+    if isinstance(reply, LogFull):
+        return Appended(AppendStatus.FULL, words=str(reply))
+    if isinstance(reply, Exception):
+        return Appended(AppendStatus.REFUSED, words=str(reply))
+    status, seq, *cancel = reply
+    cancelled, reason = cancel or (b"", None)
+    return Appended(
+        AppendStatus[status.decode()], int(seq), bool(cancelled), None if reason is None else reason.decode()
+    )
+
+
+def page_of(run_id: str, after: int, reply: Any) -> Page | None:
+    """A page of a run; None if there is no such run."""
+    flat, page = reply
+    if not flat:
+        return None
+    run = run_of(run_id, record_of(flat))
+    entries = entries_of(page, run)
+    if entries:
+        return Page(run, entries, entries[0].seq)
+    return Page(run, entries, run.seq + 1 if after < run.seq else min(after, run.seq) + 1)
