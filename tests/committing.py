@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import trio
 
 from penstock.committer import Committer
+from penstock.log.ring import Ring
 from penstock.log.tail import Tails
 from penstock.outbox import Outbox
+from penstock.runs import Ending, RunError, RunStatus
 from tests.logs import CANCELLED, DONE, LEASE, Unreliable, record, seqs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from penstock.log import Entry
+    from penstock.log.memory import MemoryLog
     from penstock.log.tail import Tail
 
 MIB = 1024 * 1024
+DIVERGED = Ending(RunStatus.FAILED, "error", RunError("LOG_DIVERGED", "the log lost a part of this run", "err-3"))
 
 
 class Owner:
-    """Takes notes of what becomes of a run, and ends it as cancelled if its completion is refused."""
+    """Takes notes of what becomes of a run; ends it as cancelled if its completion is refused, and if the log diverged."""
 
     def __init__(self, works: Works) -> None:
         self.works = works
@@ -50,6 +55,8 @@ class Owner:
 
     def log_diverged(self) -> None:
         self.note("diverged")
+        if not self.outbox.closing:
+            self.works.committer.close(self.outbox, [b"event: error\ndata: LOG_DIVERGED\n\n", DONE], DIVERGED)
 
     def run_refused(self) -> None:
         self.note("cannot be stored")
@@ -60,7 +67,9 @@ class Works:
 
     def __init__(self, log: Unreliable, **knobs: float) -> None:
         self.log = log
-        self.tails = Tails(max_entries=100_000, max_bytes=100 * MIB, max_process_bytes=1000 * MIB)
+        self.tails = Tails(
+            max_entries=int(knobs.get("tail_entries", 100_000)), max_bytes=100 * MIB, max_process_bytes=1000 * MIB
+        )
         self.warnings: list[str] = []
         self.owners: dict[str, Owner] = {}
         self.committer = Committer(
@@ -126,10 +135,33 @@ def shown(tail: Tail) -> Sequence[Entry]:
     return taken
 
 
+def forget(log: MemoryLog, *run_ids: str) -> None:
+    """The log loses all that it has of these runs; of every run, if none is named."""
+    for run_id in run_ids or list(log._runs):
+        log._size -= log._runs[run_id].ring.size
+        del log._runs[run_id]
+        log._ended.pop(run_id, None)
+
+
+def lose_last(log: MemoryLog, run_id: str, count: int) -> None:
+    """The log loses the last so many entries of a run, and what it knew of its end."""
+    stored = log._runs[run_id]
+    first, last = stored.ring.first, max(stored.ring.last - count, stored.ring.first - 1)
+    kept = Ring(first - 1)
+    if last >= first:
+        kept.extend(stored.ring.after(first - 1, max_entries=last - first + 1, max_bytes=MIB * MIB))
+    log._size -= stored.ring.size - kept.size
+    stored.ring, stored.ended_at = kept, inf
+    stored.run = replace(
+        stored.run, seq=kept.last, status=RunStatus.RUNNING, stop_reason=None, error=None, ended_at=None
+    )
+    log._ended.pop(run_id, None)
+
+
 @asynccontextmanager
-async def committing(**knobs: float) -> AsyncIterator[Works]:
+async def committing(log: Unreliable | None = None, **knobs: float) -> AsyncIterator[Works]:
     """A committer that runs as long as the block."""
-    works = Works(Unreliable(), **knobs)
+    works = Works(Unreliable() if log is None else log, **knobs)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(works.committer.run)
         yield works

@@ -150,6 +150,24 @@ class View:
         await self._do("check", self.log.check)
 
 
+ALL_CALLS: Final = (
+    *("start", "append", "read", "fetch", "get", "list", "request_cancel", "cancel_requests", "renew", "restore"),
+    *("reap", "check", "subscribe"),
+)
+
+
+def go_away(*views: View) -> None:
+    """The log cannot be reached through these views."""
+    for view in views:
+        view.before.update(dict.fromkeys(ALL_CALLS, unavailable))
+
+
+def come_back(*views: View) -> None:
+    """The log can be reached again, and has nothing in its way."""
+    for view in views:
+        view.before.clear()
+
+
 class _Told:
     """The wake-ups of a view."""
 
@@ -167,7 +185,7 @@ class _Told:
         while True:
             news = await self._view._do("wait", self.wakeups.wait)
             news = replace(news, cancel=news.cancel and self._view.wakeups_of_cancels)
-            if news.moved or news.cancel:
+            if news.moved or news.cancel or news.reconnected:
                 return news
 
 

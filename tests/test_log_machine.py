@@ -160,6 +160,8 @@ class LogMachine(RuleBasedStateMachine):
         self.expire()
         runs, keys = self.world.runs, self.world.keys
         idempotency = None if key is None else Idempotency(key, asked)
+        if run_id in runs or key in keys:
+            epoch = "another's"  # no two starts share a token: the same one is the same start, sent again
 
         async def action(log: EventLog) -> None:
             started = log.start(record(run_id), Lease("owner", epoch, LEASE), idempotency)
@@ -325,9 +327,11 @@ class LogMachine(RuleBasedStateMachine):
             if model is None:
                 model = self.world.runs[run_id] = self.started(shown)
             status = AppendStatus.OK
-            if self.stands_at(model) < oldest - 1:
+            if (last := self.stands_at(model)) < oldest - 1:
                 status = AppendStatus.HOLE
-                model.first, model.last = oldest, oldest - 1
+                last = oldest - 1
+            if last < model.last or status is AppendStatus.HOLE:
+                model.first, model.last = last + 1, last
             model.lease_end = self.now + LEASE
             model.kept_until = self.kept_until(LEASE)
         expected = Appended(status, model.last)

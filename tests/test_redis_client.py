@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import traceback
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from penstock.log.urls import open_log
 from penstock.runs import RunStatus
 from tests.logs import LEASE, batch, record, seqs
 from tests.proxy import Proxy, proxy
-from tests.redis_servers import Endpoint, _free_port, redis_server, shared_server
+from tests.redis_servers import Endpoint, _free_port, redis_server, redis_servers, shared_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,6 +39,8 @@ SHORT = 0.3
 """How long Redis may take to answer where a test waits for it to be too long."""
 
 DUE = call(scripts.DUE, ["live"], 10)
+VERSIONS = list(redis_servers())
+
 ENLIST = call(scripts.ENLIST, ["live"], 60_000, "NX", "r")
 
 
@@ -63,7 +64,7 @@ async def client(between: Proxy) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", SHORT)
 
 
@@ -100,19 +101,6 @@ async def nobody_is_connected(server: Endpoint) -> None:
 async def received(server: Endpoint) -> int:
     """How many connections the server has ever accepted."""
     return int((await server.command("INFO", "stats"))["total_connections_received"])
-
-
-@asynccontextmanager
-async def arrived(between: Proxy, command: str) -> AsyncIterator[None]:
-    """Wait at the end of the block until the proxy has seen one more of this command."""
-    before = between.requests[command]
-
-    async def seen() -> bool:
-        await trio.lowlevel.checkpoint()
-        return between.requests[command] > before
-
-    yield
-    await until(seen)
 
 
 # Replies
@@ -157,7 +145,7 @@ async def test_a_round_trip_is_full_with_so_many_bytes(client: Client, sent: lis
 async def test_while_one_sends_much_others_are_served_between_the_pieces(client: Client) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(client.execute, [("RPUSH", "list", n) for n in range(20 * COMMANDS_PER_ROUND_TRIP)])
-        lengths = []
+        lengths: list[int] = []
         with trio.fail_after(GUARD):
             while not lengths or lengths[-1] < 20 * COMMANDS_PER_ROUND_TRIP:
                 lengths.append(await client.ask("LLEN", "list"))
@@ -185,11 +173,10 @@ async def test_a_refusal_of_the_only_command_is_raised(client: Client) -> None:
     assert await client.ask("GET", "key") == b"1"
 
 
-async def test_a_full_server_refuses_only_what_needs_room() -> None:
-    async with (
-        redis_server(maxmemory="1mb", maxmemory_policy="noeviction") as server,
-        open_client(server.url) as client,
-    ):
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_full_server_refuses_only_what_needs_room(version: str) -> None:
+    executable = redis_servers()[version]
+    async with redis_server(executable=executable, maxmemory="1") as server, open_client(server.url) as client:
         refused, echo = await client.execute([("SET", "key", 1), ("ECHO", 2)])
         assert isinstance(refused, LogFull)
         assert echo == b"2"
@@ -197,10 +184,30 @@ async def test_a_full_server_refuses_only_what_needs_room() -> None:
             await client.ask("SET", "key", 1)
 
 
-async def test_a_replica_says_which_server_is_wanted(client: Client) -> None:
-    async with redis_server(replicaof=("127.0.0.1", _free_port())) as server, open_client(server.url) as replica:
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("command", [("SET", "key", 1), ENLIST], ids=["command", "script"])
+async def test_a_replica_says_which_server_is_wanted(version: str, command: Command) -> None:
+    options: dict[str, Any] = {"executable": redis_servers()[version], "replicaof": ("127.0.0.1", _free_port())}
+    async with redis_server(**options) as server, open_client(server.url) as client:
         with pytest.raises(LogUnavailable, match="read-only replica; name its primary"):
-            await replica.execute([("ECHO", 1), ("SET", "key", 1)])
+            await client.execute([("ECHO", 1), command])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_replica_without_its_primary_says_so(version: str) -> None:
+    options: dict[str, Any] = {"executable": redis_servers()[version], "replica_serve_stale_data": "no"}
+    async with redis_server(**options) as server, open_client(server.url) as client:
+        await server.command("REPLICAOF", "127.0.0.1", _free_port())
+        with pytest.raises(LogUnavailable, match="a replica that has lost its primary"):
+            await client.execute([("GET", "key")])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_user_who_may_not_do_this_is_told_so(version: str) -> None:
+    async with redis_server(executable=redis_servers()[version]) as server, open_client(server.url) as client:
+        await server.command("ACL", "SETUSER", "default", "-get")
+        with pytest.raises(LogUnavailable, match="the user in the URL may not do this"):
+            await client.execute([("GET", "key")])
 
 
 # Scripts
@@ -241,7 +248,7 @@ async def test_of_a_pipeline_only_the_forgotten_ones_are_sent_again(
     assert await server.command("ZCARD", "live") == 1
 
 
-async def test_a_user_who_may_not_send_scripts_is_told_so(server: Endpoint) -> None:
+async def test_a_user_who_may_not_send_scripts_is_told_so() -> None:
     async with redis_server() as server, open_client(server.url) as client:
         await server.command("ACL", "SETUSER", "default", "-script")
         with pytest.raises(LogUnavailable, match="the user in the URL may not do this"):
@@ -270,18 +277,11 @@ async def test_a_connection_that_breaks_before_the_effect_is_tried_once_more(
         async def ask() -> None:
             replies.extend(await client.execute([("INCR", "n"), *[("ECHO", 1)] * others]))
 
-        async with arrived_bytes(between):
-            nursery.start_soon(ask)
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked(0.05)  # what was sent stands before the closed gate
         between.cut()
         between.go_on()
     assert replies == [1, *[b"1"] * others]
-
-
-@asynccontextmanager
-async def arrived_bytes(between: Proxy) -> AsyncIterator[None]:
-    """Wait at the end of the block until what was sent stands before the closed gate."""
-    yield
-    await trio.testing.wait_all_tasks_blocked(0.05)
 
 
 @pytest.mark.parametrize("others", [0, 2])
@@ -319,7 +319,8 @@ async def test_a_port_where_nobody_listens_is_out_of_reach_at_once() -> None:
             await client.ask("PING")
 
 
-async def test_a_host_that_is_none_is_out_of_reach(_impatient: None) -> None:
+@pytest.mark.usefixtures("impatient")
+async def test_a_host_that_is_none_is_out_of_reach() -> None:
     async with open_client("redis://nobody.invalid:1") as client:
         with trio.fail_after(GUARD), pytest.raises(LogUnavailable, match=r"Redis at nobody\.invalid:1"):
             await client.ask("PING")
@@ -362,7 +363,8 @@ async def right_answers(client: Client, first: int) -> None:
                 nursery.start_soon(ask, n)
 
 
-async def test_a_server_that_does_not_answer_is_out_of_reach_and_answers_nobody_else_later(_impatient: None) -> None:
+@pytest.mark.usefixtures("impatient")
+async def test_a_server_that_does_not_answer_is_out_of_reach_and_answers_nobody_else_later() -> None:
     async with redis_server() as server, open_client(server.url) as client:
         await right_answers(client, 100)
         for n in (200, 400):
@@ -373,8 +375,9 @@ async def test_a_server_that_does_not_answer_is_out_of_reach_and_answers_nobody_
         assert len(await server.clients()) <= 12
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_network_that_stalls_is_out_of_reach_and_answers_nobody_else_later(
-    client: Client, between: Proxy, _impatient: None
+    client: Client, between: Proxy
 ) -> None:
     await right_answers(client, 100)
     for n in (200, 400):
@@ -384,7 +387,8 @@ async def test_a_network_that_stalls_is_out_of_reach_and_answers_nobody_else_lat
         await right_answers(client, n + 100)
 
 
-async def test_answers_that_come_too_late_are_nobody_elses(client: Client, between: Proxy, _impatient: None) -> None:
+@pytest.mark.usefixtures("impatient")
+async def test_answers_that_come_too_late_are_nobody_elses(client: Client, between: Proxy) -> None:
     await right_answers(client, 100)
     between.delay(2 * SHORT)
     await no_answers(client, 200)
@@ -440,7 +444,8 @@ async def test_what_is_cancelled_before_it_begins_is_not_sent(client: Client, be
     assert between.requests["INCR"] == 0
 
 
-async def test_cancelling_while_it_connects_leaves_no_connection(_impatient: None) -> None:
+@pytest.mark.usefixtures("impatient")
+async def test_cancelling_while_it_connects_leaves_no_connection() -> None:
     async with redis_server() as server:
         async with open_client(server.url) as client:
             chance = random.Random(1)
@@ -548,11 +553,14 @@ async def one_has_started(server: Endpoint) -> bool:
     ids=repr,
 )
 async def test_what_a_body_raises_leaves_as_it_is(server: Endpoint, error: BaseException, *, used: bool) -> None:
-    with pytest.raises(type(error)) as raised:
+    async def body() -> None:
         async with open_log(server.url) as log:
             if used:
                 await log.check()
             raise error
+
+    with pytest.raises(type(error)) as raised:
+        await body()
     assert raised.value is error
     assert error.__cause__ is None
     assert error.__context__ is None
@@ -565,12 +573,14 @@ async def test_what_a_nursery_in_a_body_raises_leaves_as_the_nursery_raised_it(s
     async def fail() -> None:
         raise error
 
-    with pytest.raises(ExceptionGroup) as raised:
+    async def body() -> None:
         async with open_log(server.url) as log, trio.open_nursery() as nursery:
             await log.check()
             nursery.start_soon(fail)
             nursery.start_soon(trio.sleep_forever)
-    assert raised.value.exceptions == (error,)
+
+    with pytest.RaisesGroup(pytest.RaisesExc(ValueError, check=lambda each: each is error)):
+        await body()
 
 
 async def test_a_cancellation_from_outside_ends_the_block_and_nothing_else(server: Endpoint) -> None:
@@ -594,14 +604,19 @@ async def test_a_block_that_is_cancelled_without_noticing_ends_as_if_it_were_not
 
 async def test_an_error_beside_a_cancellation_leaves(server: Endpoint) -> None:
     error = ValueError("its own")
-    with pytest.raises(ValueError, match="its own") as raised, trio.CancelScope() as scope:
-        async with open_log(server.url) as log:
-            await log.check()
-            scope.cancel()
-            try:
+
+    async def body() -> None:
+        with trio.CancelScope() as scope:
+            async with open_log(server.url) as log:
                 await log.check()
-            finally:
-                raise error
+                scope.cancel()
+                try:
+                    await log.check()
+                finally:
+                    raise error
+
+    with pytest.raises(ValueError, match="its own") as raised:
+        await body()
     assert raised.value is error
 
 
@@ -682,7 +697,7 @@ async def test_a_shielded_finally_uses_the_log_after_the_cancellation(server: En
 
 # Passwords
 
-SECRET = "open-sesame"
+SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
 
 
 def words_of(error: BaseException) -> str:
@@ -715,7 +730,8 @@ async def test_a_missing_password_is_asked_for() -> None:
             await client.execute([("ECHO", 1)])
 
 
-async def test_a_right_password_is_never_repeated(_impatient: None) -> None:
+@pytest.mark.usefixtures("impatient")
+async def test_a_right_password_is_never_repeated() -> None:
     async with redis_server(requirepass=SECRET) as server, open_client(server.url) as client:
         assert await client.ask("PING") == b"PONG"
         assert SECRET not in client.address

@@ -10,7 +10,7 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from penstock.log.redis.log import RedisLog
 from penstock.log.urls import open_log
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from penstock.log import EventLog
 
 VERSIONS = list(redis_servers())
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+"""To shrink an example would take minutes with a real server."""
 
 
 class RedisLogMachine(LogMachine):
@@ -81,7 +83,7 @@ class RedisLogMachine(LogMachine):
 
 def machine_for(version: str) -> type[RedisLogMachine]:
     machine = type(f"RedisLogMachine{version}", (RedisLogMachine,), {"version": version})
-    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None, phases=PHASES)
     return machine
 
 

@@ -209,15 +209,15 @@ class Subscription:
 
     async def subscribe(self, channels: Sequence[str]) -> None:
         """Ask for these channels; a message of kind `subscribe` confirms each."""
-        await self._client.run(self._pubsub.subscribe(*channels))
+        await self._client.run(_called(self._pubsub.subscribe, *channels))
 
     async def unsubscribe(self, channels: Sequence[str]) -> None:
         """Ask for these channels no more."""
-        await self._client.run(_awaited(self._pubsub.unsubscribe(*channels)))
+        await self._client.run(_called(self._pubsub.unsubscribe, *channels))
 
     async def ping(self) -> None:
         """Ask for a sign of life: a message of kind `pong`."""
-        await self._client.run(_awaited(self._pubsub.ping()))
+        await self._client.run(_called(self._pubsub.ping))
 
     async def pump(self, take: Callable[[str, str, bytes], None]) -> None:
         """Hand over every message (kind, channel, data), until the connection breaks."""
@@ -232,8 +232,9 @@ class Subscription:
         await self._client.run(listen(), deadline=float("inf"))
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> None:
-    await awaitable
+async def _called(function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    """Call it on the loop, and not before: what is cancelled on the way there leaves nothing that was not awaited."""
+    await function(*args)
 
 
 class Requests:
