@@ -25,7 +25,7 @@ import trio
 
 from penstock.errors import RunEnded
 from penstock.log import AppendStatus
-from penstock.log.retries import patiently
+from penstock.log.retries import WARNING_INTERVAL, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,6 +79,7 @@ class Committer:
         self._without_room: dict[Outbox, None] = {}
         """Runs for which the log has no room, until it is asked again."""
         self._ask_again_at = inf
+        self._warned_at = -inf
 
     @property
     def pending_bytes(self) -> int:
@@ -112,7 +113,7 @@ class Committer:
 
     def abandon(self, outbox: Outbox) -> None:
         """Give the run up: another owner has it."""
-        if not outbox.abandoned:
+        if not outbox.abandoned and not outbox.settled:
             outbox.owner.run_lost()
             self.drop(outbox)
 
@@ -220,14 +221,17 @@ class Committer:
 
     def _wait_for_room(self, outbox: Outbox, reply: Appended) -> None:
         """Ask the log again later; until then this run's entries wait, and only its ending does not."""
+        now = trio.current_time()
         if not self._without_room:
+            self._ask_again_at = now + FULL_PAUSE
+        if now - self._warned_at >= WARNING_INTERVAL:
+            self._warned_at = now
             self._on_warning(f"cannot commit: {reply.words}; trying again")
-            self._ask_again_at = trio.current_time() + FULL_PAUSE
         self._without_room[outbox] = None
 
     async def _restore(self, outbox: Outbox) -> None:
         """Put back what the log has lost of a run, and append again what follows."""
-        if outbox.abandoned:
+        if outbox.abandoned or outbox.settled:
             return
         at_hand = outbox.at_hand()
         oldest = min([outbox.stored + 1, *(entry.seq for entry in at_hand[:1])])

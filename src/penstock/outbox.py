@@ -64,6 +64,7 @@ class Outbox:
         "run",
         "run_id",
         "seq",
+        "settled",
         "size",
         "stored",
         "stored_at",
@@ -89,6 +90,8 @@ class Outbox:
         """True once nothing can be added."""
         self.abandoned = False
         """True once nothing is stored from here any more."""
+        self.settled = False
+        """True once the ending is stored."""
         self.stored = 0
         """The highest seq that the log has acknowledged."""
         self.stored_at = 0.0
@@ -170,6 +173,7 @@ class Outbox:
         removed = sum(len(entry.wire) for entry in entries)
         self.size -= removed
         self.stored = entries[-1].seq
+        self.settled = entries[-1].terminal
         self.stored_at = time.time()
         self.tail.extend(entries)
         self.vacancy.unpark_all()

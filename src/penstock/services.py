@@ -213,7 +213,7 @@ class Services:
 
     def _execution_changed(self, execution: Execution) -> None:
         tail = execution.outbox.tail
-        if execution.given_up and tail.fed:
+        if execution.given_up and tail.fed and tail.released is None:
             tail.fed = False
             if self._nursery is not None:
                 self._nursery.start_soon(self.fetcher.adopt, execution.run.id)

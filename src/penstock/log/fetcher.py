@@ -103,16 +103,16 @@ class Fetcher:
         """Readers may come again, if it was `error` that released them."""
         if self._released is error:
             self._released = None
-        for tail in self._tails.all():
-            tail.readmit(error)
+        self._tails.retire(error)
 
     async def read(self, tail: Tail, after: int) -> Page:
-        """A page of a run that has a reader, who waits while the log cannot be reached.
+        """A page of a run that has a reader, who waits while the log cannot be reached, or has lost the run.
 
         Raises:
             PenstockError: the log cannot be reached, and the tail has released its readers.
             RunNotFound: there is no such run any more.
         """
+        since = trio.current_time()
 
         async def look() -> Page:
             try:
@@ -121,6 +121,10 @@ class Fetcher:
                 if tail.released is not None:
                     raise tail.released from None
                 raise
+            except RunNotFound as error:
+                if tail.released is not None or trio.current_time() - since >= MISSING_GRACE:
+                    raise
+                raise LogUnavailable(f"the log has lost run {tail.run_id}") from error
 
         return await patiently(look, what=f"read {tail.run_id}", on_warning=self._on_warning)
 
@@ -130,8 +134,9 @@ class Fetcher:
         async def catch_up() -> None:
             async with self.reading(run_id) as tail:
                 behind = {run_id: tail.last}
-                while behind:
-                    behind = await self._fetch(behind)
+                while behind := await self._fetch(behind):
+                    if behind.keys() <= self._missing.keys():
+                        await trio.sleep(MISSING_PAUSE)
 
         await patiently(catch_up, what=f"follow {run_id}", on_warning=self._on_warning)
 
@@ -150,7 +155,7 @@ class Fetcher:
                 moved, self._moved = self._moved, {}
                 for run_id, seq in moved.items():
                     tail = self._tails.get(run_id)
-                    if tail is not None and tail.last < seq:
+                    if tail is not None and tail.last != seq:  # less: the log has lost something, and perhaps ended it
                         behind[run_id] = tail.last
                 if behind:
                     behind = await self._fetch(behind)

@@ -97,11 +97,6 @@ class Tail:
         """All entries that are at hand, up to `last`."""
         return self._ring.after(self._ring.first - 1, max_entries=len(self._ring), max_bytes=self._ring.size)
 
-    def readmit(self, error: PenstockError) -> None:
-        """Readers may come again, if it was `error` that released them."""
-        if self.released is error:
-            self.released = None
-
     async def wait(self) -> None:
         """Park until anything about the tail changes. A checkpoint; cancelling it loses nothing."""
         await self._lot.park()
@@ -169,6 +164,12 @@ class Tails:
             tail = self._tails[run_id] = Tail(run_id, self)
         tail.users += 1
         return tail
+
+    def retire(self, error: PenstockError) -> None:
+        """Leave the tails whose readers were released by `error` to those who have them still: others get new ones."""
+        for tail in self.all():
+            if tail.released is error:
+                del self._tails[tail.run_id]
 
     def give_back(self, tail: Tail) -> bool:
         """One user less; True if that was the last one, and the tail is gone."""
