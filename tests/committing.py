@@ -28,7 +28,7 @@ DIVERGED = Ending(RunStatus.FAILED, "error", RunError("LOG_DIVERGED", "the log l
 
 
 class Owner:
-    """Takes notes of what becomes of a run; ends it as cancelled if its completion is refused, and if the log diverged."""
+    """Takes notes of what becomes of a run, and puts another ending when it is asked for one."""
 
     def __init__(self, works: Works) -> None:
         self.works = works

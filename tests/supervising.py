@@ -17,7 +17,6 @@ import trio
 
 from penstock.dialects import DONE
 from penstock.errors import LogUnavailable
-from penstock.log import News
 from penstock.log.memory import MemoryLog
 from penstock.observer import LoggingObserver
 from penstock.sse import Decoder, Event
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         Entry,
         Idempotency,
         Lease,
+        News,
         Obituary,
         Page,
         Started,
@@ -183,7 +183,7 @@ class _Told:
 
     async def wait(self) -> News:
         while True:
-            news = await self._view._do("wait", self.wakeups.wait)
+            news: News = await self._view._do("wait", self.wakeups.wait)
             news = replace(news, cancel=news.cancel and self._view.wakeups_of_cancels)
             if news.moved or news.cancel or news.reconnected:
                 return news

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
-from penstock.log import Batch
+from penstock.log import Batch, News
+from penstock.log.fetcher import MISSING_GRACE, MISSING_PAUSE
 from penstock.log.retries import LONGEST_PAUSE
-from tests.following import read_to_the_end, reading
+from penstock.log.tail import Tails
+from tests.committing import lose_last
+from tests.following import Lossy, Reading, read_to_the_end, reading
 from tests.logs import CANCELLED, COMPLETED, DONE, LEASE, OBITUARY, Unreliable, entry, record, seqs
 
 if TYPE_CHECKING:
-    from penstock.log.memory import MemoryLog
+    from penstock.log.memory import MemoryLog, _Stored
 
 # --- wake-ups -------------------------------------------------------------------------------------------------------
 
@@ -261,6 +265,258 @@ async def test_one_run_that_vanishes_or_was_trimmed_away_keeps_no_other_from_its
             works.log.calls.clear()
             await trio.sleep(100)
             assert works.log.calls.total() == 0
+
+
+# --- runs that are missing for a while -------------------------------------------------------------------------------
+
+
+async def lost_to(works: Reading, last: int = 5) -> _Stored:
+    """What the log had of a run with so many entries, of which a reader has just heard that it has moved."""
+    await works.run(last)
+    return works.log._runs["r"]
+
+
+def vanish(works: Reading) -> None:
+    """The log loses the run, and tells that it is gone, as it does after it was out of reach."""
+    del works.log._runs["r"]
+    tell(works, 2**53)
+
+
+def tell(works: Reading, seq: int) -> None:
+    """A wake-up that says how far the run is."""
+    inner: Any = works.wakeups.wakeups
+    inner.moved("r", seq)
+
+
+@pytest.mark.parametrize("missing", [0.1, MISSING_PAUSE, 5.0, MISSING_GRACE - MISSING_PAUSE])
+async def test_the_readers_of_a_run_that_comes_back_in_time_go_on(autojump_clock: MockClock, missing: float) -> None:
+    async with reading() as works:
+        stored = await lost_to(works)
+        async with works.follow() as first, works.follow(5) as second, trio.open_nursery() as nursery:
+            seen: list[list[int]] = [[], []]
+            for number, follower in enumerate((first, second)):
+                nursery.start_soon(partial(read_to_the_end, follower, seen=seen[number]))
+            await wait_all_tasks_blocked()
+            vanish(works)
+            await trio.sleep(missing)
+            works.log._runs["r"] = stored
+            await trio.sleep(2 * MISSING_GRACE)
+            works.log.calls.clear()
+            await trio.sleep(100)
+            assert works.log.calls.total() == 0  # it is looked for no more
+            await works.append(6, 7, COMPLETED)
+        assert seen == [[1, 2, 3, 4, 5, 6, 7], [6, 7]]
+        assert works.fetcher._missing == {}
+
+
+async def test_the_readers_of_a_run_that_is_missing_for_too_long_are_told_so_and_those_to_come_as_well(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await lost_to(works)
+        async with works.follow(5) as follower:
+            began = trio.current_time()
+            vanish(works)
+            with pytest.raises(RunNotFound):
+                await anext(follower)
+            assert MISSING_GRACE <= trio.current_time() - began <= MISSING_GRACE + 2 * MISSING_PAUSE
+            works.log.calls.clear()
+            await trio.sleep(100)
+            assert works.log.calls.total() == 0
+            with pytest.raises(RunNotFound):
+                await works.follow(5).__aenter__()
+        assert works.fetcher._missing == {}
+
+
+async def test_a_run_that_is_missing_is_looked_for_with_a_pause_however_often_it_is_told_of(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await lost_to(works)
+        async with works.follow(5) as follower, trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                with pytest.raises(RunNotFound):
+                    await anext(follower)
+
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            works.log.calls.clear()
+            vanish(works)
+            await trio.sleep(MISSING_GRACE + 2 * MISSING_PAUSE)
+            assert MISSING_GRACE / MISSING_PAUSE <= works.log.calls["fetch"] <= MISSING_GRACE / MISSING_PAUSE + 2
+
+
+async def test_a_run_that_is_missing_again_later_has_all_of_the_grace_again(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        stored = await lost_to(works)
+        async with works.follow(5) as follower, trio.open_nursery() as nursery:
+            seen: list[int] = []
+            nursery.start_soon(partial(read_to_the_end, follower, seen=seen))
+            await wait_all_tasks_blocked()
+            for number in range(5):
+                vanish(works)
+                await trio.sleep(0.7 * MISSING_GRACE)
+                works.log._runs["r"] = stored
+                await trio.sleep(1.5 * MISSING_PAUSE)
+                await works.append(6 + number, 6 + number)
+                await trio.sleep(0.1)
+            await works.append(11, 11, COMPLETED)
+        assert seen == [6, 7, 8, 9, 10, 11]
+
+
+async def test_others_are_not_held_up_by_a_run_that_is_missing(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        stored = await lost_to(works)
+        await works.run(run_id="good")
+        async with works.follow(5) as follower, works.follow(run_id="good") as good:
+            vanish(works)
+            for seq in range(1, 100):
+                await trio.sleep(0.03)
+                began = trio.current_time()
+                await works.append(seq, seq, run_id="good")
+                assert (await anext(good)).seq == seq
+                assert trio.current_time() - began <= 0.01
+            works.log._runs["r"] = stored
+            await works.append(6, 6, COMPLETED)
+            assert await read_to_the_end(follower) == [6]
+
+
+async def test_a_run_whose_readers_leave_while_it_is_missing_is_looked_for_no_more(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await lost_to(works)
+        async with works.follow(5):
+            vanish(works)
+            await trio.sleep(2)
+            assert works.log.calls["fetch"]
+        await trio.sleep(1)
+        works.log.calls.clear()
+        await trio.sleep(100)
+        assert works.log.calls.total() == 0
+        assert works.fetcher._missing == {}
+
+
+async def test_a_wake_up_of_what_a_tail_has_already_costs_no_fetch(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await lost_to(works)
+        async with works.follow(5):
+            tell(works, 5)
+            await trio.sleep(1)
+            assert works.log.calls["fetch"] == 0
+
+
+async def test_i4_a_reader_who_has_seen_more_than_the_log_has_kept_ends_with_the_run(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await works.run(10)
+        async with works.follow() as follower:
+            assert [(await anext(follower)).seq for _ in range(10)] == list(range(1, 11))
+            lose_last(works.log, "r", 3)  # and its owner is gone, and gives nothing back
+            await trio.sleep(31)
+            assert list(await works.log.reap(lambda: OBITUARY)) == ["r"]
+            assert works.log._runs["r"].run.seq == 9
+            with trio.fail_after(100):
+                assert [each.seq async for each in follower] == []
+        async with works.follow(10) as late:
+            assert late.at_end
+
+
+# --- readmission ----------------------------------------------------------------------------------------------------
+
+
+async def test_readers_that_were_released_for_a_while_may_come_again(autojump_clock: MockClock) -> None:
+    async with reading() as works:
+        await works.run(3)
+        away = ReaderReleased("the log is away")
+        async with works.follow(3) as follower:
+            works.fetcher.release(away, everyone=True)
+            with pytest.raises(ReaderReleased) as caught:
+                await anext(follower)
+            assert caught.value is away
+            with pytest.raises(ReaderReleased):
+                await works.follow(3).__aenter__()
+        works.fetcher.readmit(away)
+        async with works.follow(1) as follower:
+            await works.append(4, 4, COMPLETED)
+            assert await read_to_the_end(follower) == [2, 3, 4]
+
+
+async def test_readers_that_were_released_for_good_are_not_readmitted_with_those_that_were_not(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await works.run(3)
+        for_good, away = ReaderReleased("the server is shutting down"), ReaderReleased("the log is away")
+        async with works.follow(3) as follower:
+            works.fetcher.release(for_good)
+            works.fetcher.release(away, everyone=True)
+            works.fetcher.readmit(away)
+            for reader in (follower, works.follow(3)):
+                with pytest.raises(ReaderReleased) as caught:
+                    await (anext(reader) if reader is follower else reader.__aenter__())
+                assert caught.value is for_good
+
+
+async def test_a_release_spares_the_readers_of_runs_that_are_fed_here_unless_everyone_is_meant(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await works.run(3)
+        tail = works.tails.acquire("r")
+        tail.fed = True
+        works.fetcher.release(ReaderReleased("for those of others"))
+        assert tail.released is None
+        away = ReaderReleased("for everyone")
+        works.fetcher.release(away, everyone=True)
+        assert tail.released is away
+        works.fetcher.readmit(ReaderReleased("of another outage"))
+        assert tail.released is away
+        works.fetcher.readmit(away)
+        assert tail.released is None
+        works.fetcher.give_back(tail)
+
+
+async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgotten_when_they_may_come_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await works.run(3)
+        away = ReaderReleased("the log is away")
+        works.fetcher.release(away, everyone=True)
+        works.log.latency = 1.0
+        seen: list[int] = []
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+
+                async def read() -> None:
+                    async with works.follow() as follower:
+                        await read_to_the_end(follower, seen=seen)
+
+                nursery.start_soon(read)
+                await trio.sleep(0.5)
+                works.fetcher.readmit(away)
+                await trio.sleep(5)
+                await works.append(4, 5, COMPLETED)
+        assert seen == [1, 2, 3, 4, 5]
+
+
+async def test_a_reconnection_is_passed_on(autojump_clock: MockClock) -> None:
+    log = Unreliable()
+    works = Reading(log, Tails(max_entries=10, max_bytes=1_000, max_process_bytes=1_000), 0.002)
+    told = [News({}, reconnected=True), News({}), News({}, cancel=True)]
+
+    class Tells(Lossy):
+        async def wait(self) -> News:
+            await trio.sleep(1)
+            return told.pop(0) if told else await super().wait()
+
+    async with log.wakeups("reader") as wakeups, trio.open_nursery() as nursery:
+        works.fetcher.connect(Tells(wakeups))
+        nursery.start_soon(works.fetcher.run)
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert (works.reconnects, works.cancels) == ([1.0], [3.0])
 
 
 async def test_two_processes_on_one_log_see_the_same(autojump_clock: MockClock) -> None:

@@ -119,7 +119,7 @@ class LogMachine(RuleBasedStateMachine):
         oldest = max(model.first, model.last - MAX_ENTRIES + 1)
         return range(oldest, oldest + 1)
 
-    def kept_until(self, lease: float) -> float:
+    def kept_until(self, lease: float) -> float:  # noqa: ARG002  (memory keeps it for ever)
         """How long a run is kept that goes on under this lease, if nothing is heard of it from now on."""
         return math.inf
 
@@ -214,7 +214,9 @@ class LogMachine(RuleBasedStateMachine):
 
         self.step(action)
 
-    @rule(order=st.permutations([(run_id, mine) for run_id in RUN_IDS for mine in (True, False)]), count=st.integers(1, 9))
+    @rule(
+        order=st.permutations([(run_id, mine) for run_id in RUN_IDS for mine in (True, False)]), count=st.integers(1, 9)
+    )
     def second_owner(self, order: list[tuple[str, bool]], count: int) -> None:
         """In one call with what the owners append, somebody else appends to the same runs."""
         self.expire()
@@ -361,9 +363,7 @@ class LogMachine(RuleBasedStateMachine):
             self.time_passes(seconds)
         self.expire()
         dead = {
-            run_id
-            for run_id, model in self.world.runs.items()
-            if model.ending is None and model.lease_end < self.now
+            run_id for run_id, model in self.world.runs.items() if model.ending is None and model.lease_end < self.now
         }
 
         async def action(log: EventLog) -> None:

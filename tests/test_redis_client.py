@@ -417,7 +417,7 @@ async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of
         cancelled += scope.cancelled_caught
 
     async def go_on_asking(client: Client) -> None:
-        for _ in range(30):
+        for _ in range(20):
             await ask(client)
 
     async with open_client(between.url) as client:
@@ -426,7 +426,7 @@ async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of
                 for _ in range(20):
                     nursery.start_soon(go_on_asking, client)
         assert cancelled > 50
-        assert answered >= 400
+        assert answered >= 200
         assert between.connections <= 20
         await right_answers(client, 1_000_000)
     await nobody_is_connected(server)
@@ -444,7 +444,6 @@ async def test_what_is_cancelled_before_it_begins_is_not_sent(client: Client, be
     assert between.requests["INCR"] == 0
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_cancelling_while_it_connects_leaves_no_connection() -> None:
     async with redis_server() as server:
         async with open_client(server.url) as client:

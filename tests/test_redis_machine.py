@@ -81,11 +81,13 @@ class RedisLogMachine(LogMachine):
         return model.last if model.last >= model.first else 0
 
 
-def machine_for(version: str) -> type[RedisLogMachine]:
-    machine = type(f"RedisLogMachine{version}", (RedisLogMachine,), {"version": version})
-    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None, phases=PHASES)
-    return machine
+class OtherRedisLogMachine(RedisLogMachine):
+    """The same on the last version."""
+
+    version = VERSIONS[-1]
 
 
-TestRedisLog = machine_for(VERSIONS[0]).TestCase
-TestOtherRedisLog = machine_for(VERSIONS[-1]).TestCase
+SETTINGS = settings(max_examples=10, stateful_step_count=30, deadline=None, phases=PHASES)
+RedisLogMachine.TestCase.settings = OtherRedisLogMachine.TestCase.settings = SETTINGS
+TestRedisLog = RedisLogMachine.TestCase
+TestOtherRedisLog = OtherRedisLogMachine.TestCase

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from penstock.errors import LogFull, LogUnavailable, RunNotFound
-from penstock.log.retries import FIRST_PAUSE, LONGEST_PAUSE, patiently
+from penstock.log.retries import FIRST_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE, WARNING_INTERVAL, patiently
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
@@ -20,7 +21,7 @@ class Away:
     def __init__(self, failures: int) -> None:
         self.failures = failures
         self.times: list[float] = []
-        self.warnings: list[str] = []
+        self.warnings: list[tuple[float, str]] = []
 
     async def __call__(self) -> str:
         self.times.append(trio.current_time())
@@ -30,11 +31,14 @@ class Away:
         return "there"
 
     async def wait(self) -> str:
-        return await patiently(self, what="look", on_warning=self.warnings.append)
+        return await patiently(self, what="look", on_warning=self._warned)
+
+    def _warned(self, words: str) -> None:
+        self.warnings.append((trio.current_time(), words))
 
     @property
     def pauses(self) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.times)]
 
 
 async def pauses(failures: int) -> list[float]:
@@ -50,28 +54,44 @@ async def test_a_call_that_succeeds_is_made_once_and_warned_of_never(autojump_cl
     assert log.warnings == []
 
 
-async def test_every_failure_is_warned_of_once_and_says_what_failed_and_why(autojump_clock: MockClock) -> None:
-    log = Away(3)
+async def test_the_first_failure_is_warned_of_at_once_and_says_what_failed_and_why(autojump_clock: MockClock) -> None:
+    log = Away(4)
     assert await log.wait() == "there"
-    assert len(log.times) == 4
-    assert log.warnings == [f"cannot look: away for the {n}. time; trying again" for n in (1, 2, 3)]
+    assert len(log.times) == 5
+    assert log.warnings == [(log.times[0], "cannot look: away for the 1. time; trying again")]
 
 
-async def test_a_warning_comes_before_the_pause(autojump_clock: MockClock) -> None:
-    warned: list[float] = []
-    log = Away(5)
-    await patiently(log, what="look", on_warning=lambda _: warned.append(trio.current_time()))
-    assert warned == log.times[:5]
+async def test_a_trouble_that_lasts_is_warned_of_at_intervals_with_the_latest_words(autojump_clock: MockClock) -> None:
+    log = Away(300)
+    await log.wait()
+    times = [when for when, _ in log.warnings]
+    for earlier, later in pairwise(times):
+        assert WARNING_INTERVAL <= later - earlier <= WARNING_INTERVAL + LONGEST_PAUSE
+    assert log.times[299] - times[-1] < WARNING_INTERVAL
+    for when, words in log.warnings[1:]:
+        assert words == f"still cannot look: away for the {log.times.index(when) + 1}. time; trying again"
 
 
-async def test_the_limit_of_the_pauses_doubles_up_to_the_longest(autojump_clock: MockClock) -> None:
-    every = [await pauses(8) for _ in range(300)]
-    for n, nth in enumerate(zip(*every, strict=True)):
-        limit = min(FIRST_PAUSE * 2**n, LONGEST_PAUSE)
-        assert max(nth) <= limit + 1e-9
-        assert max(nth) > 0.9 * limit  # drawn from all of it: 300 draws miss the upper tenth once in 10^13
-        assert min(nth) < 0.1 * limit
-        assert 0.4 * limit < sum(nth) / len(nth) < 0.6 * limit
+async def test_each_trouble_is_warned_of_on_its_own(autojump_clock: MockClock) -> None:
+    for _ in range(3):
+        log = Away(2)
+        await log.wait()
+        assert len(log.warnings) == 1
+
+
+async def test_the_pauses_grow_from_the_shortest_first_ones_to_the_longest(autojump_clock: MockClock) -> None:
+    every = [await pauses(10) for _ in range(300)]
+    columns = list(zip(*every, strict=True))
+    assert max(columns[0]) <= FIRST_PAUSE + 1e-9
+    for n, nth in enumerate(columns):
+        assert min(nth) >= SHORTEST_PAUSE - 1e-9
+        assert max(nth) <= min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) + 1e-9
+    limits = [max(nth) for nth in columns]
+    assert limits[-1] > 0.9 * LONGEST_PAUSE  # drawn from all of it: 300 draws miss the upper tenth once in 10^13
+    assert min(columns[-1]) < 0.15 * LONGEST_PAUSE
+    means = [sum(nth) / len(nth) for nth in columns]
+    assert means[1] < means[3] < means[5]
+    assert sum(means[:3]) < 3 * FIRST_PAUSE  # an outage of a moment is over soon
 
 
 async def test_no_two_processes_share_their_pauses(autojump_clock: MockClock) -> None:
@@ -82,6 +102,7 @@ async def test_no_two_processes_share_their_pauses(autojump_clock: MockClock) ->
 async def test_no_pause_is_ever_longer_than_the_longest_however_often_it_fails(autojump_clock: MockClock) -> None:
     late = (await pauses(2_500))[10:]  # beyond what a float can double
     assert max(late) <= LONGEST_PAUSE + 1e-9
+    assert min(late) >= SHORTEST_PAUSE - 1e-9
     assert 0.4 * LONGEST_PAUSE < sum(late) / len(late) < 0.6 * LONGEST_PAUSE
 
 
@@ -161,4 +182,4 @@ async def test_a_cancellation_ends_a_pause_at_once(autojump_clock: MockClock) ->
         await log.wait()
     assert scope.cancelled_caught
     assert trio.current_time() - log.times[0] == pytest.approx(60)
-    assert len(log.times) == len(log.warnings)
+    assert len(log.times) > 60 / LONGEST_PAUSE

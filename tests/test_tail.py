@@ -193,6 +193,47 @@ async def test_the_first_reason_to_go_stays() -> None:
     assert tail.released is first
 
 
+async def test_readers_may_come_again_after_the_reason_that_sent_them_away_and_no_other() -> None:
+    tail = tails_of().acquire("r")
+    first, other = ReaderReleased("first"), ReaderReleased("first")
+    tail.release(first)
+    tail.readmit(other)
+    assert tail.released is first
+    tail.readmit(first)
+    assert tail.released is None
+    tail.release(other)
+    assert tail.released is other
+
+
+# --- what is at hand ------------------------------------------------------------------------------------------------
+
+
+async def test_all_that_is_at_hand_is_what_the_limits_have_left() -> None:
+    tail = tails_of(max_entries=4, max_bytes=170).acquire("r")
+    assert tail.recent() == []
+    tail.extend(entries(1, 2, 50))
+    assert seqs(tail.recent()) == [1, 2]
+    tail.extend(entries(3, 9, 50))
+    assert seqs(tail.recent()) == [7, 8, 9]
+    tail.trim(60)
+    assert seqs(tail.recent()) == [9]
+    tail.trim(0)
+    assert tail.recent() == []
+    assert tail.last == 9
+
+
+async def test_what_is_added_a_second_time_is_there_once() -> None:
+    tails = tails_of(max_entries=5)
+    tail = tails.acquire("r")
+    tail.extend(entries(1, 9, 50))
+    was = tail.recent()
+    tail.extend(entries(3, 7, 50))
+    assert tail.recent() == was
+    tail.extend(entries(8, 11, 50))
+    assert seqs(tail.recent()) == [7, 8, 9, 10, 11]
+    assert tails.size == 250
+
+
 # --- the tails of a process -----------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from penstock.errors import ConfigurationError
 from penstock.log.memory import MemoryLog
@@ -38,7 +37,7 @@ async def open_log(
     Raises:
         ConfigurationError: there is no log of that kind, or a limit is not above 0.
     """
-    scheme = urlsplit(url).scheme if isinstance(url, str) else None
+    scheme = str(url).partition("://")[0]
     if url == "memory://":
         yield MemoryLog(ttl=ttl, max_entries=max_entries)
     elif scheme in {"redis", "rediss", "unix"}:
@@ -52,5 +51,7 @@ async def open_log(
 
 def _shown(url: str) -> str:
     """The URL without what may be a password."""
-    before, at, after = str(url).rpartition("@")
-    return repr(f"{before.partition('://')[0]}://...@{after}" if at else url)
+    scheme, separator, _ = str(url).partition("://")
+    if "@" not in str(url):
+        return repr(url)
+    return repr(f"{scheme}://...") if separator and "@" not in scheme else "of that kind"

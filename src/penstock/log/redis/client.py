@@ -20,6 +20,7 @@ import redis.asyncio
 import trio
 import trio_asyncio
 from redis import exceptions
+from redis.asyncio.client import PubSub
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -30,8 +31,6 @@ from penstock.log.redis.scripts import BY_DIGEST, Script
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-
-    from redis.asyncio.client import PubSub
 
 Command = tuple[Any, ...]
 """A command and its arguments."""
@@ -56,10 +55,13 @@ _CLOSING: Final = 1.0
 _SCRIPT_TRIES: Final = 3
 """How often a script is sent to a server that keeps forgetting it."""
 
+_PASSWORD_WANTED: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
 _ADVICE: Final = {
     "READONLY": "it is a read-only replica; name its primary in the URL",
     "WRONGPASS": "it refuses the user or the password in the URL",
-    "NOAUTH": "it wants a password; name it in the URL: redis://:PASSWORD@HOST",
+    "NOAUTH": _PASSWORD_WANTED,
+    "Authentication required": _PASSWORD_WANTED,
+    "unauthenticated": _PASSWORD_WANTED,
     "NOPERM": "the user in the URL may not do this",
     "LOADING": "it is loading its data",
     "MASTERDOWN": "it is a replica that has lost its primary",
@@ -130,6 +132,9 @@ class Client:
             digests = dict.fromkeys(commands[n][1] for n in forgotten)
             loads: list[Command] = [("SCRIPT LOAD", BY_DIGEST[digest].source) for digest in digests]
             again = await self._send(loads + [commands[n] for n in forgotten])
+            for reply in again[: len(loads)]:
+                if isinstance(reply, exceptions.ResponseError):
+                    raise self._unavailable(reply)
             for n, reply in zip(forgotten, again[len(loads) :], strict=True):
                 replies[n] = reply
         return [self._judged(reply) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies]
@@ -153,6 +158,7 @@ class Client:
             except (exceptions.AuthenticationError, exceptions.TimeoutError):
                 raise
             except exceptions.ConnectionError:
+                await self._client.execute_command("PING")  # type: ignore[no-untyped-call]  # a plainer word, if refused
                 return await round_trip()
 
         replies: list[Any] = await self.run(twice())
@@ -166,33 +172,33 @@ class Client:
                 return await self._loop.run_aio_coroutine(work)
         except trio.TooSlowError:
             raise LogUnavailable(f"Redis at {self.address} has not answered for {seconds:g} s") from None
-        except asyncio.CancelledError:  # noqa: ASYNC104  (asyncio's own; a cancellation from here is Trio's)
-            raise LogUnavailable(f"the connection to Redis at {self.address} was closed") from None
+        except asyncio.CancelledError:  # asyncio's own: a cancellation from here is Trio's
+            raise LogUnavailable(f"the connection to Redis at {self.address} was closed") from None  # noqa: ASYNC104
         except (exceptions.RedisError, OSError) as error:
             raise self._unavailable(error) from error
 
     def _judged(self, error: exceptions.ResponseError) -> Exception:
         """What a refusal means: the command's own affair (returned), or the server's (raised)."""
-        words = str(error)
-        if "OOM" in words:  # on 6.2 inside of the words of the script's error
+        words = _words(error)
+        if "OOM" in words:
             return LogFull(f"Redis at {self.address} is full: its maxmemory is reached, and it may evict nothing")
         if any(sign in words for sign in _ADVICE):
             raise self._unavailable(error)
         return error
 
     def _unavailable(self, error: Exception) -> LogUnavailable:
-        words = str(error).rstrip(".")
+        words = _words(error)
         advice = next((advice for sign, advice in _ADVICE.items() if sign in words), None)
         if advice is None and isinstance(error, exceptions.AuthenticationError):
             advice = _ADVICE["WRONGPASS"]
         if advice is not None:
             return LogUnavailable(f"Redis at {self.address} cannot serve: {advice}")
-        return LogUnavailable(f"cannot reach Redis at {self.address}: {words or type(error).__name__}")
+        return LogUnavailable(f"cannot reach Redis at {self.address}: {words}")
 
     @asynccontextmanager
     async def subscription(self) -> AsyncIterator[Subscription]:
         """A connection of its own that listens to channels."""
-        pubsub = self._client.pubsub()
+        pubsub = _OneConnection(self._client.connection_pool)
         try:
             yield Subscription(self, pubsub)
         finally:
@@ -200,10 +206,32 @@ class Client:
                 await self._loop.run_aio_coroutine(pubsub.aclose())  # type: ignore[no-untyped-call]
 
 
+class _OneConnection(PubSub):
+    """A PubSub that does not connect again by itself, in whichever task first sees that its connection is gone."""
+
+    async def connect(self) -> None:
+        """Connect the first time."""
+        if self.connection is None:
+            await super().connect()  # type: ignore[no-untyped-call]
+        self._check_connection()
+
+    async def parse_response(self, block: bool = True, timeout: float = 0) -> Any:
+        """Wait for what comes."""
+        self._check_connection()
+        return await super().parse_response(block, timeout)
+
+    async def _execute(self, conn: Any, command: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        return await command(*args, **kwargs)
+
+    def _check_connection(self) -> None:
+        if self.connection is None or not self.connection.is_connected:
+            raise exceptions.ConnectionError("the connection is gone")
+
+
 class Subscription:
     """One connection that listens. All that goes wrong with it is `LogUnavailable`, and it is of no use then."""
 
-    def __init__(self, client: Client, pubsub: PubSub) -> None:
+    def __init__(self, client: Client, pubsub: _OneConnection) -> None:
         self._client = client
         self._pubsub = pubsub
 
@@ -230,6 +258,12 @@ class Subscription:
                     take(message["type"], channel.decode(), data if isinstance(data, bytes) else b"")
 
         await self._client.run(listen(), deadline=float("inf"))
+
+
+def _words(error: Exception) -> str:
+    """What Redis says, with the sign of what it means: in front, or, on 6.2 and from a script, somewhere inside."""
+    words = f"{getattr(error, 'status_code', None) or ''} {error}".strip().rstrip(".")
+    return words or type(error).__name__
 
 
 async def _called(function: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -287,15 +321,7 @@ async def open_client(url: str) -> AsyncIterator[Client]:
     Raises:
         ConfigurationError: redis-py cannot read the URL.
     """
-    try:
-        parts = urlsplit(url)
-        if parts.scheme != "unix" and not parts.path.strip("/").isdigit() and parts.path not in {"", "/"}:
-            raise ValueError("what follows the slash is the number of a database")  # noqa: TRY301  (as redis-py's own)
-        address = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-        pool: redis.asyncio.ConnectionPool = redis.asyncio.ConnectionPool(**{**parse_url(url), **OPTIONS})
-        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"this is no URL of a Redis: {error}; write redis://HOST:PORT/DB") from error
+    address, pool = _pool(url)
     raised: BaseException | None = None
     try:
         async with trio_asyncio.open_loop() as loop:
@@ -313,3 +339,21 @@ async def open_client(url: str) -> AsyncIterator[Client]:
         if raised is None:
             raise
         raise_unchanged(raised)  # the loop's nurseries are nothing that a caller should see
+
+
+def _pool(url: str) -> tuple[str, redis.asyncio.ConnectionPool]:
+    """The address that a URL names, and the connections to it. What is wrong with a URL is said without quoting it."""
+    shape = "write redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], with % escapes for what is no letter or digit"
+    try:
+        parts = urlsplit(url)
+        address = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+    except ValueError:
+        raise ConfigurationError(f"this is no URL of a Redis; {shape}") from None
+    if parts.fragment or (parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit()):
+        raise ConfigurationError(f"what follows the slash in the URL of a Redis is the number of a database; {shape}")
+    try:
+        pool = redis.asyncio.ConnectionPool(**{**parse_url(url), **OPTIONS})
+        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of
+    except (ValueError, TypeError, exceptions.RedisError) as error:
+        raise ConfigurationError(f"this is no URL of a Redis: {error}; {shape}") from None
+    return address, pool

@@ -12,12 +12,12 @@ import json
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock.errors import ConfigurationError, RunNotFound
+from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
 from penstock.log.redis.client import Requests, call
 from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of
-from penstock.log.redis.replies import appended_of, checked, page_of
+from penstock.log.redis.replies import LOST, appended_of, checked, page_of
 from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
 
@@ -35,8 +35,6 @@ REAPED_AT_ONCE: Final = 100
 """The most runs that are reaped in one round trip."""
 LIST_PAGE: Final = 100
 """The records that `list` looks up in one round trip."""
-_LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.REFUSED})
-"""After these replies a run is its owner's no more."""
 
 
 class RedisLog:
@@ -102,7 +100,7 @@ class RedisLog:
         settled = [(batch, reply.status) for batch, reply in zip(batches, appended, strict=True)]
         over = [batch.run_id for batch, status in settled if batch.ending is not None and status is AppendStatus.OK]
         await self._client.execute(self._starting.over(over))
-        self._starting.drop(batch.run_id for batch, status in settled if status in _LOST)
+        self._starting.drop(batch.run_id for batch, status in settled if status in LOST)
         return appended
 
     def _append(self, batch: Batch) -> Command:
@@ -206,7 +204,8 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached; the request may be on record.
         """
         words = ("1", reason) if reason is not None else ("", "")
-        command = call(scripts.CANCEL, [self._keys.record(run_id)], secrets.token_hex(8), self._ttl, *words)
+        keys = [self._keys.stream(run_id), self._keys.record(run_id)]
+        command = call(scripts.CANCEL, keys, secrets.token_hex(8), self._ttl, *words)
         what, flat = await self._requests.ask(*command)
         if what == b"GONE":
             raise RunNotFound(run_id)
@@ -227,10 +226,11 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached.
         """
         inbox = self._keys.inbox(owner)
-        taken = self._taken.pop(owner, [])
+        taken = self._taken.get(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
         flat = checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
         requests: dict[str, str | None] = {run_id: json.loads(reason) for run_id, reason in record_of(flat).items()}
+        self._taken.pop(owner, None)
         if requests:
             self._taken[owner] = [*requests]
         return requests | self._heard.pop(owner, {})
@@ -250,14 +250,15 @@ class RedisLog:
         replies: dict[str, AppendStatus] = {}
         for run_id, (status, cancelled, reason) in zip(epochs, renewed, strict=True):
             replies[run_id] = AppendStatus[status.decode()]
-            if replies[run_id] in _LOST:
+            if replies[run_id] in LOST:
                 self._starting.drop([run_id])
             if cancelled and replies[run_id] is AppendStatus.OK:
                 self._heard.setdefault(owner, {})[run_id] = None if reason is None else reason.decode()
         alive = [run_id for run_id, status in replies.items() if status is AppendStatus.OK]
         if alive:
             enlist = call(scripts.ENLIST, [self._keys.live], ms(seconds), "", *alive)
-            await self._client.execute([enlist, *self._starting.keep(alive)])
+            enlisted, *_ = await self._client.execute([enlist, *self._starting.keep(alive)])
+            checked(enlisted)
         return replies
 
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
@@ -282,7 +283,10 @@ class RedisLog:
         over: list[str] = []
         alive: list[Command] = []
         for run_id, reply in zip(dead, replies, strict=True):
-            status, lease = checked(reply)
+            if isinstance(reply, LogUnavailable):
+                continue  # the next round has it again
+            # What is refused is no record of a run: whatever it is, it keeps no other from being reaped.
+            status, lease = (b"GONE", 0) if isinstance(reply, Exception) else reply
             if status == b"OK":
                 alive.append(call(scripts.ENLIST, [self._keys.live], lease, "", run_id))
             else:

@@ -44,7 +44,12 @@ class Keys:
     prefix: str = "sse:run:"
 
     def __post_init__(self) -> None:
-        if not self.prefix.endswith("run:") or "{" in self.prefix or "}" in self.prefix:
+        if (
+            not isinstance(self.prefix, str)
+            or not self.prefix.endswith("run:")
+            or "{" in self.prefix
+            or "}" in self.prefix
+        ):
             raise ConfigurationError(f"prefix ends with 'run:' and has no braces in it, unlike {self.prefix!r}")
 
     @property
@@ -109,6 +114,7 @@ def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> l
         fields["started_at"] = repr(run.started_at)
     if idempotency is not None:
         fields["idempotency"] = idempotency.key
+        fields["fingerprint"] = idempotency.fingerprint
     return [word for pair in fields.items() for word in pair]
 
 

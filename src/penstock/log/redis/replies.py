@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from penstock.errors import LogFull, LogUnavailable
 from penstock.log import Appended, AppendStatus, Page
 from penstock.log.redis.records import entries_of, record_of, run_of
+
+LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.REFUSED})
+"""After these replies a run is its owner's no more."""
 
 
 def checked(reply: Any) -> Any:

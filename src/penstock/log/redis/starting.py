@@ -19,10 +19,10 @@ from penstock.log import Started
 from penstock.log.redis import scripts
 from penstock.log.redis.client import call
 from penstock.log.redis.records import fields_of, ms, record_of, run_of
-from penstock.log.redis.replies import appended_of, checked
+from penstock.log.redis.replies import LOST, appended_of, checked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from penstock.log import Appended, Idempotency, Lease
     from penstock.log.redis.client import Command, Requests
@@ -48,35 +48,38 @@ class Starting:
         self._requests = requests
         self._keys = keys
         self._ttl = ttl
-        self._idempotency: dict[str, Idempotency] = {}
-        """The keys of this process's runs, which are kept for as long as the runs are."""
+        self._idempotency: dict[str, tuple[Idempotency, int]] = {}
+        """The keys of this process's runs, and for how many milliseconds they are kept: as long as the runs are."""
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None) -> Started:
         """See `RedisLog.start`."""
         if idempotency is not None:
-            there = await self._reserve(run, idempotency)
+            there = await self._reserve(run, idempotency, self._kept(lease))
             if isinstance(there, Started):
                 return there
             run = replace(run, id=there)
         try:
-            created, found, key = await self._create(run, lease, idempotency)
+            created, record = await self._create(run, lease, idempotency)
         except BaseException:
             await self._forget(run.id, lease.epoch)  # noqa: ASYNC102  (it has its own shield, with a deadline)
             raise
+        found = run_of(run.id, record)
         if created:
             if idempotency is not None:
-                self._idempotency[run.id] = idempotency
+                self._idempotency[run.id] = idempotency, self._kept(lease)
             return Started(found, created=True)
-        if idempotency is not None and key == idempotency.key:
-            return Started(found, created=False)
-        raise RunExists(found)
+        if idempotency is None or record.get("idempotency") != idempotency.key:
+            raise RunExists(found)
+        if record.get("fingerprint") != idempotency.fingerprint:
+            raise IdempotencyConflict(idempotency.key, run.id)
+        return Started(found, created=False)
 
-    async def _create(self, run: Run, lease: Lease, idempotency: Idempotency | None) -> tuple[bool, Run, str | None]:
-        """Create the record if there is none: whether it is this start's, the record, and its idempotency key."""
+    async def _create(self, run: Run, lease: Lease, idempotency: Idempotency | None) -> tuple[bool, Mapping[str, str]]:
+        """Create the record if there is none: whether it is this start's, and the record."""
         keys = self._keys
         record = [keys.stream(run.id), keys.record(run.id)]
         fields = fields_of(run, lease.owner, idempotency)
-        _, listed, *_, reply = await self._requests.execute(
+        enlisted, listed, *_, reply = await self._requests.execute(
             [
                 call(scripts.ENLIST, [keys.live], ms(lease.seconds), "1", run.id),
                 ("ZADD", keys.runs, "NX", repr(run.created_at), run.id),
@@ -85,16 +88,16 @@ class Starting:
             ]
         )
         mine, flat = checked(reply)
+        checked(enlisted)
         if mine == b"1" and not listed:  # by an older run with this id
             await self._requests.ask("ZADD", keys.runs, repr(run.created_at), run.id)
-        there = record_of(flat)
-        return mine == b"1", run_of(run.id, there), there.get("idempotency")
+        return mine == b"1", record_of(flat)
 
-    async def _reserve(self, run: Run, idempotency: Idempotency) -> Started | str:
+    async def _reserve(self, run: Run, idempotency: Idempotency, ttl: int) -> Started | str:
         """Take the idempotency key: the id to start under, or what a start under this key has led to before."""
         key = self._keys.idempotency(idempotency.key)
         value = json.dumps([idempotency.fingerprint, run.id])
-        _, there = await self._requests.execute([("SET", key, value, "NX", "PX", self._ttl), ("GET", key)])
+        _, there = await self._requests.execute([("SET", key, value, "NX", "PX", ttl), ("GET", key)])
         fingerprint, known = json.loads(checked(there) or value)
         if known == run.id and fingerprint == idempotency.fingerprint:
             return run.id
@@ -105,7 +108,7 @@ class Starting:
             return Started(run_of(known, record), created=False)
         if fingerprint == idempotency.fingerprint:
             return str(known)  # its start broke off, or the run has expired
-        await self._requests.ask("SET", key, value, "PX", self._ttl)
+        await self._requests.ask("SET", key, value, "PX", ttl)
         return run.id
 
     async def _forget(self, run_id: str, epoch: str) -> None:
@@ -122,7 +125,7 @@ class Starting:
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         """See `RedisLog.restore`."""
         keys = self._keys
-        idempotency = self._idempotency.get(run.id)
+        idempotency, ttl = self._idempotency.get(run.id, (None, 0))
         fields = fields_of(run, lease.owner, idempotency)
         record = [keys.stream(run.id), keys.record(run.id)]
         commands = [
@@ -132,13 +135,16 @@ class Starting:
         ]
         if idempotency is not None:
             value = json.dumps([idempotency.fingerprint, run.id])
-            commands.insert(0, ("SET", keys.idempotency(idempotency.key), value, "NX", "PX", self._ttl))
-        return appended_of((await self._requests.execute(commands))[-1])
+            commands.insert(0, ("SET", keys.idempotency(idempotency.key), value, "NX", "PX", ttl))
+        restored = appended_of((await self._requests.execute(commands))[-1])
+        if restored.status in LOST:
+            self.drop([run.id])
+        return restored
 
     def keep(self, runs: Iterable[str]) -> list[Command]:
         """What keeps the idempotency keys of these runs for as long as the runs themselves."""
         known = [self._idempotency[run_id] for run_id in runs if run_id in self._idempotency]
-        return [("PEXPIRE", self._keys.idempotency(each.key), self._ttl) for each in known]
+        return [("PEXPIRE", self._keys.idempotency(each.key), ttl) for each, ttl in known]
 
     def over(self, runs: Iterable[str]) -> list[Command]:
         """What is written beside the scripts for runs that have ended."""
@@ -148,6 +154,10 @@ class Starting:
         commands = [("ZREM", self._keys.live, *ended), *self.keep(ended)]
         self.drop(ended)
         return commands
+
+    def _kept(self, lease: Lease) -> int:
+        """For how many milliseconds a record is kept after its last sign of life, as the scripts reckon it."""
+        return max(self._ttl, 4 * ms(lease.seconds))
 
     def drop(self, runs: Iterable[str]) -> None:
         """These are no longer runs of this process."""

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from penstock.errors import LogUnavailable, single_error
+from penstock.errors import LogUnavailable
 from penstock.groups import raise_bare
 from penstock.log import News
 from penstock.log.redis.client import ANSWER_TIMEOUT
-from penstock.log.retries import patiently
+from penstock.log.retries import SHORTEST_PAUSE, patiently
 from penstock.observer import logger
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class RedisWakeups:
         self._poke = trio.Event()
         self._pong_due = False
         self._reconnecting = False
+        self._proven = False
+        """This connection has been of use."""
         self._stirred: set[str] = set()
         self._quiet: set[str] = set()
         self._turn = 0
@@ -107,6 +109,7 @@ class RedisWakeups:
         """Keep a connection, until cancelled."""
         while True:
             await patiently(self._session, what="listen to Redis", on_warning=logger.warning)
+            await trio.sleep(SHORTEST_PAUSE)
 
     async def _session(self) -> None:
         """One connection, to its end: returns if it was of use, else raises `LogUnavailable`."""
@@ -116,7 +119,8 @@ class RedisWakeups:
         for channel, confirmed in self._channels.items():
             if confirmed.is_set():
                 self._channels[channel] = trio.Event()
-        broken: LogUnavailable | None = None
+        self._proven = False
+        broken = ""
         try:
             async with self._client.subscription() as subscription:
                 await self._send(subscription)
@@ -124,20 +128,24 @@ class RedisWakeups:
                     nursery.start_soon(subscription.pump, self._take)
                     nursery.start_soon(self._keep, subscription)
         except* LogUnavailable as errors:
-            broken = LogUnavailable(str(single_error(errors)))
-        if broken is not None and not self._channels[self._process].is_set():
-            raise broken
+            broken = " and ".join(str(error) for error in errors.exceptions)
+        if not self._proven:
+            raise LogUnavailable(broken)
         logger.warning("the subscription to Redis broke: %s", broken)
         self._reconnecting = True
 
     async def _keep(self, subscription: Subscription) -> None:
         """Ask for the channels that are wanted, and for signs of life."""
-        while self._unconfirmed:
-            await self._lot.park()
+        with trio.move_on_after(ANSWER_TIMEOUT):
+            while self._unconfirmed:
+                await self._lot.park()
+        if self._unconfirmed:
+            raise LogUnavailable(f"Redis at {self._client.address} has not confirmed what it was asked to tell")
         if self._reconnecting:
             self._reconnected = True
             self._lot.unpark_all()
             await self._look_up(self._runs())
+        self._proven = True
         due = trio.current_time() + PING_INTERVAL
         while True:
             with trio.move_on_at(due):
@@ -202,7 +210,8 @@ class RedisWakeups:
             return
         replies = await self._client.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
         for run_id, reply in zip(runs, replies, strict=True):
-            if self._keys.wake(run_id) in self._channels and not isinstance(reply, Exception):
+            known = reply is None or (isinstance(reply, bytes) and reply.isdigit() and len(reply) <= MAX_SEQ_DIGITS)
+            if known and self._keys.wake(run_id) in self._channels:
                 seq = sys.maxsize if reply is None else int(reply)
                 self._moved[run_id] = max(self._moved.get(run_id, 0), seq)
         self._lot.unpark_all()

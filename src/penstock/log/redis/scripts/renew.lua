@@ -2,7 +2,8 @@
 --
 -- KEYS  stream, record, ... of each run
 -- ARGV  1 lease (ms)   2 ttl (ms)   then the epoch of each run
--- Reply {status, "1" if a cancel is on record, its reason or nil} for each run; OK, FENCED, ENDED or GONE
+-- Reply {status, "1" if a cancel is on record, its reason or nil} for each run; OK, FENCED, ENDED, GONE or REFUSED
+--       (what lies there is no record; the other runs are renewed all the same)
 --
 -- A full server lets it through: its first write is PEXPIRE.
 local now = redis.call('TIME')
@@ -11,9 +12,11 @@ local ttl = math.max(tonumber(ARGV[2]), 4 * ARGV[1])
 local replies = {}
 for n = 1, #ARGV - 2 do
   local stream, key = KEYS[2 * n - 1], KEYS[2 * n]
-  local record = redis.call('HMGET', key, 'epoch', 'status', 'cancelled', 'cancel_reason')
+  local record = redis.pcall('HMGET', key, 'epoch', 'status', 'cancelled', 'cancel_reason')
   local status = 'OK'
-  if not record[1] then
+  if record.err then
+    status = 'REFUSED'
+  elseif not record[1] then
     status = 'GONE'
   elseif record[1] ~= ARGV[n + 2] then
     status = 'FENCED'

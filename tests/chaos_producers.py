@@ -1,0 +1,78 @@
+"""What the servers of a chaos test run: numbered events that say whose they are, at times that both sides can tell.
+
+The order of a run, its input, is `{"run": a name, "seed": a number, "seconds": how long}`. From it `schedule` makes the
+same times and the same number of events in the server and in the test, and `content` the same words.
+
+Environment:
+    CHAOS_SERVER   how the test calls the process.
+    CHAOS_WITNESS  a file: one line for each time that a run is begun, `NAME SERVER EXECUTION`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import trio
+
+from penstock import Event
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+EACH_SECOND: Final = 4
+"""How many times a second something comes, on average."""
+BURSTS: Final = 0.05
+"""The share of these times at which it is not one event but many."""
+
+
+class Moment(NamedTuple):
+    """So many seconds after its begin a run says so many events."""
+
+    seconds: float
+    events: int
+
+
+def schedule(seed: int, seconds: float) -> list[Moment]:
+    """When a run says how much; the last moment is at its very end."""
+    choose = random.Random(seed)
+    moments = []
+    now = 0.0
+    while now < seconds:
+        now = min(now + choose.expovariate(EACH_SECOND), seconds)
+        moments.append(Moment(now, choose.randint(20, 100) if choose.random() < BURSTS else 1))
+    return moments
+
+
+def content(run: str, number: int, execution: str, *, late: float = 0.0) -> dict[str, Any]:
+    """The data of an event; how late it is tells how busy the machine was."""
+    text = "lorem ipsum " * (zlib.crc32(f"{run} {number}".encode()) % 20)
+    return {"run": run, "number": number, "execution": execution, "late": late, "text": text}
+
+
+async def numbered(order: Any) -> AsyncIterator[Event]:
+    """The events of a run, from number 1 on."""
+    began = trio.current_time()
+    execution = os.urandom(8).hex()
+    bear_witness(order["run"], execution)
+    number = 0
+    for moment in schedule(order["seed"], order["seconds"]):
+        await trio.sleep_until(began + moment.seconds)
+        late = round(trio.current_time() - began - moment.seconds, 3)
+        for _ in range(moment.events):
+            number += 1
+            yield Event.json(content(order["run"], number, execution, late=late))
+
+
+def bear_witness(run: str, execution: str) -> None:
+    """Write it down in one step, so that no kill leaves half a line."""
+    file = os.open(os.environ["CHAOS_WITNESS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{run} {os.environ['CHAOS_SERVER']} {execution}\n".encode())
+    finally:
+        os.close(file)
+
+
+producers: Final = {"numbered": numbered}
