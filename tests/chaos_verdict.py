@@ -103,6 +103,7 @@ class Following:
         cuts: how often its stream broke, or ended too early.
         refusals: how often nobody was there, or a server could not yet, or no longer.
         slowest: the longest it took to be back after its pause, through all refusals.
+        pauses: from when to when it stayed away by itself.
         path: when something happened last, and what.
     """
 
@@ -116,6 +117,7 @@ class Following:
     cuts: int = 0
     refusals: int = 0
     slowest: float = 0.0
+    pauses: list[tuple[float, float]] = field(default_factory=list)
     path: deque[tuple[float, str]] = field(default_factory=partial(deque, maxlen=STEPS))
 
     def __str__(self) -> str:
@@ -263,18 +265,26 @@ def kill_of(order: Order, story: Story) -> float | None:
     return max((life.killed for life in owners_of(order, story) if life.killed is not None), default=None)
 
 
-def notice(following: Following, kill: float) -> float:
-    """How long this reader waited for the end of a run that was lost at this time."""
+def notice(following: Following, kill: float, *, pauses: bool = False) -> float:
+    """How long this reader waited for the end of a run that was lost at this time.
+
+    Args:
+        following: the reader's.
+        kill: the time.
+        pauses: with the time that the reader itself stayed away; a server can do nothing about that.
+    """
     assert following.ended is not None
-    return following.ended - max(kill, following.began)
+    since = max(kill, following.began)
+    away = sum(max(0.0, end - max(begin, since)) for begin, end in following.pauses)
+    return following.ended - since - (0.0 if pauses else away)
 
 
-def slowest_notice(story: Story) -> float:
+def slowest_notice(story: Story, *, pauses: bool) -> float:
     """The longest that a reader waited for the end of a run that was lost."""
     kills = {order.name: kill_of(order, story) for order in story.orders}
     return max(
         (
-            notice(f, kill)
+            notice(f, kill, pauses=pauses)
             for f in story.followings
             if f.ended is not None and f.sequence.error == LOST and (kill := kills[f.run]) is not None
         ),
@@ -304,7 +314,8 @@ def table(story: Story, more: Mapping[str, str]) -> list[str]:
         "pings": f"{sum(s.pings for s in sequences):,}",
         "gaps": f"{sum(s.gaps for s in sequences)}",
         "repeats": f"{sum(s.repeats for s in sequences)}",
-        "slowest lost-notice": f"{slowest_notice(story):.2f} s",
+        "slowest lost-notice": f"{slowest_notice(story, pauses=True):.2f} s",
+        "  without readers' own pauses": f"{slowest_notice(story, pauses=False):.2f} s",
         "slowest resume": f"{max((f.slowest for f in story.followings), default=0.0):.2f} s",
         "latest event of a producer": f"{max((s.late for s in sequences), default=0.0):.2f} s",
         **more,

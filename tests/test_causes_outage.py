@@ -686,3 +686,4 @@ async def test_i4_a_reader_that_comes_in_the_instant_in_which_the_log_is_back_en
         with trio.fail_after(200):
             await reader.run()
         assert isinstance(reader.error, ReaderReleased) or gists(reader.entries)[-1] == "[DONE]"
+        await works.other.wait(run.id)

@@ -82,6 +82,9 @@ def test_a_run_that_is_complete_for_all_its_readers_is_well() -> None:
 
 def test_a_run_that_is_lost_with_its_server_is_well_if_its_readers_hear_of_it_in_time() -> None:
     assert verdict(seen(lost()), seen(lost(), ended=14.9), killed=10.0, status="lost") == []
+    away = seen(lost(), ended=15.5)
+    away.pauses = [(9.0, 9.5), (14.0, 15.0)]
+    assert verdict(away, killed=10.0, status="lost") == []
     assert verdict(seen(lost(until=0)), killed=10.0, status="lost", begun=0) == []
 
 

@@ -41,6 +41,8 @@ from tests.supervising import Notes, Reader, Witness, gists, read, readers
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from penstock.runs import Run
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "agent.py"
 RESTARTS = 10
 BIG = 16 * 1024 * 1024
@@ -376,9 +378,10 @@ async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: E
 
         async def status() -> RunStatus | None:
             try:
-                return (await owner.wait(run.id)).status
+                record: Run = await owner.wait(run.id)
             except (LogUnavailable, ReaderReleased):
                 return None
+            return record.status
 
         await until_it_is(status, RunStatus.LOST, 8)
         assert (await whole(shared, run.id))["status"] == "lost"
@@ -447,7 +450,7 @@ async def serve_refuses(url: str) -> str:
     """What `penstock serve` says to this log, before it ends with code 1."""
     serve = ("serve", "--producers", f"{EXAMPLE}:producers", "--bind", "127.0.0.1:0", "--log", url)
     async with penstock(*serve) as program:
-        with trio.fail_after(20):
+        with trio.fail_after(10):
             code = await program.end()
     assert "Traceback" not in program.words
     assert code == 1, program.words

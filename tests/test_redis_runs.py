@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from penstock.log import Batch, Entry, Lease
 from penstock.log.redis import scripts
+from penstock.log.tail import Tail
 from penstock.log.urls import open_log
 from penstock.runs import Ending, Run, RunStatus
 from tests.proxy import Proxy, Reply, proxy
@@ -314,6 +316,63 @@ async def channels(server: Endpoint) -> int:
     found = await server.command("PUBSUB", "CHANNELS")
     assert sum(channel.startswith("sse:proc:") for channel in found) == 2
     return len(found)
+
+
+async def test_a_reader_that_comes_wakes_none_of_those_that_are_there(
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = 0
+    wait = Tail.wait
+
+    async def counted_wait(self: Tail) -> None:
+        nonlocal waited
+        waited += 1
+        await wait(self)
+
+    monkeypatch.setattr(Tail, "wait", counted_wait)
+    async with supervisors(server.url, server.url) as (owner, there):
+        run = await owner.start(Witness().waits)
+        async with trio.open_nursery() as nursery:
+            following = await follow_all(nursery, there, [run.id] * 200)
+            await until(lambda: min(map(last_seq, following)) == 1)
+            await wait_all_tasks_blocked(0.01)
+            assert waited <= 3 * 200  # and not as many as there are pairs of readers
+            for reader in following:
+                reader.leave()
+
+
+async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server: Endpoint) -> None:
+    async with supervisors(server.url, server.url) as (owner, there):
+        taps = [trio.Event(), trio.Event()]
+
+        async def producer(tap: trio.Event) -> AsyncIterator[str]:
+            yield "data: first\n\n"
+            await tap.wait()
+            yield "data: second\n\n"
+            await trio.sleep_forever()
+
+        one, other = [await owner.start(producer, tap) for tap in taps]
+        async with readers((there, one.id), (there, other.id)) as following:
+            await until(lambda: min(map(last_seq, following)) == 1)
+            fetcher, gate, fetch = there._services.fetcher, trio.Event(), there.log.fetch
+            wakeups: Any = fetcher._wakeups
+
+            async def held(positions: Any) -> Any:
+                await gate.wait()
+                return await fetch(positions)
+
+            there.log.fetch = held  # type: ignore[method-assign]
+            taps[0].set()
+            await until(lambda: not fetcher._moved and not wakeups._moved)
+            taps[1].set()
+            await until(lambda: fetcher._moved.get(other.id) == 2)
+            wakeups._moved[other.id] = 1  # the reply to a look-up that was asked before the append
+            wakeups._lot.unpark_all()
+            await until(lambda: not wakeups._moved)
+            gate.set()
+            await until(lambda: last_seq(following[1]) == 2, 3)
+            for reader in following:
+                reader.leave()
 
 
 @pytest.mark.parametrize("over", [False, True], ids=["running", "ended"])

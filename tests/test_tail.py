@@ -193,16 +193,24 @@ async def test_the_first_reason_to_go_stays() -> None:
     assert tail.released is first
 
 
-async def test_readers_may_come_again_after_the_reason_that_sent_them_away_and_no_other() -> None:
-    tail = tails_of().acquire("r")
-    first, other = ReaderReleased("first"), ReaderReleased("first")
-    tail.release(first)
-    tail.readmit(other)
-    assert tail.released is first
-    tail.readmit(first)
-    assert tail.released is None
-    tail.release(other)
-    assert tail.released is other
+async def test_tails_that_are_retired_stay_with_those_who_have_them_and_others_get_new_ones() -> None:
+    tails = tails_of()
+    away, other = ReaderReleased("away"), ReaderReleased("away")
+    old, spared = tails.acquire("r"), tails.acquire("spared")
+    old.extend(entries(1, 3, 50))
+    old.release(away)
+    spared.release(other)
+    tails.retire(away)
+    assert tails.get("r") is None
+    assert tails.get("spared") is spared
+    new = tails.acquire("r")
+    assert (new is old, new.last, new.released) == (False, 0, None)
+    assert (seqs(old.recent()), old.released) == ([1, 2, 3], away)
+    assert tails.give_back(old)
+    assert tails.get("r") is new
+    for tail in (new, spared):
+        assert tails.give_back(tail)
+    assert (len(tails), tails.size) == (0, 0)
 
 
 # --- what is at hand ------------------------------------------------------------------------------------------------

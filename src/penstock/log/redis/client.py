@@ -55,13 +55,13 @@ _CLOSING: Final = 1.0
 _SCRIPT_TRIES: Final = 3
 """How often a script is sent to a server that keeps forgetting it."""
 
-_PASSWORD_WANTED: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
+_NO_WORD_GIVEN: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
 _ADVICE: Final = {
     "READONLY": "it is a read-only replica; name its primary in the URL",
     "WRONGPASS": "it refuses the user or the password in the URL",
-    "NOAUTH": _PASSWORD_WANTED,
-    "Authentication required": _PASSWORD_WANTED,
-    "unauthenticated": _PASSWORD_WANTED,
+    "NOAUTH": _NO_WORD_GIVEN,
+    "Authentication required": _NO_WORD_GIVEN,
+    "unauthenticated": _NO_WORD_GIVEN,
     "NOPERM": "the user in the URL may not do this",
     "LOADING": "it is loading its data",
     "MASTERDOWN": "it is a replica that has lost its primary",
@@ -289,8 +289,8 @@ class Requests:
         Raises:
             LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
         """
-        async with self._turn():
-            return await self._client.execute(commands)
+        async with self.turn() as client:
+            return await client.execute(commands)
 
     async def ask(self, *command: Any) -> Any:
         """`Client.ask`, when it is this request's turn.
@@ -298,18 +298,23 @@ class Requests:
         Raises:
             LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
         """
-        async with self._turn():
-            return await self._client.ask(*command)
+        async with self.turn() as client:
+            return await client.ask(*command)
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[Client]:
+        """The client, for as long as it is this request's turn.
+
+        Raises:
+            LogUnavailable: its turn does not come within `ANSWER_TIMEOUT`.
+        """
         with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
             await self._turns.acquire()
         if waiting.cancelled_caught:
             words = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
             raise LogUnavailable(f"Redis at {self._client.address} {words}")
         try:
-            yield
+            yield self._client
         finally:
             self._turns.release()
 

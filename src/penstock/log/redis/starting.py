@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from penstock.log import Appended, Idempotency, Lease
-    from penstock.log.redis.client import Command, Requests
+    from penstock.log.redis.client import Client, Command, Requests
     from penstock.log.redis.records import Keys
     from penstock.runs import Run
 
@@ -58,11 +58,7 @@ class Starting:
             if isinstance(there, Started):
                 return there
             run = replace(run, id=there)
-        try:
-            created, record = await self._create(run, lease, idempotency)
-        except BaseException:
-            await self._forget(run.id, lease.epoch)  # noqa: ASYNC102  (it has its own shield, with a deadline)
-            raise
+        created, record = await self._create(run, lease, idempotency)
         found = run_of(run.id, record)
         if created:
             if idempotency is not None:
@@ -79,18 +75,22 @@ class Starting:
         keys = self._keys
         record = [keys.stream(run.id), keys.record(run.id)]
         fields = fields_of(run, lease.owner, idempotency)
-        enlisted, listed, *_, reply = await self._requests.execute(
-            [
-                call(scripts.ENLIST, [keys.live], ms(lease.seconds), "1", run.id),
-                ("ZADD", keys.runs, "NX", repr(run.created_at), run.id),
-                ("ZREMRANGEBYRANK", keys.runs, 0, -LISTED_RUNS - 1),
-                call(scripts.START, record, lease.epoch, self._ttl, ms(lease.seconds), *fields),
-            ]
-        )
-        mine, flat = checked(reply)
-        checked(enlisted)
-        if mine == b"1" and not listed:  # by an older run with this id
-            await self._requests.ask("ZADD", keys.runs, repr(run.created_at), run.id)
+        commands = [
+            call(scripts.ENLIST, [keys.live], ms(lease.seconds), "1", run.id),
+            ("ZADD", keys.runs, "NX", repr(run.created_at), run.id),
+            ("ZREMRANGEBYRANK", keys.runs, 0, -LISTED_RUNS - 1),
+            call(scripts.START, record, lease.epoch, self._ttl, ms(lease.seconds), *fields),
+        ]
+        async with self._requests.turn() as client:
+            try:
+                enlisted, listed, *_, reply = await client.execute(commands)
+                mine, flat = checked(reply)
+                checked(enlisted)
+                if mine == b"1" and not listed:  # by an older run with this id
+                    await client.ask("ZADD", keys.runs, repr(run.created_at), run.id)
+            except BaseException:
+                await self._forget(client, run.id, lease.epoch)  # noqa: ASYNC102  (it has a shield with a deadline)
+                raise
         return mine == b"1", record_of(flat)
 
     async def _reserve(self, run: Run, idempotency: Idempotency, ttl: int) -> Started | str:
@@ -111,12 +111,12 @@ class Starting:
         await self._requests.ask("SET", key, value, "PX", ttl)
         return run.id
 
-    async def _forget(self, run_id: str, epoch: str) -> None:
+    async def _forget(self, client: Client, run_id: str, epoch: str) -> None:
         """Take back a start of which nobody will know, if Redis can be reached; if not, it ends with its lease."""
         with trio.move_on_after(FORGETTING, shield=True):
             try:
-                if await self._requests.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
-                    await self._requests.execute(
+                if await client.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
+                    await client.execute(
                         [("ZREM", self._keys.live, run_id), ("ZREM", self._keys.runs, run_id)],
                     )
             except LogUnavailable:
