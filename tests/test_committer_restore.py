@@ -646,7 +646,9 @@ def lose(works: Works, step: str, run_id: str, amount: int) -> None:
     """Let the log lose something of a run, or somebody find that it is gone."""
     if step == "find":
         works.committer.restore(works.owners[run_id].outbox)
-    elif run_id in works.log._runs:
+        return
+    stored = works.log._runs.get(run_id)
+    if stored is not None and not stored.run.status.terminal:  # of what is lost after the end nobody hears
         if step == "forget":
             forget(works.log, run_id)
         else:

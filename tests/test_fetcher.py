@@ -423,6 +423,23 @@ async def test_i4_a_reader_who_has_seen_more_than_the_log_has_kept_ends_with_the
             assert late.at_end
 
 
+async def test_i2_a_reader_of_the_history_who_is_ahead_of_a_log_that_is_given_it_again_goes_on_when_it_is_there(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading() as works:
+        await works.run(600)
+        async with works.follow() as follower, trio.open_nursery() as nursery:
+            seen: list[int] = []
+            nursery.start_soon(partial(read_to_the_end, follower, seen=seen))
+            lose_last(works.log, "r", 300)
+            await trio.sleep(1)
+            assert seen == list(range(1, 501))
+            await works.append(301, 600)
+            await trio.sleep(1)
+            assert seen == list(range(1, 601))
+            await works.append(601, 601, COMPLETED)
+
+
 # --- readmission ----------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import trio.testing
 from redis.exceptions import ResponseError
 
 from penstock.errors import ConfigurationError, LogFull, LogUnavailable
+from penstock.log.redis import client as client_module
 from penstock.log.redis import scripts
 from penstock.log.redis.client import (
     BYTES_PER_ROUND_TRIP,
@@ -768,3 +769,39 @@ async def test_a_url_that_cannot_be_read_is_refused_without_its_password(url: st
         async with open_log(url):
             pytest.fail("it cannot be read")
     assert SECRET not in words_of(raised.value)
+
+
+# Many callbacks of the loop
+
+
+class Rounds(trio.abc.Instrument):
+    """Counts the rounds of the scheduler."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002
+        self.count += 1
+
+
+@pytest.mark.parametrize("hurried", [True, False])
+async def test_callbacks_that_are_ready_run_in_a_few_rounds_and_without_the_correction_in_one_each(
+    monkeypatch: pytest.MonkeyPatch, server: Endpoint, hurried: bool
+) -> None:
+    if not hurried:
+        monkeypatch.setattr(client_module, "_hurry", lambda _: None)
+    rounds, done, ran = Rounds(), trio.Event(), []
+    async with open_client(server.url) as client:
+        trio.lowlevel.add_instrument(rounds)
+        for number in range(1_000):
+            client._loop.call_soon(ran.append, number)
+        client._loop.call_soon(done.set)
+        with trio.fail_after(20):
+            await done.wait()
+        trio.lowlevel.remove_instrument(rounds)
+    assert ran == list(range(1_000))
+    assert rounds.count < 100 if hurried else rounds.count > 900
+
+
+async def test_a_loop_without_that_step_is_left_as_it_is() -> None:
+    client_module._hurry(object())

@@ -189,7 +189,7 @@ async def test_a_server_that_stands_still_for_two_leases_loses_no_run(
             server.resume()
             said = ticks.said
             await until(lambda: min(map(last_seq, following[:2])) > said)
-            await all_may_reap(server, 4)  # if anybody wants to, now is the time
+            await all_may_reap(server)  # if anybody wants to, now is the time
             ticks.enough.set()
             await owner.cancel(silent.id)
         counted(await same_everywhere(server, run.id, following[:2]), ticks)

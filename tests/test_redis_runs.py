@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import gc
 from functools import partial
-from itertools import count as numbers
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from penstock.log import Batch, Entry, Lease
+from penstock.log import Batch, Entry
 from penstock.log.redis import scripts
 from penstock.log.tail import Tail
 from penstock.log.urls import open_log
-from penstock.runs import Ending, Run, RunStatus
+from penstock.runs import Ending, RunStatus
 from tests.proxy import Proxy, Reply, proxy
 from tests.redis_runs import (
     Ticks,
@@ -214,36 +213,6 @@ async def test_of_two_owners_the_one_whose_epoch_is_on_record_goes_on(server: En
         await nothing_is_left(owner)
 
 
-async def test_two_owners_of_one_run_never_both_store_an_entry(server: Endpoint) -> None:
-    epochs = ["one", "other"]
-    stored_by: dict[int, str] = {}
-    async with open_log(server.url) as log, open_log(server.url) as other_log:
-        await log.start(Run("run", "producer", created_at=1.0), Lease("owner", "one", 30))
-
-        async def append(which: Any, epoch: str) -> None:
-            for seq in numbers(1):
-                if seq > 300:
-                    return
-                entry = Entry.of(seq, b"data: by %b\n\n" % epoch.encode(), 1)
-                (reply,) = await which.append([Batch("run", epoch, [entry])])
-                if reply.status.name == "OK":
-                    assert stored_by.setdefault(seq, epoch) == epoch
-
-        async def take_turns() -> None:
-            for turn in range(40):
-                await server.command("HSET", record_of("run"), "epoch", epochs[turn % 2])
-
-        with trio.fail_after(30):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(append, log, "one")
-                nursery.start_soon(append, other_log, "other")
-                nursery.start_soon(take_turns)
-    data = {int(fields["seq_id"]): fields["data"] for _, fields in await stored(server, "run")}
-    assert list(data) == list(range(1, len(data) + 1))
-    for seq, text in data.items():
-        assert text == f"data: by {stored_by[seq]}\n\n"
-
-
 # What readers cost
 
 
@@ -354,16 +323,18 @@ async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server
         one, other = [await owner.start(producer, tap) for tap in taps]
         async with readers((there, one.id), (there, other.id)) as following:
             await until(lambda: min(map(last_seq, following)) == 1)
-            fetcher, gate, fetch = there._services.fetcher, trio.Event(), there.log.fetch
+            fetcher, fetch = there._services.fetcher, there.log.fetch
+            busy, gate = trio.Event(), trio.Event()
             wakeups: Any = fetcher._wakeups
 
             async def held(positions: Any) -> Any:
+                busy.set()
                 await gate.wait()
                 return await fetch(positions)
 
-            there.log.fetch = held  # type: ignore[method-assign]
+            there.log.fetch = held
             taps[0].set()
-            await until(lambda: not fetcher._moved and not wakeups._moved)
+            await busy.wait()
             taps[1].set()
             await until(lambda: fetcher._moved.get(other.id) == 2)
             wakeups._moved[other.id] = 1  # the reply to a look-up that was asked before the append

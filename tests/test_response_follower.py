@@ -72,6 +72,27 @@ async def test_a_runs_stream_sends_its_headers_at_once_and_its_bodies_as_they_co
     assert follower.log == ["entered", "left"]
 
 
+class OneAtATime(Client):
+    """A server that takes no message before it is done with the one before, as Hypercorn's is with the first."""
+
+    under_way: str | None = None
+
+    async def send(self, message: Any) -> None:
+        assert self.under_way is None, f"{message['type']} overtook {self.under_way}"
+        self.under_way = message["type"]
+        await super().send(message)
+        self.under_way = None
+
+
+@on_both
+async def test_no_ping_overtakes_headers_that_are_still_being_sent() -> None:
+    client = OneAtATime()
+    client.slow = 0.6
+    await client.get(Follower(3, b"id: 1\ndata: [DONE]\n\n"), ping_interval=1.5)
+    assert client.bodies == [PING, PING, b"id: 1\ndata: [DONE]\n\n"]
+    assert client.complete
+
+
 @on_both
 async def test_a_cursor_at_the_end_of_an_ended_run_is_a_204() -> None:
     for method in ("GET", "HEAD"):

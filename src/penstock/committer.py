@@ -162,7 +162,8 @@ class Committer:
             started = trio.current_time()
             self._urgent = False
             if started >= self._ask_again_at:
-                self._dirty |= self._without_room
+                for outbox in self._without_room:
+                    (self._dirty if outbox.entries else self._lost)[outbox] = None
                 self._without_room, self._ask_again_at = {}, inf
             outboxes, self._dirty = self._dirty, {}
             if pending := [outbox for outbox in outboxes if outbox.entries]:
@@ -228,6 +229,8 @@ class Committer:
             self._warned_at = now
             self._on_warning(f"cannot commit: {reply.words}; trying again")
         self._without_room[outbox] = None
+        if not outbox.closing:
+            self._dirty.pop(outbox, None)
 
     async def _restore(self, outbox: Outbox) -> None:
         """Put back what the log has lost of a run, and append again what follows."""

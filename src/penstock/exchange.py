@@ -251,15 +251,23 @@ class Exchange(ABC):
 
     async def begin(self, *, flush: bool = False) -> None:
         """Send the headers; `flush` if no body follows at once, since a server may keep them back until one does."""
-        await self._start(self.status, self.response.raw_headers)
-        if flush:
-            await self._body(b"")
+        was, self._sending = self._sending, True  # no ping may overtake the headers
+        try:
+            await self._start(self.status, self.response.raw_headers)
+            if flush:
+                await self._body(b"")
+        finally:
+            self._sending = was
 
     async def respond(self, status: int, headers: Headers = (), body: bytes = b"") -> None:
         """Send a whole response that is no stream."""
         kept = [header for header in self.response.raw_headers if header[0] != b"content-type"]
-        await self._start(status, [*kept, *headers])
-        await self._finish(body)
+        was, self._sending = self._sending, True
+        try:
+            await self._start(status, [*kept, *headers])
+            await self._finish(body)
+        finally:
+            self._sending = was
 
     async def _end(self, answer: Answer | None, words: bytes) -> None:
         while self._aside is not None:

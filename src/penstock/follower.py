@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from penstock.log.fetcher import Fetcher
     from penstock.log.tail import Tail
 
+RESTORING_PAUSE: Final = 0.5
+"""Seconds between two looks at a log that has lost entries."""
 BODY_BYTES: Final = 64 * 1024
 """The default limit of `next_body`."""
 
@@ -144,4 +146,10 @@ class Follower:
                 return
             if tail.released is not None:
                 raise tail.released
-            await tail.wait()
+            if self.cursor >= tail.last:
+                await tail.wait()
+                continue
+            # A tail that is further than the log is that of a run which the log is being given again, and it may be
+            # told of nothing when that is done.
+            with trio.move_on_after(RESTORING_PAUSE):
+                await tail.wait()

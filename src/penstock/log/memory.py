@@ -257,9 +257,9 @@ class MemoryLog:
 
     async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
         """End the runs whose lease has run out, under a new epoch that nobody has. A checkpoint."""
+        now = trio.current_time()  # before the checkpoint: what is reaped was due when its caller looked at the clock
         await trio.lowlevel.checkpoint()
         self._expire()
-        now = trio.current_time()
         dead = [s for s in self._runs.values() if not s.run.status.terminal and s.lease_end < now]
         for stored in dead:
             words = obituary()

@@ -50,6 +50,8 @@ OPTIONS: Final[dict[str, Any]] = {
     "retry": Retry(NoBackoff(), 0),
 }
 """How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
+CALLBACKS_PER_ROUND: Final = 64
+"""How many more of asyncio's callbacks run in one round of Trio's scheduler, if they are ready."""
 _CLOSING: Final = 1.0
 """How many seconds closing a connection may take."""
 _SCRIPT_TRIES: Final = 3
@@ -330,6 +332,7 @@ async def open_client(url: str) -> AsyncIterator[Client]:
     raised: BaseException | None = None
     try:
         async with trio_asyncio.open_loop() as loop:
+            _hurry(loop)
             client = redis.asyncio.Redis.from_pool(pool)
             client.response_callbacks.clear()  # replies are taken as they come
             try:
@@ -344,6 +347,28 @@ async def open_client(url: str) -> AsyncIterator[Client]:
         if raised is None:
             raise
         raise_unchanged(raised)  # the loop's nurseries are nothing that a caller should see
+
+
+def _hurry(loop: trio_asyncio.TrioEventLoop) -> None:
+    """Let a loop run all the callbacks that are ready, not one in each round of Trio's scheduler.
+
+    trio-asyncio (0.16) does the latter, and a command takes several callbacks: where the rounds are long, since there
+    are many streams to serve, Redis would be asked a few times a second. There is no public way to say so; on a version
+    whose loop has no such step, this does nothing.
+    """
+    step: Callable[..., Awaitable[None]] | None = getattr(loop, "_main_loop_one", None)
+    if step is None:
+        return
+
+    async def steps(*, no_wait: bool = False) -> None:
+        await step(no_wait=no_wait)
+        for _ in range(CALLBACKS_PER_ROUND):
+            try:
+                await step(no_wait=True)
+            except trio.WouldBlock:
+                return
+
+    loop._main_loop_one = steps  # noqa: SLF001
 
 
 def _pool(url: str) -> tuple[str, redis.asyncio.ConnectionPool]:
