@@ -16,7 +16,7 @@ from penstock.sse import Decoder
 from tests.logs import LEASE, Unreliable, batch, record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Generator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Generator
 
     from penstock.log import Wakeups
     from penstock.runs import Ending

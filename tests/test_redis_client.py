@@ -790,7 +790,8 @@ async def test_callbacks_that_are_ready_run_in_a_few_rounds_and_without_the_corr
 ) -> None:
     if not hurried:
         monkeypatch.setattr(client_module, "_hurry", lambda _: None)
-    rounds, done, ran = Rounds(), trio.Event(), []
+    rounds, done = Rounds(), trio.Event()
+    ran: list[int] = []
     async with open_client(server.url) as client:
         trio.lowlevel.add_instrument(rounds)
         for number in range(1_000):

@@ -134,6 +134,21 @@ async def test_connections_that_keep_breaking_cost_a_run_of_thousands_of_events_
         assert (notes.fenced, notes.errors) == ([], [])
 
 
+async def test_what_was_written_while_a_reader_was_cut_off_is_there_as_soon_as_it_is_back(
+    server: Endpoint, between: Proxy
+) -> None:
+    async with supervisors(server.url, between.url) as (owner, there), owner.open_run("run") as writer:
+        await writer.write("data: first\n\n")
+        async with readers((there, "run")) as (reader,):
+            await until(lambda: last_seq(reader) == 1)
+            between.refuse()
+            await writer.write("data: second\n\n")
+            await writer.flush()
+            await between.accept()
+            await until(lambda: last_seq(reader) == 2, 4)  # and nothing more is written that would tell
+            reader.leave()
+
+
 async def test_a_server_that_forgets_its_scripts_in_the_middle_of_it_is_given_them_again(server: Endpoint) -> None:
     async with supervisors(server.url, server.url) as (owner, other):
         several = [Ticks(0.002) for _ in range(5)]

@@ -785,7 +785,7 @@ async def test_all_keys_of_a_call_are_on_one_slot_whatever_the_run_is_called(ser
         await log.renew("owner", {run_id: "epoch"}, 30.0)
         await log.request_cancel(run_id, "stop")
         await log.restore(record(run_id), LEASE, 1)
-        await log._starting._forget(run_id, "epoch")
+        await log._starting._forget(log._client, run_id, "epoch")
         await let_pass(server, 31)
         assert await log.reap(lambda: OBITUARY) == [run_id]
     assert called.keys() == scripts.BY_DIGEST.keys()

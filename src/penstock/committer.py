@@ -204,9 +204,7 @@ class Committer:
             case AppendStatus.GONE | AppendStatus.HOLE:
                 self.restore(outbox)
             case AppendStatus.REFUSED:
-                self._on_warning(f"cannot store run {outbox.run_id}: {reply.words}")
-                outbox.owner.run_refused()
-                self.drop(outbox)
+                self._refuse(outbox, reply)
             case AppendStatus.FENCED | AppendStatus.ENDED:
                 self.abandon(outbox)
 
@@ -219,6 +217,12 @@ class Committer:
             outbox.owner.cancel_on_record(reply.cancel)
         if outbox.entries:
             self._mark(outbox, urgent=True)
+
+    def _refuse(self, outbox: Outbox, reply: Appended) -> None:
+        """Give up a run that the log cannot hold."""
+        self._on_warning(f"cannot store run {outbox.run_id}: {reply.words}")
+        outbox.owner.run_refused()
+        self.drop(outbox)
 
     def _wait_for_room(self, outbox: Outbox, reply: Appended) -> None:
         """Ask the log again later; until then this run's entries wait, and only its ending does not."""
@@ -253,5 +257,7 @@ class Committer:
                 self._mark(outbox, urgent=True)
             case AppendStatus.FULL:
                 self._wait_for_room(outbox, reply)
+            case AppendStatus.REFUSED:
+                self._refuse(outbox, reply)
             case _:
                 self.abandon(outbox)

@@ -169,7 +169,8 @@ class Fetcher:
                 self._on_cancel()
             if news.reconnected:
                 self._on_reconnect()
-            self._moved.update(news.moved)
+            for run_id, seq in news.moved.items():  # a look-up may have been overtaken by a message
+                self._moved[run_id] = max(seq, self._moved.get(run_id, 0))
             self._news.set()
 
     async def _fetch(self, behind: dict[str, int]) -> dict[str, int]:

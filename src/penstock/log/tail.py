@@ -71,7 +71,7 @@ class Tail:
 
     def advance(self, last: int, *, ended: bool) -> None:
         """Take note of how far the log is, without its entries; a tail that is fed knows it better."""
-        if self.fed:
+        if self.fed or (last <= self._ring.last and (self.ended or not ended)):
             return
         if last > self._ring.last:
             self._tails.size -= self._ring.size

@@ -16,7 +16,7 @@ from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
 from penstock.log.redis.client import Requests, call
-from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of
+from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of, touch
 from penstock.log.redis.replies import LOST, appended_of, checked, page_of
 from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
@@ -313,4 +313,4 @@ class RedisLog:
         Raises:
             LogUnavailable: it cannot, or does not.
         """
-        await self._client.ask("PERSIST", self._keys.live)  # a write that changes nothing
+        await self._client.ask(*touch(self._keys))

@@ -100,6 +100,11 @@ def ms(seconds: float) -> int:
     return max(1, min(round(seconds * 1000), 2**53))
 
 
+def touch(keys: Keys) -> tuple[str, str]:
+    """A write that changes nothing: whether Redis takes any."""
+    return "PERSIST", keys.live
+
+
 def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> list[str]:
     """The fields and values of a new record, apart from those that a script adds."""
     fields = {

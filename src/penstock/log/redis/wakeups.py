@@ -24,6 +24,7 @@ from penstock.errors import LogUnavailable
 from penstock.groups import raise_bare
 from penstock.log import News
 from penstock.log.redis.client import ANSWER_TIMEOUT
+from penstock.log.redis.records import touch
 from penstock.log.retries import SHORTEST_PAUSE, patiently
 from penstock.observer import logger
 
@@ -222,9 +223,9 @@ async def open_wakeups(client: Client, keys: Keys, owner: str) -> AsyncIterator[
     """The wake-ups of the supervisor named `owner`, for as long as the block lasts.
 
     Raises:
-        LogUnavailable: Redis cannot be reached to begin with.
+        LogUnavailable: Redis cannot be reached to begin with, or takes no writes.
     """
-    await client.ask("PING")
+    await client.ask(*touch(keys))
     wakeups = RedisWakeups(client, keys, owner)
     try:
         async with trio.open_nursery() as nursery:
