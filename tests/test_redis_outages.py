@@ -132,7 +132,7 @@ async def test_a_run_of_which_an_emptied_server_cannot_be_given_all_again_ends_a
             for reader in following[at : at + 2]:
                 assert exactly_once(reader) > 200
                 assert gists(reader.entries)[-2:] == ["error LOG_DIVERGED", "[DONE]"]
-        assert long.saw == "log diverged"
+        assert long.saw in {"log diverged", None}  # None: its own sleep was over in the same instant
         counted(await same_everywhere(server, runs[1].id, following[2:4]), short)
         with pytest.raises(CursorExpired) as too_late:
             await read(other, runs[0].id)

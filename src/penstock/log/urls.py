@@ -37,10 +37,10 @@ async def open_log(
     Raises:
         ConfigurationError: there is no log of that kind, or a limit is not above 0.
     """
-    scheme = str(url).partition("://")[0]
+    scheme, separator, _ = str(url).partition("://")
     if url == "memory://":
         yield MemoryLog(ttl=ttl, max_entries=max_entries)
-    elif scheme in {"redis", "rediss", "unix"}:
+    elif separator and scheme in {"redis", "rediss", "unix"}:
         async with open_client(url) as client:
             yield RedisLog(client, ttl=ttl, max_entries=max_entries, prefix=prefix)
     else:
