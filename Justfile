@@ -29,6 +29,10 @@ demo *ARGS: (setup "demo")
 test *ARGS: (setup "test")
     {{bin}}/python -m pytest -n 2 {{ARGS}}
 
+# four servers on one Redis, one of them killed every few seconds, for a minute; what 400 readers saw
+chaos *ARGS: (setup "test")
+    {{bin}}/python -m tests.chaos {{ARGS}}
+
 # linters and types
 check: (setup "check")
     {{bin}}/ruff check .
