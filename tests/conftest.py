@@ -12,7 +12,8 @@ import trio
 from trio.testing import MockClock
 
 from penstock.log.urls import open_log
-from tests.redis_servers import let_pass, redis_servers, shared_server
+from tests.proxy import Proxy, proxy
+from tests.redis_servers import Endpoint, let_pass, redis_servers, shared_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -77,3 +78,18 @@ def elapse(kind: Kind) -> Elapse:
 async def log(kind: Kind, clock: Clock | None) -> AsyncIterator[EventLog]:
     async with kind.open() as log:
         yield log
+
+
+@pytest.fixture
+def server() -> Endpoint:
+    """The Redis that all tests of this process share, emptied."""
+    server = shared_server()
+    server.flushall()
+    return server
+
+
+@pytest.fixture
+async def between(server: Endpoint) -> AsyncIterator[Proxy]:
+    """What stands between a client and that Redis, and can lose, hold up and cut what goes over it."""
+    async with proxy(server.port) as between:
+        yield between

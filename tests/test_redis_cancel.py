@@ -9,7 +9,6 @@ import trio
 
 from penstock.errors import RunCancelled, RunNotFound
 from penstock.log import CancelStatus
-from tests.proxy import Proxy, proxy
 from tests.redis_runs import (
     Ticks,
     last_seq,
@@ -21,7 +20,6 @@ from tests.redis_runs import (
     until,
     whole,
 )
-from tests.redis_servers import Endpoint, shared_server
 from tests.supervising import FIRST, Notes, Witness, gists, readers
 
 if TYPE_CHECKING:
@@ -29,23 +27,12 @@ if TYPE_CHECKING:
 
     from penstock.sse import Event
     from penstock.supervisor import Supervisor
+    from tests.proxy import Proxy
+    from tests.redis_servers import Endpoint
 
 CANCELLED = ["first", "cancelled", "[DONE]"]
 NEVER = 30.0
 """A `cancel_check_interval` that no test waits for."""
-
-
-@pytest.fixture
-def server() -> Endpoint:
-    server = shared_server()
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def between(server: Endpoint) -> AsyncIterator[Proxy]:
-    async with proxy(server.port) as between:
-        yield between
 
 
 async def test_a_cancel_through_another_supervisor_stops_a_silent_run_at_once(server: Endpoint) -> None:

@@ -29,11 +29,12 @@ from penstock.log.redis.log import REQUESTS_AT_ONCE
 from penstock.log.urls import open_log
 from penstock.runs import RunStatus
 from tests.logs import LEASE, batch, record, seqs
-from tests.proxy import Proxy, proxy
-from tests.redis_servers import Endpoint, _free_port, redis_server, redis_servers, shared_server
+from tests.redis_servers import Endpoint, _free_port, redis_server, redis_servers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.proxy import Proxy
 
 GUARD = 10
 SHORT = 0.3
@@ -43,19 +44,6 @@ DUE = call(scripts.DUE, ["live"], 10)
 VERSIONS = list(redis_servers())
 
 ENLIST = call(scripts.ENLIST, ["live"], 60_000, "NX", "r")
-
-
-@pytest.fixture
-def server() -> Endpoint:
-    server = shared_server()
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def between(server: Endpoint) -> AsyncIterator[Proxy]:
-    async with proxy(server.port) as between:
-        yield between
 
 
 @pytest.fixture

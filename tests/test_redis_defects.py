@@ -29,7 +29,7 @@ from tests.redis_runs import (
     until_it_is,
     whole,
 )
-from tests.redis_servers import Endpoint, let_pass, redis_server, shared_server
+from tests.redis_servers import Endpoint, let_pass, redis_server
 from tests.serving import serving
 from tests.supervising import FIRST, Notes, Reader, Witness, count, gists, read, readers
 from tests.wire import Block
@@ -38,19 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 LOST = ["first", "error RUN_LOST", "[DONE]"]
-
-
-@pytest.fixture
-def server() -> Endpoint:
-    server = shared_server()
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def between(server: Endpoint) -> AsyncIterator[Proxy]:
-    async with proxy(server.port) as between:
-        yield between
 
 
 async def test_d15_after_its_readers_have_left_a_run_elsewhere_costs_no_command(

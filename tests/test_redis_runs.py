@@ -15,7 +15,6 @@ from penstock.log.redis import scripts
 from penstock.log.tail import Tail
 from penstock.log.urls import open_log
 from penstock.runs import Ending, RunStatus
-from tests.proxy import Proxy, Reply, proxy
 from tests.redis_runs import (
     Ticks,
     all_may_reap,
@@ -31,7 +30,6 @@ from tests.redis_runs import (
     until,
     until_it_is,
 )
-from tests.redis_servers import Endpoint, shared_server
 from tests.serving import family
 from tests.supervising import Notes, Reader, Witness, gists, readers
 
@@ -39,21 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from penstock.supervisor import Supervisor
+    from tests.proxy import Proxy, Reply
+    from tests.redis_servers import Endpoint
 
 LOST = ["first", "error RUN_LOST", "[DONE]"]
-
-
-@pytest.fixture
-def server() -> Endpoint:
-    server = shared_server()
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def between(server: Endpoint) -> AsyncIterator[Proxy]:
-    async with proxy(server.port) as between:
-        yield between
 
 
 # Replies that are lost

@@ -19,13 +19,13 @@ from penstock.log.redis.records import Keys
 from penstock.log.redis.wakeups import CHANNELS_PER_COMMAND, RedisWakeups
 from penstock.log.urls import open_log
 from tests.logs import COMPLETED, LEASE, batch, record
-from tests.proxy import Proxy, proxy
-from tests.redis_servers import Endpoint, redis_server, shared_server
+from tests.redis_servers import Endpoint, redis_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from penstock.log import EventLog
+    from tests.proxy import Proxy
 
 GUARD = 15
 PING = 0.3
@@ -33,19 +33,6 @@ PING = 0.3
 KEYS = Keys()
 LONG = 3600.0
 """Where nothing is to be healed by a ping or a look-up."""
-
-
-@pytest.fixture
-def server() -> Endpoint:
-    server = shared_server()
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def between(server: Endpoint) -> AsyncIterator[Proxy]:
-    async with proxy(server.port) as between:
-        yield between
 
 
 @pytest.fixture
