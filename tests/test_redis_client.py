@@ -55,6 +55,7 @@ async def client(between: Proxy) -> AsyncIterator[Client]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", SHORT)
+    monkeypatch.setattr("penstock.log.redis.requests.ANSWER_TIMEOUT", SHORT)
 
 
 @pytest.fixture

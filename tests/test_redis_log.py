@@ -707,7 +707,9 @@ async def test_a_read_only_replica_says_which_server_is_wanted(version: str) -> 
         async with open_log(primary.url) as there:
             for run_id in ("r", "other"):
                 await there.start(record(run_id), LEASE)
-            await primary.command("WAIT", 1, 5_000)
+            with trio.fail_after(10):
+                while await replica.command("DBSIZE") != await primary.command("DBSIZE"):
+                    await trio.lowlevel.checkpoint()
         writes: list[Callable[[], Awaitable[Any]]] = [
             lambda: log.start(record("new"), LEASE),
             lambda: log.start(record("new"), LEASE, KEY),

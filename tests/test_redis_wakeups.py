@@ -63,6 +63,7 @@ def _soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.3)
+    monkeypatch.setattr("penstock.log.redis.requests.ANSWER_TIMEOUT", 0.3)
     monkeypatch.setattr("penstock.log.redis.wakeups.ANSWER_TIMEOUT", 0.3)
 
 

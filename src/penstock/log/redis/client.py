@@ -25,8 +25,9 @@ from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from penstock.errors import ConfigurationError, LogFull, LogUnavailable
+from penstock.errors import ConfigurationError, LogUnavailable
 from penstock.groups import raise_unchanged
+from penstock.log.redis.refusals import judged, unavailable
 from penstock.log.redis.scripts import BY_DIGEST, Script
 
 if TYPE_CHECKING:
@@ -56,25 +57,6 @@ _CLOSING: Final = 1.0
 """How many seconds closing a connection may take."""
 _SCRIPT_TRIES: Final = 3
 """How often a script is sent to a server that keeps forgetting it."""
-
-_NO_WORD_GIVEN: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
-_ADVICE: Final = {
-    "READONLY": "it is a read-only replica; name its primary in the URL",
-    "WRONGPASS": "it refuses the user or the password in the URL",
-    "NOAUTH": _NO_WORD_GIVEN,
-    "Authentication required": _NO_WORD_GIVEN,
-    "unauthenticated": _NO_WORD_GIVEN,
-    "NOPERM": "the user in the URL may not do this",
-    "LOADING": "it is loading its data",
-    "MASTERDOWN": "it is a replica that has lost its primary",
-    "NOREPLICAS": "it has fewer replicas than it wants before it takes a write",
-    "MISCONF": "it cannot save its data, and takes no writes",
-    "BUSY": "it is busy with a script of somebody else's",
-    "CLUSTERDOWN": "its cluster is down",
-    "MOVED": "it is a node of a cluster, and not the one for this key",
-    "unknown command": "it does not know a command; penstock needs Redis 6.2 or later",
-}
-"""What is wrong with a server that answers so, whatever it is asked."""
 
 
 def call(script: Script, keys: Sequence[str], *args: Any) -> Command:
@@ -136,22 +118,24 @@ class Client:
             again = await self._send(loads + [commands[n] for n in forgotten])
             for reply in again[: len(loads)]:
                 if isinstance(reply, exceptions.ResponseError):
-                    raise self._unavailable(reply)
+                    raise unavailable(reply, self.address)
             for n, reply in zip(forgotten, again[len(loads) :], strict=True):
                 replies[n] = reply
-        return [self._judged(reply) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies]
+        return [
+            judged(reply, self.address) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies
+        ]
 
     async def _send(self, commands: list[Command]) -> list[Any]:
         async def round_trip() -> list[Any]:
             if len(commands) == 1:
                 try:
-                    return [await self._client.execute_command(*commands[0])]  # type: ignore[no-untyped-call]
+                    return [await _whole(self._client.execute_command, *commands[0])]
                 except exceptions.ResponseError as error:
                     return [error]
             async with self._client.pipeline(transaction=False) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
-                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+                replies: list[Any] = await _whole(pipeline.execute, raise_on_error=False)
                 return replies
 
         async def twice() -> list[Any]:
@@ -177,25 +161,7 @@ class Client:
         except asyncio.CancelledError:  # asyncio's own: a cancellation from here is Trio's
             raise LogUnavailable(f"the connection to Redis at {self.address} was closed") from None  # noqa: ASYNC104
         except (exceptions.RedisError, OSError) as error:
-            raise self._unavailable(error) from error
-
-    def _judged(self, error: exceptions.ResponseError) -> Exception:
-        """What a refusal means: the command's own affair (returned), or the server's (raised)."""
-        words = _words(error)
-        if "OOM" in words:
-            return LogFull(f"Redis at {self.address} is full: its maxmemory is reached, and it may evict nothing")
-        if any(sign in words for sign in _ADVICE):
-            raise self._unavailable(error)
-        return error
-
-    def _unavailable(self, error: Exception) -> LogUnavailable:
-        words = _words(error)
-        advice = next((advice for sign, advice in _ADVICE.items() if sign in words), None)
-        if advice is None and isinstance(error, exceptions.AuthenticationError):
-            advice = _ADVICE["WRONGPASS"]
-        if advice is not None:
-            return LogUnavailable(f"Redis at {self.address} cannot serve: {advice}")
-        return LogUnavailable(f"cannot reach Redis at {self.address}: {words}")
+            raise unavailable(error, self.address) from error
 
     @asynccontextmanager
     async def subscription(self) -> AsyncIterator[Subscription]:
@@ -223,7 +189,7 @@ class _OneConnection(PubSub):
         return await super().parse_response(block, timeout)
 
     async def _execute(self, conn: Any, command: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        return await command(*args, **kwargs)
+        return await _whole(command, *args, **kwargs)
 
     def _check_connection(self) -> None:
         if self.connection is None or not self.connection.is_connected:
@@ -262,63 +228,23 @@ class Subscription:
         await self._client.run(listen(), deadline=float("inf"))
 
 
-def _words(error: Exception) -> str:
-    """What Redis says, with the sign of what it means: in front, or, on 6.2 and from a script, somewhere inside."""
-    words = f"{getattr(error, 'status_code', None) or ''} {error}".strip().rstrip(".")
-    return words or type(error).__name__
+async def _whole(function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+    """Call what may write to a connection that has just been lost.
+
+    asyncio's transport (Python 3.12 and 3.13) then looks for the loop that it has let go: no error of ours, but of the
+    connection.
+    """
+    try:
+        return await function(*args, **kwargs)
+    except AttributeError as error:
+        if "_add_writer" not in str(error):
+            raise
+        raise exceptions.ConnectionError("the connection is gone") from error
 
 
 async def _called(function: Callable[..., Awaitable[Any]], *args: Any) -> None:
     """Call it on the loop, and not before: what is cancelled on the way there leaves nothing that was not awaited."""
     await function(*args)
-
-
-class Requests:
-    """Commands for readers and callers, of whom there may be thousands: they take turns on a few connections.
-
-    Args:
-        client: the way to Redis.
-        at_once: the most that are under way.
-    """
-
-    def __init__(self, client: Client, at_once: int) -> None:
-        self._client = client
-        self._turns = trio.CapacityLimiter(at_once)
-
-    async def execute(self, commands: Sequence[Command]) -> list[Any]:
-        """`Client.execute`, when it is this request's turn.
-
-        Raises:
-            LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
-        """
-        async with self.turn() as client:
-            return await client.execute(commands)
-
-    async def ask(self, *command: Any) -> Any:
-        """`Client.ask`, when it is this request's turn.
-
-        Raises:
-            LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
-        """
-        async with self.turn() as client:
-            return await client.ask(*command)
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Client]:
-        """The client, for as long as it is this request's turn.
-
-        Raises:
-            LogUnavailable: its turn does not come within `ANSWER_TIMEOUT`.
-        """
-        with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
-            await self._turns.acquire()
-        if waiting.cancelled_caught:
-            words = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
-            raise LogUnavailable(f"Redis at {self._client.address} {words}")
-        try:
-            yield self._client
-        finally:
-            self._turns.release()
 
 
 @asynccontextmanager

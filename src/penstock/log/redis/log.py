@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
-from penstock.log.redis.client import Requests, call
+from penstock.log.redis.client import call
 from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of, touch
 from penstock.log.redis.replies import LOST, appended_of, checked, page_of
+from penstock.log.redis.requests import Requests
 from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from penstock.log import Appended, Idempotency, Lease
-    from penstock.log.redis.client import Client, Command, Requests
+    from penstock.log.redis.client import Client, Command
     from penstock.log.redis.records import Keys
+    from penstock.log.redis.requests import Requests
     from penstock.runs import Run
 
 LISTED_RUNS: Final = 10_000

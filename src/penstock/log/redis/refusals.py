@@ -1,0 +1,59 @@
+"""What Redis refuses, and what that means: the one command's affair, or the server's. Pure functions."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from redis import exceptions
+
+from penstock.errors import LogFull, LogUnavailable
+
+_NO_WORD_GIVEN: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
+ADVICE: Final = {
+    "READONLY": "it is a read-only replica; name its primary in the URL",
+    "WRONGPASS": "it refuses the user or the password in the URL",
+    "NOAUTH": _NO_WORD_GIVEN,
+    "Authentication required": _NO_WORD_GIVEN,
+    "unauthenticated": _NO_WORD_GIVEN,
+    "NOPERM": "the user in the URL may not do this",
+    "LOADING": "it is loading its data",
+    "MASTERDOWN": "it is a replica that has lost its primary",
+    "NOREPLICAS": "it has fewer replicas than it wants before it takes a write",
+    "MISCONF": "it cannot save its data, and takes no writes",
+    "BUSY": "it is busy with a script of somebody else's",
+    "CLUSTERDOWN": "its cluster is down",
+    "MOVED": "it is a node of a cluster, and not the one for this key",
+    "unknown command": "it does not know a command; penstock needs Redis 6.2 or later",
+}
+"""What is wrong with a server that answers so, whatever it is asked."""
+
+
+def judged(error: exceptions.ResponseError, address: str) -> Exception:
+    """The reply to a command that was refused: `LogFull`, or the refusal as it came.
+
+    Raises:
+        LogUnavailable: the server would have refused any command.
+    """
+    words = words_of(error)
+    if "OOM" in words:
+        return LogFull(f"Redis at {address} is full: its maxmemory is reached, and it may evict nothing")
+    if any(sign in words for sign in ADVICE):
+        raise unavailable(error, address)
+    return error
+
+
+def unavailable(error: Exception, address: str) -> LogUnavailable:
+    """What is wrong with the server at `address`, and what to do."""
+    words = words_of(error)
+    advice = next((advice for sign, advice in ADVICE.items() if sign in words), None)
+    if advice is None and isinstance(error, exceptions.AuthenticationError):
+        advice = ADVICE["WRONGPASS"]
+    if advice is not None:
+        return LogUnavailable(f"Redis at {address} cannot serve: {advice}")
+    return LogUnavailable(f"cannot reach Redis at {address}: {words}")
+
+
+def words_of(error: Exception) -> str:
+    """What Redis says, with the sign of what it means: in front, or, on 6.2 and from a script, somewhere inside."""
+    words = f"{getattr(error, 'status_code', None) or ''} {error}".strip().rstrip(".")
+    return words or type(error).__name__
