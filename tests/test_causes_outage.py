@@ -14,6 +14,7 @@ from penstock.log.memory import MemoryLog
 from penstock.log.retries import LONGEST_PAUSE
 from penstock.sse import Event
 from penstock.supervisor import Supervisor, open_supervisor
+from penstock.watch import REAP_INTERVAL
 from tests.committing import forget
 from tests.supervising import (
     FIRST,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 LEASE = 6.0
 LIMIT = 4.0
 LOST = ["first", "error RUN_LOST", "[DONE]"]
-TOO_LATE = LIMIT + 1.0
+TOO_LATE = LIMIT + 2.0
 """When an outage has surely been noticed, in seconds after it began."""
 
 
@@ -418,7 +419,7 @@ async def test_an_outage_that_ends_in_the_instant_in_which_it_would_be_noticed_l
             go_away(works.view)
             await trio.sleep(0.7)
             assert works.owner._services._watch._reached <= reached + 0.5
-            due = works.owner._services._watch._reached + LIMIT
+            due = works.owner._services._watch._reached + REAP_INTERVAL + LIMIT
             await trio.sleep(due - trio.current_time() - early)
             come_back(works.view)
             await trio.sleep(3 * LEASE)

@@ -839,7 +839,7 @@ async def test_while_the_server_is_away_waiting_waits_and_subscribing_gives_up_i
             began = trio.current_time()
             with pytest.raises(LogUnavailable, match=f"Redis at 127.0.0.1:{between.port} has not confirmed"):
                 await wakeups.subscribe("s")
-            assert 0.3 <= trio.current_time() - began < 2
+            assert trio.current_time() - began < 2
         with trio.move_on_after(0.1) as waiting:
             await wakeups.wait()
         assert waiting.cancelled_caught

@@ -59,7 +59,7 @@ class Office:
     dialect: Dialect
     observer: Observer
     changed: Callable[[Execution], None]
-    """Called when an execution has settled, been given up, or left."""
+    """Called when it is decided how an execution ends, and when it has settled, been given up, or left."""
 
 
 class Execution:
@@ -294,6 +294,7 @@ class Execution:
             tell(self._office.observer.on_error, facts.error, error_id=error_id, where=f"run {self.run.id}")
         if not self.settled.is_set():
             self._office.committer.close(self.outbox, blocks, self._ending)
+            self._office.changed(self)
 
     def _expect_to_leave(self) -> None:
         """From now on the producer has `cancel_grace` to be gone; what comes later does not prolong that."""

@@ -71,7 +71,7 @@ class Follower:
             page = await self._fetcher.log.read(self.run_id, self.cursor)
             if tail.released is not None and not page.run.status.terminal:
                 raise tail.released
-            tail.advance(page.run.seq, ended=page.run.status.terminal)
+            self._fetcher.learn(tail, page.run)
             if self._last is not None:
                 self.cursor = max(self.cursor, page.run.seq - self._last, page.oldest_seq - 1)
             elif self.cursor < page.oldest_seq - 1:

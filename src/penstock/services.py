@@ -50,6 +50,12 @@ class Services:
         """The supervisor's name in the log."""
         self.failure: BaseException | None = None
         """What a service died of, if one did."""
+        self.draining = False
+        """Runs are given their last time."""
+        self.drained = False
+        """... and have had it."""
+        self.unstored = 0
+        """The runs whose ending could not be stored since `draining`."""
         self.interrupted = False
         """Every run has been cancelled, as a shutdown does, and those to come will be."""
         self.live: dict[str, Execution] = {}
@@ -135,19 +141,42 @@ class Services:
             self.fetcher.readmit(away)
             return
         self._warn(f"{away}: its runs are given up, and readers sent away")
-        self.fetcher.release(away, everyone=True)
+        self.fetcher.release(away, everyone=True, for_now=True)
         for execution in list(self.live.values()):
+            self.unstored += self.draining and not execution.settled.is_set()
             execution.cut_off()
+
+    async def drain(self, timeout: float) -> None:
+        """Let the runs end within `timeout` seconds, or until somebody interrupts them; then do that."""
+        self.draining = True
+        if self.drained:
+            return
+        self.fetcher.release(ReaderReleased("the server is shutting down; come back with the cursor"))
+        with trio.move_on_after(timeout):
+            await self._until(lambda: self.interrupted or not self.unsettled)
+        self.interrupt()
+        with trio.move_on_after(self._settings.cancel_grace):
+            await self._until(lambda: all(each.concluded or each.settled.is_set() for each in self.live.values()))
+        with trio.move_on_after(self._settings.finalize_timeout):
+            await self.all_settled()
+        self.drained = True
+        if self.unsettled:
+            away = "the server is shutting down, and the event log is out of reach; come back with the cursor"
+            self.fetcher.release(ReaderReleased(away), everyone=True)
 
     def interrupt(self) -> None:
         """Cancel every run of this process, as a shutdown does, and those whose start is under way."""
         self.interrupted = True
+        self._changed.unpark_all()
         for execution in list(self.live.values()):
             execution.stop(Cause.SHUTDOWN)
 
     async def all_settled(self) -> None:
         """Wait until the ending of every run is stored. A checkpoint, unless there is nothing to wait for."""
-        while self.unsettled:
+        await self._until(lambda: not self.unsettled)
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
             await self._changed.park()
 
     @property
@@ -193,11 +222,14 @@ class Services:
 
         A run that is written by hand may still be there, since its body is somebody else's task: it has its grace.
         """
-        timeout = self._settings.finalize_timeout
-        if not all(execution.concluded for execution in self.live.values()):
-            timeout += self._settings.cancel_grace
+        timeout = 0.0
+        if not self.drained:  # or they have had it
+            timeout = self._settings.finalize_timeout
+            if not all(execution.concluded for execution in self.live.values()):
+                timeout += self._settings.cancel_grace
         with trio.move_on_after(timeout, shield=True):
             await self.all_settled()
+        self.unstored += sum(not execution.settled.is_set() for execution in self.live.values())
         for execution in self.live.values():
             self.committer.drop(execution.outbox)  # who waits for a flush waits no more
         self.fetcher.release(ReaderReleased("the supervisor has ended; come back with the cursor"), everyone=True)

@@ -27,7 +27,6 @@ import trio
 from penstock.errors import (
     ConfigurationError,
     Draining,
-    ReaderReleased,
     RunExists,
     RunNotFound,
     SupervisorFailed,
@@ -51,10 +50,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StuckRun:
-    """A run that has ended although its producer has not let go, and where that stands."""
+    """A run that has ended although its producer has not let go, where that stands, and whether its end is stored."""
 
     run_id: str
     stack: str
+    stored: bool = True
 
 
 class Supervisor:
@@ -227,7 +227,7 @@ class Supervisor:
         """
         async with self._services.fetcher.reading(run_id) as tail:
             run = await self.log.get(run_id)
-            tail.advance(run.seq, ended=run.status.terminal)
+            self._services.fetcher.learn(tail, run)
             while not run.status.terminal:
                 if tail.ended:
                     run = (await self._services.fetcher.read(tail, tail.last)).run
@@ -259,21 +259,17 @@ class Supervisor:
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  (it interrupts runs, not this call)
         """Start no more runs, and let those of this process end: by themselves at first, then interrupted.
 
-        Returns when every run is settled, and at the latest `cancel_grace` + `finalize_timeout` after the interruption.
-        Readers of runs that live elsewhere are released at once; readers of runs of this process stay to the end. A
-        checkpoint; cancelled, it leaves the supervisor draining.
+        Returns when every run is settled, and at the latest `cancel_grace` + `finalize_timeout` after the interruption;
+        a second time it returns at once. Readers of runs that live elsewhere are released at once; readers of runs of
+        this process stay to the end, or until it is clear that the log does not take it. A checkpoint; cancelled, it
+        leaves the supervisor draining.
 
         Args:
             timeout: how long runs may go on, in seconds; by default `drain_timeout`.
         """
         check_duration("timeout", timeout, zero=True)
         self.draining = True
-        self._services.fetcher.release(ReaderReleased("the server is shutting down; come back with the cursor"))
-        with trio.move_on_after(self.settings.drain_timeout if timeout is None else timeout):
-            await self._services.all_settled()
-        self.interrupt()
-        with trio.move_on_after(self.settings.cancel_grace + self.settings.finalize_timeout):
-            await self._services.all_settled()
+        await self._services.drain(self.settings.drain_timeout if timeout is None else timeout)
 
     def interrupt(self) -> None:
         """Cancel every run of this process now, as a shutdown does. Synchronous."""
@@ -287,12 +283,17 @@ class Supervisor:
 
     @property
     def stuck(self) -> Sequence[StuckRun]:
-        """The runs that have ended although their producers have not let go."""
+        """The runs that have ended, as far as this process is concerned, although their producers have not let go."""
         return [
-            StuckRun(execution.run.id, execution.stack())
+            StuckRun(execution.run.id, execution.stack(), execution.settled.is_set() and not execution.given_up)
             for execution in self._services.live.values()
-            if execution.settled.is_set() and not execution.left
+            if (execution.settled.is_set() or execution.concluded) and not execution.left
         ]
+
+    @property
+    def unstored(self) -> int:
+        """The runs whose last entries could not be stored since `drain` began: their leases end them, as lost."""
+        return self._services.unstored
 
     async def check(self) -> None:
         """Return if runs can be started. A checkpoint.
@@ -334,7 +335,8 @@ class Supervisor:
         run = Run(
             new_run_id() if run_id is None else check_run_id(run_id), name, created_at=time.time(), metadata=metadata
         )
-        if run.id in self._services.live:  # the log may have dropped it; its producer is still here
+        # The log may have dropped the run whose producer is still here. Under an idempotency key the run is an answer.
+        if idempotency is None and run.id in self._services.live:
             raise RunExists(self._services.live[run.id].run)
         lease = self._services.lease()
         with self._services.starting() as admit:

@@ -69,7 +69,7 @@ class Watch:
         self._cancel_came = trio.Event()
         self._renew_now = trio.Event()
         self._reached = trio.current_time()
-        """When the log was last reached."""
+        """When the log was last reached, and took a write."""
 
     def wake(self) -> None:
         """A cancel request has come in: look now."""
@@ -88,7 +88,6 @@ class Watch:
                 await self._cancel_came.wait()
             self._cancel_came = trio.Event()
             requests = await patiently(look, what="look for cancel requests", on_warning=self._warn)
-            self._reached = trio.current_time()
             for run_id, reason in requests.items():
                 self._deliver(run_id, reason)
 
@@ -141,8 +140,9 @@ class Watch:
         """Tell when the log has been out of reach for `outage_limit`, and when it is back after that."""
         limit = self._office.settings.outage_limit
         while True:
-            await trio.sleep_until(self._reached + limit)
-            if trio.current_time() < self._reached + limit:
+            # An outage that begins now is noticed at the next look.
+            await trio.sleep_until(self._reached + REAP_INTERVAL + limit)
+            if trio.current_time() < self._reached + REAP_INTERVAL + limit:
                 continue
             try:
                 await self._log.check()  # it may have been this process that stood still

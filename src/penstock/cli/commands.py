@@ -37,7 +37,7 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_CODES: Final = """\b
 Exit codes:
   0  a clean shutdown           2  a wrong argument
-  1  a part of the server died, or the log could not be reached to begin with
+  1  a part of the server died, or the log could not be reached, to begin with or in the end
   3  a producer would not let go
 """
 

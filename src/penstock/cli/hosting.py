@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 import trio
 
-from penstock.errors import ConfigurationError, LogUnavailable, SupervisorFailed, single_error
+from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.groups import raise_bare
 from penstock.http.app import MAX_BODY_BYTES, create_app
 from penstock.http.server import ABANDON_AFTER, new_config, serve
@@ -151,11 +151,15 @@ def host(
         ConfigurationError: a knob has a value that it cannot have, or there is no such log.
         KeyboardInterrupt: Ctrl-C, before signals were the server's.
     """
+    unstored = 0
     try:
-        trio.run(partial(_host, hosted, sockets, log_to_stderr(log_level), ready))
+        unstored = trio.run(partial(_host, hosted, sockets, log_to_stderr(log_level), ready))
     except LogUnavailable as error:
         say(f"{error}; not started")
         return SERVICE_DIED
+    except Draining:
+        say("stopped before it was ready")
+        sys.exit(0)
     except SupervisorFailed:
         say("a service of the supervisor died (its traceback is above); readers were told to come back")
         return SERVICE_DIED
@@ -166,6 +170,12 @@ def host(
     finally:
         for sock in sockets:
             sock.close()
+    if unstored:
+        runs = "1 run" if unstored == 1 else f"{unstored} runs"
+        say(
+            f"stopped; {runs} could not be given a last entry: the event log is out of reach, and their leases end them"
+        )
+        return SERVICE_DIED
     return 0
 
 
@@ -174,7 +184,8 @@ async def _host(
     sockets: Sequence[socket.socket],
     logger: logging.Logger,
     ready: Callable[[Service, Sequence[str], trio.Event], Awaitable[None]],
-) -> None:
+) -> int:
+    """Serve; the number of runs whose last entries could not be stored."""
     async with open_log(hosted.log_url, **hosted.limits) as log:
         app = create_app(
             hosted.producers,
@@ -200,15 +211,20 @@ async def _host(
                 await ready(app.state.penstock, urls, down)
         except BaseExceptionGroup as group:
             raise_bare(group, trio.Cancelled)
+        service: Service = app.state.penstock
+        return service.supervisor.unstored if service.running else 0
 
 
 def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:
     """End the process without the tasks that hold it up."""
     for run in stuck:
         say(f"the producer of run {run.run_id} has not let go, and stands here:\n{run.stack.rstrip()}")
+    several = "s" if len(stuck) > 1 else ""
+    lost = sum(not run.stored for run in stuck)
+    stored = f"{lost} of their runs have no last entries" if lost else "all runs have their last entries"
     say(
-        f"{len(stuck)} producer{'s' if len(stuck) > 1 else ''} would not let go within {ABANDON_AFTER:g} s; "
-        f"all runs have their last entries, and the process ends with code {STUCK}"
+        f"{len(stuck)} producer{several} would not let go within {ABANDON_AFTER:g} s; {stored}, and the process ends "
+        f"with code {STUCK}"
     )
     sys.stdout.flush()
     sys.stderr.flush()

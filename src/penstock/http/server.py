@@ -22,7 +22,7 @@ import hypercorn.trio
 import trio
 from hypercorn.config import Config
 
-from penstock.errors import ConfigurationError, SupervisorFailed, single_error
+from penstock.errors import ConfigurationError, Draining, SupervisorFailed, single_error
 from penstock.groups import raise_unchanged
 from penstock.http.app import Service
 
@@ -76,6 +76,7 @@ async def serve(
     Raises:
         ConfigurationError: the application or the configuration cannot be served, or the event log's URL be opened.
         LogUnavailable: the event log cannot be reached to begin with.
+        Draining: it was shut down before it had started, and `task_status` waits for that.
         OSError: the address cannot be bound.
         SupervisorFailed: a service of the supervisor died.
     """
@@ -86,6 +87,7 @@ async def serve(
     if config.read_timeout is not None:
         raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
     down = trio.Event()
+    urls: list[str] | None = None
     framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
 
     async def accept(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  (Hypercorn passes it on)
@@ -101,6 +103,8 @@ async def serve(
                     task_status.started(urls)
     except BaseExceptionGroup as group:  # of Hypercorn's nurseries and this one: the caller should see what went wrong
         raise_unchanged(service.startup_error or single_error(group))
+    if urls is None and task_status is not trio.TASK_STATUS_IGNORED:  # somebody waits to hear that it has started
+        raise Draining("shut down before it had started")
     if service.failed.is_set():
         raise SupervisorFailed("a service of the supervisor died")
 
@@ -179,8 +183,9 @@ async def _drain(service: Service) -> None:
 
 
 async def _abandon(supervisor: Supervisor, abandon: Callable[[Sequence[StuckRun]], None]) -> None:
-    """Give producers that hold on to their tasks a last chance, then give them up."""
-    if supervisor.stuck:
+    """Give producers that hold on to their tasks a last chance, then give them up; until the server has ended."""
+    while True:
+        known = {run.run_id for run in supervisor.stuck}
         await trio.sleep(ABANDON_AFTER)
-        if stuck := supervisor.stuck:
+        if stuck := [run for run in supervisor.stuck if run.run_id in known]:
             abandon(stuck)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from penstock.errors import PenstockError
     from penstock.log import EventLog, Page, Wakeups
     from penstock.log.tail import Tail, Tails
+    from penstock.runs import Run
 
 MISSING_GRACE: Final = 10.0
 """For how many seconds a run that has readers may be missing: a log that has lost it is given it again by its owner."""
@@ -92,12 +93,27 @@ class Fetcher:
         if self._tails.give_back(tail) and self._tails.get(tail.run_id) is None:
             self._wakeups.unsubscribe(tail.run_id)
 
-    def release(self, error: PenstockError, *, everyone: bool = False) -> None:
-        """Send away the readers of runs that live elsewhere, or of all, and those to come; ended runs are read on."""
-        self._released = self._released or error
+    def release(self, error: PenstockError, *, everyone: bool = False, for_now: bool = False) -> None:
+        """Send away the readers of runs that live elsewhere, or of all, and those to come; ended runs are read on.
+
+        Args:
+            error: what they are told.
+            everyone: the readers of this process's own runs as well.
+            for_now: until `readmit`, unless readers are sent away for good already.
+        """
+        if not for_now or self._released is None:
+            self._released = error
         for tail in self._tails.all():
             if everyone or not tail.fed:
                 tail.release(error)
+
+    def learn(self, tail: Tail, run: Run) -> None:
+        """A reader has come, and has seen how far its run is; those that are there are not to read on by themselves."""
+        if not tail.last or tail.last >= run.seq:
+            tail.advance(run.seq, ended=run.status.terminal)
+        elif not tail.fed:
+            self._moved[tail.run_id] = max(run.seq, self._moved.get(tail.run_id, 0))
+            self._news.set()
 
     def readmit(self, error: PenstockError) -> None:
         """Readers may come again, if it was `error` that released them."""
@@ -184,7 +200,9 @@ class Fetcher:
                 continue
             if page is None:
                 if trio.current_time() - missing_since >= MISSING_GRACE:
-                    tail.release(RunNotFound(run_id))
+                    gone = RunNotFound(run_id)
+                    tail.release(gone)
+                    self._tails.retire(gone)  # who stays all the same keeps nobody from a run that comes back
                 else:
                     self._missing[run_id] = missing_since
                     still[run_id] = tail.last

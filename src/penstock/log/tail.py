@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from penstock.errors import RunNotFound
 from penstock.log.ring import Ring
 
 if TYPE_CHECKING:
@@ -155,10 +156,11 @@ class Tails:
         Args:
             run_id: the run.
             new: it has just been started. A tail that knows more is that of an older run, which has expired and whose
-                id is used again; it stays with those who have it.
+                id is used again; its readers are sent away.
         """
         tail = self._tails.get(run_id)
         if tail is not None and new and (tail.last or tail.ended or tail.released is not None):
+            tail.release(RunNotFound(run_id))  # nobody feeds it any more
             tail = None
         if tail is None:
             tail = self._tails[run_id] = Tail(run_id, self)

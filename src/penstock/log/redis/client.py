@@ -48,6 +48,7 @@ OPTIONS: Final[dict[str, Any]] = {
     "socket_timeout": None,
     "socket_connect_timeout": None,
     "health_check_interval": 0,
+    "max_connections": None,
     "retry": Retry(NoBackoff(), 0),
 }
 """How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""

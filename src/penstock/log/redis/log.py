@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from typing import TYPE_CHECKING, Any, Final
+
+import trio
 
 from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
 from penstock.log.redis.client import call
 from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of, touch
-from penstock.log.redis.replies import LOST, appended_of, checked, page_of
+from penstock.log.redis.replies import LOST, appended_of, checked, found, page_of, reason_of
 from penstock.log.redis.requests import Requests
 from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
@@ -34,6 +37,12 @@ REQUESTS_AT_ONCE: Final = 8
 """The most requests, and so connections, that are under way for readers and callers."""
 REAPED_AT_ONCE: Final = 100
 """The most runs that are reaped in one round trip."""
+INBOX_TTL: Final = 60_000
+"""The least time, in milliseconds, for which an inbox keeps what its owner has not looked for."""
+CLOCK_TOLERANCE: Final = 1.0
+"""So many seconds may Redis' clock gain on this process's between two looks for dead owners."""
+UNLISTED_AFTER: Final = 60.0
+"""So many seconds after its start a run without a record is taken off the list; before, it may be on its way."""
 LIST_PAGE: Final = 100
 """The records that `list` looks up in one round trip."""
 
@@ -64,6 +73,8 @@ class RedisLog:
         self._keys = Keys(prefix)
         self._requests = Requests(client, REQUESTS_AT_ONCE)
         self._starting = Starting(self._requests, self._keys, self._ttl)
+        self._clock: tuple[float, float] | None = None
+        """What Redis' clock and this process's said at the last look for dead owners."""
         self._heard: dict[str, dict[str, str | None]] = {}
         """For each owner, the cancel requests that came with a renewal, because the inbox may have missed them."""
         self._taken: dict[str, list[str]] = {}
@@ -134,7 +145,8 @@ class RedisLog:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached.
         """
-        page = page_of(run_id, after, await self._requests.ask(*self._read(run_id, after, max_entries, max_bytes)))
+        (reply,) = await self._requests.execute([self._read(run_id, after, max_entries, max_bytes)])
+        page = page_of(run_id, after, reply)
         if page is None:
             raise RunNotFound(run_id)
         return page
@@ -148,7 +160,7 @@ class RedisLog:
         commands = [self._read(run_id, after, PAGE_ENTRIES, PAGE_BYTES) for run_id, after in positions.items()]
         replies = await self._client.execute(commands)
         return {
-            run_id: page_of(run_id, after, checked(reply))
+            run_id: page_of(run_id, after, reply)
             for (run_id, after), reply in zip(positions.items(), replies, strict=True)
         }
 
@@ -163,10 +175,11 @@ class RedisLog:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached.
         """
-        record = record_of(await self._requests.ask("HGETALL", self._keys.record(run_id)))
-        if not record:
+        (reply,) = await self._requests.execute([("HGETALL", self._keys.record(run_id))])
+        run = found(run_id, reply)
+        if run is None:
             raise RunNotFound(run_id)
-        return run_of(run_id, record)
+        return run
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
         """The newest records, newest first. A checkpoint; runs without a record are taken off the list by the way.
@@ -174,26 +187,26 @@ class RedisLog:
         Raises:
             LogUnavailable: Redis cannot be reached.
         """
-        runs: list[Run] = []
+        runs: dict[str, Run] = {}
         gone: list[str] = []
         start = 0
         while len(runs) < limit:
-            ids = [
-                each.decode()
-                for each in await self._requests.ask("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1)
-            ]
-            if not ids:
+            page = ("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1, "WITHSCORES")
+            listed = await self._requests.ask(*page)
+            if not listed:
                 break
+            ids = [each.decode() for each in listed[::2]]
             replies = await self._requests.execute([("HGETALL", self._keys.record(run_id)) for run_id in ids])
-            for run_id, reply in zip(ids, replies, strict=True):
-                if not checked(reply):
+            for run_id, created_at, reply in zip(ids, map(float, listed[1::2]), replies, strict=True):
+                run = found(run_id, reply)
+                if run is not None and status in {None, run.status}:
+                    runs[run_id] = run
+                elif run is None and created_at < time.time() - UNLISTED_AFTER:
                     gone.append(run_id)
-                elif status in {None, (run := run_of(run_id, record_of(reply))).status}:
-                    runs.append(run)
             start += LIST_PAGE
         if gone:
             await self._requests.ask("ZREM", self._keys.runs, *gone)
-        return runs[:limit]
+        return [*runs.values()][:limit]
 
     # Cancelling
 
@@ -215,7 +228,12 @@ class RedisLog:
         if status is not CancelStatus.ENDED:  # a repeated request as well: the first may have broken off here
             owner, words_on_record = record["owner"], json.dumps(record.get("cancel_reason"))
             post = call(
-                scripts.POST, [self._keys.inbox(owner)], self._ttl, self._keys.process(owner), run_id, words_on_record
+                scripts.POST,
+                [self._keys.inbox(owner)],
+                max(self._ttl, INBOX_TTL),
+                self._keys.process(owner),
+                run_id,
+                words_on_record,
             )
             await self._requests.ask(*post)
         return CancelReply(status, run_of(run_id, record))
@@ -230,7 +248,7 @@ class RedisLog:
         taken = self._taken.get(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
         flat = checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
-        requests: dict[str, str | None] = {run_id: json.loads(reason) for run_id, reason in record_of(flat).items()}
+        requests: dict[str, str | None] = {run_id: reason_of(reason) for run_id, reason in record_of(flat).items()}
         self._taken.pop(owner, None)
         if requests:
             self._taken[owner] = [*requests]
@@ -268,14 +286,32 @@ class RedisLog:
         Raises:
             LogUnavailable: Redis cannot be reached; some may have been reaped.
         """
-        due = call(scripts.DUE, [self._keys.live], REAPED_AT_ONCE)
         reaped: list[str] = []
         while True:
-            now, ids = await self._client.ask(*due)
-            dead = [each.decode() for each in ids]
+            now, dead = await self._due()
             reaped += await self._reap_all(dead, now, obituary)
             if len(dead) < REAPED_AT_ONCE:
                 return reaped
+
+    async def _due(self) -> tuple[bytes, Sequence[str]]:
+        """Redis' clock, and the runs whose lease may be over by it.
+
+        Raises:
+            LogUnavailable: Redis cannot be reached, or its clock has been set forward: no lease is over by that.
+        """
+        began = trio.current_time()
+        due = call(scripts.DUE, [self._keys.live], REAPED_AT_ONCE)
+        touched, reply = await self._client.execute([touch(self._keys), due])
+        checked(touched)
+        now, ids = checked(reply)
+        last, self._clock = self._clock, (int(now) / 1000, began)
+        if last is not None and self._clock[0] - last[0] > trio.current_time() - last[1] + CLOCK_TOLERANCE:
+            raise LogUnavailable("the clock of Redis has been set forward")
+        dead = [each.decode(errors="replace") for each in ids]
+        odd = [each for each, run_id in zip(ids, dead, strict=True) if run_id.encode() != each]
+        if odd:  # no run's id
+            await self._client.execute([("ZREM", self._keys.live, *odd)])
+        return now, dead
 
     async def _reap_all(self, dead: Sequence[str], now: bytes, obituary: Callable[[], Obituary]) -> Sequence[str]:
         """Reap what was due at `now`; the runs that were."""

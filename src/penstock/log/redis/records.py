@@ -120,6 +120,8 @@ def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> l
     if idempotency is not None:
         fields["idempotency"] = idempotency.key
         fields["fingerprint"] = idempotency.fingerprint
+        if not run.started_at:
+            fields["pending"] = "1"
     return [word for pair in fields.items() for word in pair]
 
 

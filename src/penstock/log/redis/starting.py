@@ -3,13 +3,14 @@
 A start writes in this order: the idempotency key, if there is one; the run's place in the list of live runs, which is
 where a reaper looks; the record. So a start that breaks off anywhere leaves at most a key that leads to no run (the
 next start under it then uses that id), a hint that leads to no record (the next reaper removes it), or a run that
-nobody renews (its lease ends it).
+nobody renews (its lease ends it). Under an idempotency key nobody is answered with such a run: until its starter has
+heard of it the record is `pending`, and whoever repeats the start waits, and then takes it over.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -32,8 +33,23 @@ if TYPE_CHECKING:
 
 LISTED_RUNS: Final = 10_000
 """The newest runs that `list` knows of."""
+PENDING_LIMIT: Final = 2.0
+"""How many seconds a start under an idempotency key waits for another one under the same key to come to something."""
+PENDING_PAUSE: Final = 0.05
+"""Seconds between two looks at that."""
+PURGE_INTERVAL: Final = 60.0
+"""Seconds between two looks for idempotency keys of runs that have gone without a word."""
 FORGETTING: Final = 1.0
 """How many seconds taking back a start may take whose caller is gone."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The idempotency key of a run of this process, for how many milliseconds it is kept, and since when."""
+
+    idempotency: Idempotency
+    ttl: int
+    at: float
 
 
 class Starting:
@@ -49,8 +65,9 @@ class Starting:
         self._requests = requests
         self._keys = keys
         self._ttl = ttl
-        self._idempotency: dict[str, tuple[Idempotency, int]] = {}
-        """The keys of this process's runs, and for how many milliseconds they are kept: as long as the runs are."""
+        self._idempotency: dict[str, _Kept] = {}
+        """The keys of this process's runs, which are kept for as long as the runs are."""
+        self._purged_at = trio.current_time()
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None) -> Started:
         """See `RedisLog.start`."""
@@ -63,7 +80,8 @@ class Starting:
         found = run_of(run.id, record)
         if created:
             if idempotency is not None:
-                self._idempotency[run.id] = idempotency, self._kept(lease)
+                self._purge()
+                self._idempotency[run.id] = _Kept(idempotency, self._kept(lease), trio.current_time())
             return Started(found, created=True)
         if idempotency is None or record.get("idempotency") != idempotency.key:
             raise RunExists(found)
@@ -89,6 +107,8 @@ class Starting:
                 checked(enlisted)
                 if mine == b"1" and not listed:  # by an older run with this id
                     await client.ask("ZADD", keys.runs, repr(run.created_at), run.id)
+                if mine == b"1" and idempotency is not None:
+                    await client.ask("HDEL", keys.record(run.id), "pending")
             except BaseException:
                 await self._forget(client, run.id, lease.epoch)  # noqa: ASYNC102  (it has a shield with a deadline)
                 raise
@@ -100,17 +120,30 @@ class Starting:
         value = json.dumps([idempotency.fingerprint, run.id])
         _, there = await self._requests.execute([("SET", key, value, "NX", "PX", ttl), ("GET", key)])
         fingerprint, known = json.loads(checked(there) or value)
-        if known == run.id and fingerprint == idempotency.fingerprint:
+        same = bool(fingerprint == idempotency.fingerprint)
+        if known == run.id and same:
             return run.id
-        record = record_of(await self._requests.ask("HGETALL", self._keys.record(known)))
-        if record.get("idempotency") == idempotency.key:
-            if fingerprint != idempotency.fingerprint:
+        record = await self._come_to_something(known, idempotency)
+        if record.get("idempotency") == idempotency.key and "pending" not in record:
+            if not same:
                 raise IdempotencyConflict(idempotency.key, known)
             return Started(run_of(known, record), created=False)
-        if fingerprint == idempotency.fingerprint:
+        if record.get("idempotency") == idempotency.key:  # its starter is gone, and knows nothing of it
+            await self._requests.ask(*call(scripts.FORGET, [self._keys.record(known)], record["epoch"]))
+        if same:
             return str(known)  # its start broke off, or the run has expired
         await self._requests.ask("SET", key, value, "PX", ttl)
         return run.id
+
+    async def _come_to_something(self, run_id: str, idempotency: Idempotency) -> Mapping[str, str]:
+        """Wait until a start that may be under way has a record, and its starter knows; the record as it is then."""
+        until = trio.current_time() + PENDING_LIMIT
+        while True:
+            record = record_of(await self._requests.ask("HGETALL", self._keys.record(run_id)))
+            under_way = not record or (record.get("idempotency") == idempotency.key and "pending" in record)
+            if not under_way or trio.current_time() >= until:
+                return record
+            await trio.sleep(PENDING_PAUSE)
 
     async def _forget(self, client: Client, run_id: str, epoch: str) -> None:
         """Take back a start of which nobody will know, if Redis can be reached; if not, it ends with its lease."""
@@ -126,17 +159,17 @@ class Starting:
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         """See `RedisLog.restore`."""
         keys = self._keys
-        idempotency, ttl = self._idempotency.get(run.id, (None, 0))
-        fields = fields_of(run, lease.owner, idempotency)
+        kept = self._idempotency.get(run.id)
+        fields = fields_of(run, lease.owner, None if kept is None else kept.idempotency)
         record = [keys.stream(run.id), keys.record(run.id)]
         commands = [
             call(scripts.ENLIST, [keys.live], ms(lease.seconds), "1", run.id),
             ("ZADD", keys.runs, repr(run.created_at), run.id),
             call(scripts.RESTORE, record, lease.epoch, self._ttl, ms(lease.seconds), oldest, *fields),
         ]
-        if idempotency is not None:
-            value = json.dumps([idempotency.fingerprint, run.id])
-            commands.insert(0, ("SET", keys.idempotency(idempotency.key), value, "NX", "PX", ttl))
+        if kept is not None:
+            value = json.dumps([kept.idempotency.fingerprint, run.id])
+            commands.insert(0, ("SET", keys.idempotency(kept.idempotency.key), value, "NX", "PX", kept.ttl))
         restored = appended_of((await self._requests.execute(commands))[-1])
         if restored.status in LOST:
             self.drop([run.id])
@@ -144,8 +177,12 @@ class Starting:
 
     def keep(self, runs: Iterable[str]) -> list[Command]:
         """What keeps the idempotency keys of these runs for as long as the runs themselves."""
-        known = [self._idempotency[run_id] for run_id in runs if run_id in self._idempotency]
-        return [("PEXPIRE", self._keys.idempotency(each.key), ttl) for each, ttl in known]
+        commands: list[Command] = []
+        for run_id in runs:
+            if (kept := self._idempotency.get(run_id)) is not None:
+                kept.at = trio.current_time()
+                commands.append(("PEXPIRE", self._keys.idempotency(kept.idempotency.key), kept.ttl))
+        return commands
 
     def over(self, runs: Iterable[str]) -> list[Command]:
         """What is written beside the scripts for runs that have ended."""
@@ -159,6 +196,13 @@ class Starting:
     def _kept(self, lease: Lease) -> int:
         """For how many milliseconds a record is kept after its last sign of life, as the scripts reckon it."""
         return max(self._ttl, 4 * ms(lease.seconds))
+
+    def _purge(self) -> None:
+        """Drop the keys of runs that nobody has renewed or ended here: they were given up, and others end them."""
+        now = trio.current_time()
+        if now - self._purged_at >= PURGE_INTERVAL:
+            self._purged_at = now
+            self.drop([run_id for run_id, kept in self._idempotency.items() if kept.at + kept.ttl / 1000 < now])
 
     def drop(self, runs: Iterable[str]) -> None:
         """These are no longer runs of this process."""

@@ -38,6 +38,8 @@ PING_INTERVAL: Final = 5.0
 """Seconds between two signs of life of the subscription connection."""
 CHECK_INTERVAL: Final = 60.0
 """Within about so many seconds the last seq of a silent run is looked up, message or no message."""
+FAILING_TIMEOUT: Final = 1.0
+"""How many seconds a subscription waits while no connection can be made."""
 MAX_SEQ_DIGITS: Final = 16
 """The most digits of a seq; what else is published on a run's channel is none of ours."""
 CHANNELS_PER_COMMAND: Final = 500
@@ -62,6 +64,8 @@ class RedisWakeups:
         self._reconnecting = False
         self._proven = False
         """This connection has been of use."""
+        self._failing = False
+        """No connection of use could be made the last time."""
         self._stirred: set[str] = set()
         self._quiet: set[str] = set()
         self._turn = 0
@@ -84,10 +88,11 @@ class RedisWakeups:
             if channel in self._sent and channel not in self._unconfirmed:  # given up a moment ago, and not told so yet
                 confirmed.set()
             self._poke.set()
-        with trio.move_on_after(ANSWER_TIMEOUT):
+        seconds = FAILING_TIMEOUT if self._failing else ANSWER_TIMEOUT
+        with trio.move_on_after(seconds):
             await self._channels[channel].wait()
             return
-        raise LogUnavailable(f"Redis at {self._client.address} has not confirmed a subscription in {ANSWER_TIMEOUT} s")
+        raise LogUnavailable(f"Redis at {self._client.address} has not confirmed a subscription in {seconds:g} s")
 
     def unsubscribe(self, run_id: str) -> None:
         """Tell of the run no more. Never blocks."""
@@ -130,7 +135,8 @@ class RedisWakeups:
                     nursery.start_soon(self._keep, subscription)
         except* LogUnavailable as errors:
             broken = " and ".join(str(error) for error in errors.exceptions)
-        if not self._proven:
+        self._failing = not self._proven
+        if self._failing:
             raise LogUnavailable(broken)
         logger.warning("the subscription to Redis broke: %s", broken)
         self._reconnecting = True
@@ -146,7 +152,7 @@ class RedisWakeups:
             self._reconnected = True
             self._lot.unpark_all()
             await self._look_up(self._runs())
-        self._proven = True
+        self._proven, self._failing = True, False
         due = trio.current_time() + PING_INTERVAL
         while True:
             with trio.move_on_at(due):

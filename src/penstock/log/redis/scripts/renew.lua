@@ -27,6 +27,6 @@ for n = 1, #ARGV - 2 do
     redis.call('PEXPIRE', stream, ttl)
     redis.call('HSET', key, 'lease', ARGV[1], 'lease_end', lease_end)
   end
-  replies[n] = {status, record[3] or '', record[4]}
+  replies[n] = {status, record[3] or '', record[4] or false} -- an array that is replied ends at its first nil
 end
 return replies
