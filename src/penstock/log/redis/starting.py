@@ -21,6 +21,7 @@ from penstock.log.redis import scripts
 from penstock.log.redis.client import call
 from penstock.log.redis.records import fields_of, ms, record_of, run_of
 from penstock.log.redis.replies import LOST, appended_of, checked
+from penstock.runs import RunStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -118,19 +119,20 @@ class Starting:
         """Take the idempotency key: the id to start under, or what a start under this key has led to before."""
         key = self._keys.idempotency(idempotency.key)
         value = json.dumps([idempotency.fingerprint, run.id])
-        _, there = await self._requests.execute([("SET", key, value, "NX", "PX", ttl), ("GET", key)])
+        taken, there = await self._requests.execute([("SET", key, value, "NX", "PX", ttl), ("GET", key)])
+        if checked(taken):
+            return run.id
         fingerprint, known = json.loads(checked(there) or value)
         same = bool(fingerprint == idempotency.fingerprint)
-        if known == run.id and same:
-            return run.id
         record = await self._come_to_something(known, idempotency)
-        if record.get("idempotency") == idempotency.key and "pending" not in record:
+        of_the_key = record.get("idempotency") == idempotency.key
+        if of_the_key and "pending" not in record:
             if not same:
                 raise IdempotencyConflict(idempotency.key, known)
             return Started(run_of(known, record), created=False)
-        if record.get("idempotency") == idempotency.key:  # its starter is gone, and knows nothing of it
+        if of_the_key:  # its starter is gone, and knows nothing of it
             await self._requests.ask(*call(scripts.FORGET, [self._keys.record(known)], record["epoch"]))
-        if same:
+        if same and not (of_the_key and record["status"] != RunStatus.RUNNING):
             return str(known)  # its start broke off, or the run has expired
         await self._requests.ask("SET", key, value, "PX", ttl)
         return run.id
