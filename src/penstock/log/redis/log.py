@@ -20,7 +20,7 @@ from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, Ca
 from penstock.log.redis import scripts
 from penstock.log.redis.client import call
 from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of, touch
-from penstock.log.redis.replies import LOST, appended_of, checked, found, page_of, reason_of
+from penstock.log.redis.replies import LOST, appended_of, checked, found, page_of, reason_of, text_of
 from penstock.log.redis.requests import Requests
 from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
@@ -195,7 +195,7 @@ class RedisLog:
             listed = await self._requests.ask(*page)
             if not listed:
                 break
-            ids = [each.decode() for each in listed[::2]]
+            ids = [each.decode(errors="replace") for each in listed[::2]]
             replies = await self._requests.execute([("HGETALL", self._keys.record(run_id)) for run_id in ids])
             for run_id, created_at, reply in zip(ids, map(float, listed[1::2]), replies, strict=True):
                 run = found(run_id, reply)
@@ -272,7 +272,7 @@ class RedisLog:
             if replies[run_id] in LOST:
                 self._starting.drop([run_id])
             if cancelled and replies[run_id] is AppendStatus.OK:
-                self._heard.setdefault(owner, {})[run_id] = None if reason is None else reason.decode()
+                self._heard.setdefault(owner, {})[run_id] = text_of(reason)
         alive = [run_id for run_id, status in replies.items() if status is AppendStatus.OK]
         if alive:
             enlist = call(scripts.ENLIST, [self._keys.live], ms(seconds), "", *alive)

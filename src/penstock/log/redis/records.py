@@ -139,7 +139,8 @@ def fields_of_ending(ending: Ending | None) -> list[str]:
 
 def record_of(flat: Sequence[bytes]) -> dict[str, str]:
     """A hash, as the server replies with it: field, value, field, value ..."""
-    return {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    words = [word.decode(errors="replace") for word in flat]
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
 def run_of(run_id: str, record: Mapping[str, str]) -> Run:

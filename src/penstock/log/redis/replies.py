@@ -29,6 +29,11 @@ def checked(reply: Any) -> Any:
     return reply
 
 
+def text_of(word: bytes | None) -> str | None:
+    """Words that somebody has written, readable or not."""
+    return None if word is None else word.decode(errors="replace")
+
+
 def appended_of(reply: Any) -> Appended:
     """The reply to one batch, or to a restore."""
     if isinstance(reply, LogFull):
@@ -37,9 +42,7 @@ def appended_of(reply: Any) -> Appended:
         return Appended(AppendStatus.REFUSED, words=str(reply))
     status, seq, *cancel = reply
     cancelled, reason = cancel or (b"", None)
-    return Appended(
-        AppendStatus[status.decode()], int(seq), bool(cancelled), None if reason is None else reason.decode()
-    )
+    return Appended(AppendStatus[status.decode()], int(seq), bool(cancelled), text_of(reason))
 
 
 def found(run_id: str, reply: Any) -> Run | None:

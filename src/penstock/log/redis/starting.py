@@ -108,12 +108,23 @@ class Starting:
                 checked(enlisted)
                 if mine == b"1" and not listed:  # by an older run with this id
                     await client.ask("ZADD", keys.runs, repr(run.created_at), run.id)
-                if mine == b"1" and idempotency is not None:
-                    await client.ask("HDEL", keys.record(run.id), "pending")
             except BaseException:
                 await self._forget(client, run.id, lease.epoch)  # noqa: ASYNC102  (it has a shield with a deadline)
                 raise
+            if mine == b"1" and idempotency is not None:
+                await self._make_known(client, run.id)
         return mine == b"1", record_of(flat)
+
+    async def _make_known(self, client: Client, run_id: str) -> None:
+        """Say that the run's starter knows of it, even if it is cancelled: from here on there is nothing to take back.
+
+        If nobody hears that, a repeated start may take the run over while it is still without an entry.
+        """
+        with trio.move_on_after(FORGETTING, shield=True):
+            try:
+                await client.ask("HDEL", self._keys.record(run_id), "pending")
+            except LogUnavailable:
+                return
 
     async def _reserve(self, run: Run, idempotency: Idempotency, ttl: int) -> Started | str:
         """Take the idempotency key: the id to start under, or what a start under this key has led to before."""
