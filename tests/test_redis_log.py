@@ -20,6 +20,7 @@ from penstock.runs import Ending, RunError, RunStatus
 from tests.following import cancelling_at
 from tests.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entry, record, seqs
 from tests.proxy import Reply, proxy
+from tests.redis_runs import until_it_is
 from tests.redis_servers import Endpoint, let_pass, redis_server, redis_servers, shared_server
 
 if TYPE_CHECKING:
@@ -707,9 +708,7 @@ async def test_a_read_only_replica_says_which_server_is_wanted(version: str) -> 
         async with open_log(primary.url) as there:
             for run_id in ("r", "other"):
                 await there.start(record(run_id), LEASE)
-            with trio.fail_after(10):
-                while await replica.command("DBSIZE") != await primary.command("DBSIZE"):
-                    await trio.lowlevel.checkpoint()
+            await until_it_is(lambda: replica.command("DBSIZE"), await primary.command("DBSIZE"))
         writes: list[Callable[[], Awaitable[Any]]] = [
             lambda: log.start(record("new"), LEASE),
             lambda: log.start(record("new"), LEASE, KEY),
