@@ -43,7 +43,7 @@ SHORT = 0.3
 DUE = call(scripts.DUE, ["live"], 10)
 VERSIONS = list(redis_servers())
 
-ENLIST = call(scripts.ENLIST, ["live"], 60_000, "NX", "r")
+ENLIST = call(scripts.ENLIST, ["live"], 60_000, "1", "r")
 
 
 @pytest.fixture

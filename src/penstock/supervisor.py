@@ -24,13 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from penstock.errors import (
-    ConfigurationError,
-    Draining,
-    RunExists,
-    RunNotFound,
-    SupervisorFailed,
-)
+from penstock.errors import ConfigurationError, Draining, RunExists, RunNotFound, SupervisorFailed
 from penstock.follower import Follower
 from penstock.groups import raise_bare
 from penstock.log import CancelStatus, Idempotency

@@ -150,6 +150,7 @@ def host(
     Raises:
         ConfigurationError: a knob has a value that it cannot have, or there is no such log.
         KeyboardInterrupt: Ctrl-C, before signals were the server's.
+        SystemExit: with code 0, if it was shut down before it was ready.
     """
     unstored = 0
     try:
