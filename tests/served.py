@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-import penstock.http.server
+import penstock.http.shutdown
 from penstock import Event, SupervisorFailed, create_app, serve
 from tests.serving import PRODUCERS, quiet_config
 
@@ -50,7 +50,7 @@ async def main(knobs: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    penstock.http.server.ABANDON_AFTER = 0.2  # type: ignore[misc]
+    penstock.http.shutdown.ABANDON_AFTER = 0.2  # type: ignore[misc]
     try:
         trio.run(main, json.loads(sys.argv[1]))
     except* SupervisorFailed:

@@ -17,8 +17,8 @@ import trio
 from click.testing import CliRunner
 
 import penstock as library
-from penstock.cli import commands, main
-from penstock.cli.hosting import Hosted, listen
+from penstock.cli import main, serving
+from penstock.cli.listening import listen
 from penstock.cli.loading import load_producers
 from penstock.settings import Settings
 from tests.command_line import GUARD, environment, penstock
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from click.testing import Result
+
+    from penstock.cli.hosting import Hosted
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "agent.py"
 PRODUCERS = f"{EXAMPLE}:producers"
@@ -57,7 +59,7 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> list[Hosted]:
             each.close()
         return 0
 
-    monkeypatch.setattr(commands, "host", host)
+    monkeypatch.setattr(serving, "host", host)
     return seen
 
 

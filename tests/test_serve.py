@@ -15,7 +15,7 @@ import trio
 from hypercorn.config import Config
 from starlette.applications import Starlette
 
-import penstock.http.server
+import penstock.http.shutdown
 from penstock import ConfigurationError, Event, MemoryLog, SupervisorFailed, create_app, serve
 from tests.serving import PRODUCERS, Tap, eventually, quiet_config, serving
 from tests.wire import DONE, Block
@@ -134,7 +134,7 @@ async def test_when_a_service_dies_readers_are_sent_back_and_serve_raises() -> N
 
 
 async def test_a_producer_that_does_not_let_go_is_handed_to_abandon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penstock.http.server, "ABANDON_AFTER", 0.05)
+    monkeypatch.setattr(penstock.http.shutdown, "ABANDON_AFTER", 0.05)
     let_go = trio.Event()
     given_up: list[StuckRun] = []
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from penstock.http.app import Service
+    from penstock.http.shutdown import Shutdown
     from penstock.runs import Run
 
 TERMINATED: Final = 128 + signal.SIGTERM
@@ -41,7 +42,7 @@ class Execution:
     exit_after: float | None
     exit_code: int = TERMINATED
 
-    async def ready(self, service: Service, urls: Sequence[str], down: trio.Event) -> None:
+    async def ready(self, service: Service, urls: Sequence[str], shutdown: Shutdown) -> None:
         """Start the command, say where its stream is, and stay until it has ended."""
         supervisor = service.supervisor
         await supervisor.start(lambda: command(self.argv), run_id=self.run_id, name="command")
@@ -60,7 +61,7 @@ class Execution:
         self._note(run, said, leaving=supervisor.draining or self.exit_after is not None)
         if self.exit_after is not None:
             await trio.sleep(self.exit_after)
-            down.set()
+            shutdown.drain()
 
     def _note(self, run: Run, said: dict[str, Any] | None, *, leaving: bool) -> None:
         took = (run.ended_at or 0) - (run.started_at or 0)

@@ -13,12 +13,9 @@ known before anything starts.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import socket
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -29,10 +26,14 @@ import trio
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.groups import raise_bare
 from penstock.http.app import MAX_BODY_BYTES, create_app
-from penstock.http.server import ABANDON_AFTER, new_config, serve
+from penstock.http.server import SIGNALS, USER_TIMEOUT, new_config, serve
+from penstock.http.shutdown import ABANDON_AFTER, Shutdown
+from penstock.http.workers import Link, Parent
 from penstock.log.urls import open_log
 
 if TYPE_CHECKING:
+    import signal
+    import socket
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from penstock.http.app import Service
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 
 SERVICE_DIED: Final = 1
 STUCK: Final = 3
-MAX_PORT: Final = 65535
+STOPPED: Final = "stopped; every run has its last entry"
+WORKER_OPTION: Final = "--worker"
+"""The option that makes a process a worker: its number, and the file descriptors of its words and of its sockets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,9 @@ class Hosted:
         ping_interval: see `create_app`.
         max_body_bytes: see `create_app`.
         knobs: the supervisor's.
+        tcp_user_timeout: see `serve`.
+        certfile: the path of a certificate, for TLS.
+        keyfile: that of its private key.
         observer: told of what happens; by default it goes to penstock's log.
     """
 
@@ -64,6 +70,9 @@ class Hosted:
     ping_interval: float | None = 15.0
     max_body_bytes: int = MAX_BODY_BYTES
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    tcp_user_timeout: float = USER_TIMEOUT
+    certfile: str | None = None
+    keyfile: str | None = None
     observer: Observer | None = None
 
 
@@ -72,63 +81,12 @@ def say(words: str) -> None:
     click.echo(f"penstock: {words}", err=True)
 
 
-def log_to_stderr(level: str) -> logging.Logger:
+def log_to_stderr(level: str, worker: int | None = None) -> logging.Logger:
     """Send what is logged to stderr: penstock's from `level` on, all else from WARNING on; Hypercorn's logger."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    who = "" if worker is None else f"worker {worker}: "
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s %(levelname)s {who}%(message)s", stream=sys.stderr)
     logging.getLogger("penstock").setLevel(level.upper())
     return logging.getLogger("hypercorn.error")
-
-
-def listen(binds: Sequence[str], *, insecure: bool) -> list[socket.socket]:
-    """Bind and listen, on all of the addresses or on none.
-
-    Args:
-        binds: `HOST:PORT` each; a port of 0 is a free one.
-        insecure: allow addresses that others than this machine can reach.
-
-    Raises:
-        ConfigurationError: an address is not one, is not loopback, or cannot be bound.
-    """
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(_listen(bind, insecure=insecure)) for bind in binds]
-        stack.pop_all()
-    return sockets
-
-
-def _listen(bind: str, *, insecure: bool) -> socket.socket:
-    host, colon, digits = bind.rpartition(":")
-    port = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= len(str(MAX_PORT)) else -1
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not 0 <= port <= MAX_PORT:
-        raise ConfigurationError(
-            f"{bind!r} is not HOST:PORT, such as 127.0.0.1:8000 or [::1]:8000 (port 0: a free one)"
-        )
-    try:
-        family, _, _, _, address = min(
-            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
-            key=lambda found: found[0] is not socket.AF_INET,  # a name with both gets the one that clients try first
-        )
-    except (OSError, UnicodeError) as error:
-        raise ConfigurationError(f"{bind}: there is no address of that name ({error}); check the spelling") from None
-    if not insecure and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        raise ConfigurationError(
-            f"{bind} can be reached from other machines, and whoever reaches it can start, read and cancel every run; "
-            "bind to 127.0.0.1 behind a proxy that asks who is there, or add --insecure if the network itself is safe"
-        )
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if family is socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen()
-    except OSError as error:
-        sock.close()
-        raise ConfigurationError(
-            f"{bind} cannot be bound: {error.strerror}; choose another port, or 0 for a free one"
-        ) from None
-    return sock
 
 
 def host(
@@ -136,30 +94,36 @@ def host(
     sockets: Sequence[socket.socket],
     *,
     log_level: str,
-    ready: Callable[[Service, Sequence[str], trio.Event], Awaitable[None]],
+    ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
+    link: Link | None = None,
 ) -> int:
     """Serve until a signal; the exit code.
 
     Args:
         hosted: what.
-        sockets: from `listen`; they are closed in the end.
+        sockets: bound and listening; Hypercorn gets them.
         log_level: from which level on penstock's own log is shown.
-        ready: called with the service, the URLs and an event that asks for a shutdown, once connections are accepted;
-            it is cancelled when the server has ended.
+        ready: called with the service, the URLs and what a shutdown can be asked of, once connections are accepted; it
+            is cancelled when the server has ended.
+        link: to the parent, for a worker.
 
     Raises:
-        ConfigurationError: a knob has a value that it cannot have, or there is no such log.
+        UsageError: a knob has a value that it cannot have, or there is no such log.
         KeyboardInterrupt: Ctrl-C, before signals were the server's.
         SystemExit: with code 0, if it was shut down before it was ready.
     """
     unstored = 0
     try:
-        unstored = trio.run(partial(_host, hosted, sockets, log_to_stderr(log_level), ready))
+        logger = log_to_stderr(log_level, None if link is None else link.number)
+        unstored = trio.run(partial(_host, hosted, sockets, logger, ready, link))
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
     except LogUnavailable as error:
         say(f"{error}; not started")
         return SERVICE_DIED
     except Draining:
-        say("stopped before it was ready")
+        if link is None:
+            say("stopped before it was ready")
         sys.exit(0)
     except SupervisorFailed:
         say("a service of the supervisor died (its traceback is above); readers were told to come back")
@@ -168,15 +132,14 @@ def host(
         if isinstance(single_error(group), KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    finally:
-        for sock in sockets:
-            sock.close()
     if unstored:
         runs = "1 run" if unstored == 1 else f"{unstored} runs"
         say(
             f"stopped; {runs} could not be given a last entry: the event log is out of reach, and their leases end them"
         )
         return SERVICE_DIED
+    if link is None:
+        say(STOPPED)
     return 0
 
 
@@ -184,9 +147,31 @@ async def _host(
     hosted: Hosted,
     sockets: Sequence[socket.socket],
     logger: logging.Logger,
-    ready: Callable[[Service, Sequence[str], trio.Event], Awaitable[None]],
+    ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
+    link: Link | None,
 ) -> int:
     """Serve; the number of runs whose last entries could not be stored."""
+    shutdown = Shutdown()
+    try:
+        async with trio.open_nursery() as nursery:
+            if link is not None:
+                await nursery.start(link.obey, shutdown)
+            signals = SIGNALS if link is None else ()
+            unstored = await _serve(hosted, sockets, logger, ready, shutdown, signals)
+            nursery.cancel_scope.cancel(reason="the server has ended")
+    except BaseExceptionGroup as group:
+        raise_bare(group, trio.Cancelled)
+    return unstored
+
+
+async def _serve(
+    hosted: Hosted,
+    sockets: Sequence[socket.socket],
+    logger: logging.Logger,
+    ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
+    shutdown: Shutdown,
+    signals: Sequence[signal.Signals],
+) -> int:
     async with open_log(hosted.log_url, **hosted.limits) as log:
         app = create_app(
             hosted.producers,
@@ -200,20 +185,56 @@ async def _host(
         config.errorlog = logger
         config.loglevel = "WARNING"
         config.bind = [f"fd://{sock.detach()}" for sock in sockets]
-        down = trio.Event()
+        config.certfile, config.keyfile = hosted.certfile, hosted.keyfile
+        serve_app = partial(
+            serve,
+            app,
+            config,
+            signals=signals,
+            shutdown=shutdown,
+            abandon=_abandon,
+            tcp_user_timeout=hosted.tcp_user_timeout,
+        )
 
         async def server(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  (serve passes it on)
-            await serve(app, config, shutdown_trigger=down.wait, abandon=_abandon, task_status=task_status)
+            await serve_app(task_status=task_status)
             nursery.cancel_scope.cancel(reason="the server has ended")
 
         try:
             async with trio.open_nursery() as nursery:
                 urls = await nursery.start(server)
-                await ready(app.state.penstock, urls, down)
+                await ready(app.state.penstock, urls, shutdown)
         except BaseExceptionGroup as group:
             raise_bare(group, trio.Cancelled)
         service: Service = app.state.penstock
         return service.supervisor.unstored if service.running else 0
+
+
+def host_workers(
+    count: int,
+    sockets: Sequence[socket.socket],
+    arguments: Sequence[str],
+    max_deaths: int,
+    announce: Callable[[str], None],
+) -> int:
+    """Keep `count` workers until a signal; the exit code.
+
+    Args:
+        count: how many.
+        sockets: from `listening`; they are closed in the end.
+        arguments: of `python -m penstock serve`, to which those are added that make it a worker.
+        max_deaths: see `Parent`.
+        announce: says that the server is there, from what the first worker has said of itself.
+    """
+
+    def command(number: int, fds: Sequence[int], words: int) -> list[str]:
+        worker = ",".join(map(str, (number, words, *fds)))
+        name, *others = arguments  # Python's own -P: as with the program `penstock`, no file here hides a module
+        return [sys.executable, "-P", "-m", "penstock", name, f"{WORKER_OPTION}={worker}", *others]
+
+    code = trio.run(Parent(count, command, sockets, say=say, announce=announce, max_deaths=max_deaths).run)
+    say(STOPPED if code == 0 else f"stopped with code {code}; why is said above")
+    return code
 
 
 def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:

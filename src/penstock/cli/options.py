@@ -1,4 +1,4 @@
-"""Options: those that several commands share, and one for each knob of `Settings`, made from its fields."""
+"""Options: what is common to all commands, and one option for each knob of `Settings`, made from its fields."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 option: Final = partial(click.option, show_envvar=True)
 LEVELS: Final = ("debug", "info", "warning", "error")
+CONTEXT: Final = {
+    "auto_envvar_prefix": "PENSTOCK",
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "show_default": True,
+}
+"""What click is told of every command."""
+ARGUMENTS: Final = "penstock.arguments"
+"""Where click's context has the words of the whole command line."""
 UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES"}
 """How a unit is written where an option's value stands."""
 

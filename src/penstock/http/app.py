@@ -84,6 +84,14 @@ class Service:
         self._knobs = dict(knobs)
         self._supervisor: Supervisor | None = None
         self._stopping = trio.Event()
+        self._drained = trio.Event()
+        self._drained.set()
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a drain takes at the most, and one more."""
+        settings = self.settings
+        return settings.drain_timeout + settings.cancel_grace + settings.finalize_timeout + 1.0
 
     @property
     def running(self) -> bool:
@@ -118,6 +126,26 @@ class Service:
                 self.startup_error = error
                 raise
             self.failed.set()
+
+    async def drain(self) -> None:
+        """Start no more runs and let those that are there end, as `Supervisor.drain` does; not if the service fails."""
+
+        async def give_up() -> None:
+            await self.failed.wait()
+            nursery.cancel_scope.cancel(reason="a service of the supervisor died")
+
+        self._drained = trio.Event()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(give_up)
+                await self.supervisor.drain()
+                nursery.cancel_scope.cancel(reason="the drain is over")
+        finally:
+            self._drained.set()
+
+    async def drained(self) -> None:
+        """Wait for a drain that is under way: its runs may have no readers, whom a server would wait for."""
+        await self._drained.wait()
 
     def stop(self) -> None:
         """Let `run` return, when the supervisor's runs are over."""
@@ -175,6 +203,7 @@ def create_app(
             await nursery.start(service.run)
             try:
                 yield
+                await service.drained()
             finally:
                 service.stop()
 

@@ -1,8 +1,4 @@
-"""serve(): Hypercorn's trio worker, with a drain.
-
-Hypercorn tells an application nothing of a shutdown: at SIGTERM it stops accepting, and `graceful_timeout` later it
-cancels whatever still runs. So `serve` owns the signals and Hypercorn's `shutdown_trigger`, and drains *before* it
-fires that:
+"""serve(): Hypercorn's trio worker, with a drain, and without those of its faults that hurt streams.
 
     signal ──▶ not ready, new runs 503, readers of runs elsewhere released
            ──▶ this process's runs end by themselves; after drain_timeout they are interrupted
@@ -10,21 +6,26 @@ fires that:
            ──▶ the trigger: listeners closed, the last responses end, the lifespan ends
 
 A second signal skips the waiting, also that of Hypercorn for its last connections. A service of the supervisor that
-dies fires the trigger at once.
+dies fires the trigger at once. `shutdown.py` has the order of leaving, `corrections.py` Hypercorn's faults.
 """
 
 from __future__ import annotations
 
+import copy
 import signal
 from typing import TYPE_CHECKING, Final, cast
 
 import hypercorn.trio
 import trio
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 
 from penstock.errors import ConfigurationError, Draining, SupervisorFailed, single_error
 from penstock.groups import raise_unchanged
 from penstock.http.app import Service
+from penstock.http.corrections import MAX_USER_TIMEOUT, correct, time_out_stalled
+from penstock.http.shutdown import Shutdown, ask_after, listen
+from penstock.observer import tell
+from penstock.settings import check_duration
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
     from hypercorn.typing import Framework
     from starlette.applications import Starlette
 
-    from penstock.supervisor import StuckRun, Supervisor
+    from penstock.supervisor import StuckRun
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask for a shutdown."""
 BACKLOG: Final = 1024
 """The connections that may wait to be accepted. With Hypercorn's 100, some of a burst of 1,000 wait 13 s in vain."""
-ABANDON_AFTER: Final = 5.0
-"""Seconds that a producer may still hold on to its task after everything else of a shutdown is done."""
+USER_TIMEOUT: Final = 30.0
+"""Seconds after which TCP gives a client up that takes nothing in."""
 
 
 def new_config() -> Config:
@@ -55,7 +56,9 @@ async def serve(
     *,
     signals: Sequence[signal.Signals] = SIGNALS,
     shutdown_trigger: Callable[[], Awaitable[object]] | None = None,
+    shutdown: Shutdown | None = None,
     abandon: Callable[[Sequence[StuckRun]], None] | None = None,
+    tcp_user_timeout: float = USER_TIMEOUT,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an application of `create_app` until a signal, the trigger, or a cancellation from outside.
@@ -64,40 +67,50 @@ async def serve(
 
     Args:
         app: made by `create_app`.
-        config: Hypercorn's; by default `new_config()`, which binds to 127.0.0.1:8000. `read_timeout` must stay None: it
-            ends idle streams.
+        config: Hypercorn's; by default `new_config()`, which binds to 127.0.0.1:8000. With `certfile` and `keyfile` it
+            serves TLS, and HTTP/2 to browsers. `read_timeout` must stay None: it ends idle streams.
         signals: what asks for a shutdown; empty for an embedder who handles signals, and outside the main thread.
         shutdown_trigger: returns when a shutdown is wanted for another reason.
+        shutdown: by which a shutdown can be asked for in several steps, as signals do.
         abandon: called with the runs whose producers have not let go `ABANDON_AFTER` seconds after all else of the
             shutdown is done. Nothing in Trio can abandon a task, so all that it can do is to end the process; without
             it, serve waits.
+        tcp_user_timeout: seconds after which a client that takes nothing in is given up; 0 = as long as the system
+            likes. Only Linux has that (RFC 5482).
         task_status: is given the URLs that are served, once connections are accepted.
 
     Raises:
         ConfigurationError: the application or the configuration cannot be served, or the event log's URL be opened.
         LogUnavailable: the event log cannot be reached to begin with.
         Draining: it was shut down before it had started, and `task_status` waits for that.
-        OSError: the address cannot be bound.
+        OSError: the address cannot be bound, or the certificate not be read.
         SupervisorFailed: a service of the supervisor died.
     """
-    config = new_config() if config is None else config
     service = getattr(app.state, "penstock", None)
     if not isinstance(service, Service):
         raise ConfigurationError("serve() needs an application made by create_app()")
+    config = new_config() if config is None else config
     if config.read_timeout is not None:
         raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
-    down = trio.Event()
+    check_user_timeout(tcp_user_timeout)
+    shutdown = Shutdown() if shutdown is None else shutdown
+    config = _own(config, tcp_user_timeout, service)
+    sends = correct(config, lambda words: tell(service.observer.warning, words))
     urls: list[str] | None = None
     framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
 
     async def accept(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  (Hypercorn passes it on)
-        await hypercorn.trio.serve(framework, config, shutdown_trigger=down.wait, task_status=task_status)
+        await hypercorn.trio.serve(framework, config, shutdown_trigger=shutdown.down.wait, task_status=task_status)
         scope.cancel(reason="the server has ended")
 
     try:
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                await nursery.start(_shut_down, service, signals, shutdown_trigger, abandon, down, scope)
+                if signals:
+                    await nursery.start(listen, shutdown, signals)
+                if shutdown_trigger is not None:
+                    nursery.start_soon(ask_after, shutdown_trigger, shutdown)
+                await nursery.start(shutdown.run, service, config, sends, scope, abandon)
                 urls = await nursery.start(accept)
                 if service.running:  # or its start has failed, and Hypercorn has not noticed yet
                     task_status.started(urls)
@@ -109,83 +122,31 @@ async def serve(
         raise SupervisorFailed("a service of the supervisor died")
 
 
-async def _shut_down(
-    service: Service,
-    signals: Sequence[signal.Signals],
-    shutdown_trigger: Callable[[], Awaitable[object]] | None,
-    abandon: Callable[[Sequence[StuckRun]], None] | None,
-    down: trio.Event,
-    server: trio.CancelScope,
-    task_status: trio.TaskStatus[None],
-) -> None:
-    """Wait for a reason to shut down, drain, and set `down`; before the start is over, cancel the `server`.
+def check_user_timeout(seconds: float) -> None:
+    """Check a TCP user timeout.
 
-    It listens for signals until the server has ended.
+    Raises:
+        ConfigurationError: it is not a number of seconds that a socket can be given.
     """
-    asked = trio.Event()
-    async with trio.open_nursery() as nursery:
-        if signals:
-            await nursery.start(_listen, service, signals, asked, down, server)
-        for reason in (service.failed.wait, shutdown_trigger):
-            if reason is not None:
-                nursery.start_soon(_set_after, reason, asked)
-        task_status.started()
-        await asked.wait()
-        if not service.running:
-            server.cancel(reason="shut down before it had started")
-            await trio.lowlevel.checkpoint()
-        if not service.failed.is_set():
-            await _drain(service)
-        down.set()
-        if abandon is not None:
-            await _abandon(service.supervisor, abandon)
+    check_duration("tcp_user_timeout", seconds, zero=True)
+    if seconds is None or seconds > MAX_USER_TIMEOUT:
+        raise ConfigurationError(f"tcp_user_timeout is at most {MAX_USER_TIMEOUT} s, not {seconds!r}; 0 = none")
 
 
-async def _listen(
-    service: Service,
-    signals: Sequence[signal.Signals],
-    asked: trio.Event,
-    down: trio.Event,
-    server: trio.CancelScope,
-    task_status: trio.TaskStatus[None],
-) -> None:
-    """The first signal asks for a shutdown; the next ones take its patience away.
+def _own(config: Config, tcp_user_timeout: float, service: Service) -> Config:
+    """A copy of `config`, for this server alone, whose sockets do not wait for clients that have stalled."""
+    own = copy.copy(config)
 
-    Once all runs are over, the next one takes away what Hypercorn still waits for, and any after that ends the process.
-    """
-    with trio.open_signal_receiver(*signals) as received:
-        task_status.started()
-        async for _ in received:
-            if down.is_set():
-                server.cancel(reason="a signal during the last wait")
-                return
-            if asked.is_set() and service.running:
-                service.supervisor.interrupt()
-            asked.set()
+    def create_sockets() -> Sockets:
+        sockets = config.create_sockets()
+        listening = [*sockets.secure_sockets, *sockets.insecure_sockets]
+        if not time_out_stalled(listening, tcp_user_timeout) and tcp_user_timeout:
+            tell(
+                service.observer.warning,
+                "this system has no TCP_USER_TIMEOUT: a client that stops reading keeps its connection until the "
+                "system gives it up, or the server ends",
+            )
+        return sockets
 
-
-async def _set_after(reason: Callable[[], Awaitable[object]], event: trio.Event) -> None:
-    await reason()
-    event.set()
-
-
-async def _drain(service: Service) -> None:
-    """Drain, unless there is nothing left to drain with."""
-
-    async def give_up() -> None:
-        await service.failed.wait()
-        nursery.cancel_scope.cancel(reason="a service of the supervisor died")
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(give_up)
-        await service.supervisor.drain()
-        nursery.cancel_scope.cancel(reason="the drain is over")
-
-
-async def _abandon(supervisor: Supervisor, abandon: Callable[[Sequence[StuckRun]], None]) -> None:
-    """Give producers that hold on to their tasks a last chance, then give them up; until the server has ended."""
-    while True:
-        known = {run.run_id for run in supervisor.stuck}
-        await trio.sleep(ABANDON_AFTER)
-        if stuck := [run for run in supervisor.stuck if run.run_id in known]:
-            abandon(stuck)
+    own.create_sockets = create_sockets  # type: ignore[method-assign]
+    return own

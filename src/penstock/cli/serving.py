@@ -1,0 +1,230 @@
+"""`penstock serve`: its options, what it says, and whether it is one process, several workers' parent, or a worker."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from penstock.cli.hosting import Hosted, host, host_workers, say
+from penstock.cli.listening import check_certificate, listening
+from penstock.cli.loading import ModuleFailed, load_producers
+from penstock.cli.options import ARGUMENTS, CONTEXT, binary, knob_options, option, shared_options
+from penstock.errors import ConfigurationError
+from penstock.http.app import MAX_BODY_BYTES
+from penstock.http.corrections import MAX_USER_TIMEOUT
+from penstock.http.server import USER_TIMEOUT
+from penstock.http.workers import DEATHS, DEATHS_WITHIN, Link
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from penstock.http.app import Service
+    from penstock.http.shutdown import Shutdown
+
+EXIT_CODES: Final = """\b
+Exit codes:
+  0  a clean shutdown           2  a wrong argument
+  1  a part of the server died, or the log could not be reached, to begin with or in the end
+  3  a producer would not let go
+"""
+
+
+@click.command(epilog=EXIT_CODES, context_settings=CONTEXT)
+@option(
+    "--producers",
+    required=True,
+    metavar="MODULE:ATTRIBUTE",
+    help='What runs can be started of: a mapping such as producers = {"agent": agent} in a module, or in a file '
+    "(path/to/file.py:ATTRIBUTE). A producer is called with the request's input.",
+)
+@option(
+    "--log",
+    "log_url",
+    default="memory://",
+    metavar="URL",
+    envvar="PENSTOCK_LOG",
+    help="The event log. memory:// is this process's memory, gone with it; redis://[:PASSWORD@]HOST[:PORT][/DB] "
+    "(rediss:// over TLS, unix:///PATH) is a Redis that any number of servers share. A password is better kept in the "
+    "environment variable.",
+)
+@shared_options
+@option(
+    "--ttl",
+    default=10_800.0,
+    metavar="SECONDS",
+    help="How long a run is kept after its end.",
+    type=click.FloatRange(min=0, min_open=True),
+)
+@option(
+    "--max-entries",
+    default=10_000,
+    metavar="ENTRIES",
+    type=click.IntRange(min=1),
+    help="How many entries are kept of one run.",
+)
+@option(
+    "--prefix",
+    default="sse:run:",
+    metavar="PREFIX",
+    help="What the keys of entries in Redis begin with; it ends with run:, and all others begin with what is before.",
+)
+@option(
+    "--ping-interval",
+    default=15.0,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="After how long without a send a stream is pinged; 0 = never.",
+)
+@option(
+    "--max-body-bytes",
+    default=MAX_BODY_BYTES,
+    show_default=binary(MAX_BODY_BYTES),
+    metavar="BYTES",
+    type=click.IntRange(min=1),
+    help="The largest body of a request.",
+)
+@option(
+    "--workers",
+    default=1,
+    metavar="WORKERS",
+    type=click.IntRange(min=1),
+    help="How many processes serve behind the same address. Several need a log that they share, such as redis://.",
+)
+@option(
+    "--max-worker-deaths",
+    default=DEATHS,
+    metavar="DEATHS",
+    type=click.IntRange(min=1),
+    help=f"A worker that dies is replaced; so many that die within {DEATHS_WITHIN:g} s end the server.",
+)
+@option(
+    "--certfile",
+    metavar="PATH",
+    help="Serve TLS with this certificate (PEM, with those that vouch for it). Browsers then use HTTP/2; otherwise "
+    "they read no more than six streams at a time.",
+)
+@option("--keyfile", metavar="PATH", help="The certificate's private key (PEM), if it is not in the same file.")
+@option(
+    "--tcp-user-timeout",
+    default=USER_TIMEOUT,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, max=MAX_USER_TIMEOUT),
+    help="After how long a client that takes nothing in is given up; 0 = when the system does. Linux only.",
+)
+@click.option("--worker", hidden=True, allow_from_autoenv=False)
+@knob_options
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    /,
+    *,
+    producers: str,
+    log_url: str,
+    bind: Sequence[str],
+    insecure: bool,
+    log_level: str,
+    ttl: float,
+    max_entries: int,
+    prefix: str,
+    ping_interval: float,
+    max_body_bytes: int,
+    workers: int,
+    max_worker_deaths: int,
+    certfile: str | None,
+    keyfile: str | None,
+    tcp_user_timeout: float,
+    worker: str | None,
+    **knobs: Any,
+) -> None:
+    """Serve producers over HTTP, with a page for browsers.
+
+    Ctrl-C or SIGTERM drains: no new runs, those that are there may go on for --drain-timeout, then they are
+    interrupted; a second signal skips the waiting. Every run gets its last entry.
+
+    \b
+    Examples:
+      penstock serve --producers mypackage.agents:producers
+      penstock serve --producers ./agents.py:producers --bind 127.0.0.1:0 --cancel-grace 3
+      penstock serve --producers agents:producers --log redis://localhost     (as many of these as you like)
+      PENSTOCK_BIND="127.0.0.1:8000 [::1]:8000" penstock serve --producers agents:producers
+    """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
+    keyfile = keyfile or certfile
+    _check(workers, log_url, certfile, keyfile)
+    if workers > 1 and worker is None:
+        with listening(bind, insecure=insecure) as sockets:
+            announce = partial(_announce, log_url=log_url, workers=workers)
+            sys.exit(host_workers(workers, sockets, ctx.meta[ARGUMENTS], max_worker_deaths, announce))
+    try:
+        hosted = Hosted(
+            load_producers(producers),
+            log_url,
+            {"ttl": ttl, "max_entries": max_entries, "prefix": prefix},
+            ping_interval or None,
+            max_body_bytes,
+            knobs,
+            tcp_user_timeout,
+            certfile,
+            keyfile,
+        )
+    except ConfigurationError as error:
+        raise click.BadParameter(str(error), param_hint="--producers") from None
+    except ModuleFailed as error:
+        click.echo(error.traceback, err=True, nl=False)
+        raise click.BadParameter(str(error), param_hint="--producers") from None
+    if worker is not None:
+        number, words, *fds = map(int, worker.split(","))
+        link = Link(number, words)
+        inherited = [socket.socket(fileno=fd) for fd in fds]
+        sys.exit(host(hosted, inherited, log_level=log_level, ready=partial(_report, link), link=link))
+    with listening(bind, insecure=insecure) as sockets:
+        sys.exit(host(hosted, sockets, log_level=log_level, ready=partial(_ready, log_url)))
+
+
+async def _report(link: Link, service: Service, urls: Sequence[str], _shutdown: Shutdown) -> None:
+    """Tell the parent what there is to announce."""
+    await link.ready(_news(service, urls))
+
+
+async def _ready(log_url: str, service: Service, urls: Sequence[str], _shutdown: Shutdown) -> None:
+    _announce(_news(service, urls), log_url=log_url, workers=1)
+
+
+def _news(service: Service, urls: Sequence[str]) -> str:
+    return json.dumps([list(urls), sorted(service.producers)])
+
+
+def _announce(news: str, *, log_url: str, workers: int) -> None:
+    """Say what is served, where, and how to try it."""
+    urls, names = json.loads(news)
+    several = f"{workers} workers, " if workers > 1 else ""
+    say(f"serving on {' and '.join(urls)} ({several}log: {log_url.partition('?')[0].rpartition('@')[2]})")
+    say(f"producers: {', '.join(names) or 'none, so that nothing can be started'}")
+    if names:
+        body = json.dumps({"producer": names[0], "input": "hello", "stream": True}, ensure_ascii=False)
+        say(f"try:  curl -N -d {shlex.quote(body)} {urls[0]}/v1/runs")
+    say(f"or open {urls[0]}/ in a browser; Ctrl-C stops")
+
+
+def _check(workers: int, log_url: str, certfile: str | None, keyfile: str | None) -> None:
+    """Refuse what does not go together."""
+    if workers > 1 and log_url.startswith("memory:"):
+        raise click.BadParameter(
+            "memory:// is one process's memory, and several workers have nothing in common there; give them a Redis, "
+            "with --log redis://localhost, or serve with one",
+            param_hint="--workers",
+        )
+    if workers > 1 and sys.platform == "win32":
+        raise click.BadParameter("this system hands no sockets on to other processes", param_hint="--workers")
+    if certfile is None and keyfile is not None:
+        raise click.BadParameter("a private key alone is no certificate; give --certfile, too", param_hint="--keyfile")
+    if certfile is not None and keyfile is not None:
+        try:
+            check_certificate(certfile, keyfile)
+        except ConfigurationError as error:
+            raise click.BadParameter(str(error), param_hint="--certfile") from None

@@ -1,0 +1,227 @@
+"""What Hypercorn does wrong for streams, corrected: each fault in one small piece, for the versions that are known.
+
+| piece | Hypercorn 0.18, trio worker | here |
+|---|---|---|
+| `time_out_stalled` | a client that stops reading pins its connection, and the shutdown, for ever | TCP gives it up |
+| `BoundedBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
+| `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts any shutdown | has one |
+| `Connection.run` | an error in one connection's protocol ends the server, for everybody | ends that connection |
+
+The first is an option of the listening sockets, which any version passes on. The others replace a class in Hypercorn's
+modules, for the whole process, when a server first asks for it; connections of servers that did not ask go on as
+before. On a version that is not in `KNOWN` nothing is replaced, and a warning says so: what it does now is for somebody
+to look at. Each piece has a test against the real server, with it and without.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import traceback
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+import hypercorn.protocol.h2
+import hypercorn.trio.run
+import trio
+from hypercorn.events import Closed, RawData
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, StreamBuffer
+from hypercorn.trio.tcp_server import TCPServer
+
+from penstock.errors import single_error
+from penstock.groups import parted, raise_unchanged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import ModuleType
+
+    from hypercorn.config import Config
+    from hypercorn.events import Event
+    from hypercorn.trio.worker_context import WorkerContext
+    from hypercorn.typing import AppWrapper, ConnectionState
+
+KNOWN: Final = ("0.18.0",)
+"""The versions of Hypercorn whose faults these are."""
+MAX_USER_TIMEOUT: Final = (2**31 - 1) / 1000
+"""The longest TCP user timeout that a socket takes, in seconds: milliseconds in 31 bits."""
+
+_TCP_USER_TIMEOUT: Final[int | None] = getattr(socket, "TCP_USER_TIMEOUT", None)
+
+
+def time_out_stalled(sockets: Iterable[socket.socket], seconds: float) -> bool:
+    """Let TCP give up connections whose peer takes nothing in for so long (RFC 5482's user timeout).
+
+    A peer that stops reading closes its window. A `send` to it waits, and nothing but the end of the connection ends
+    that wait. With a user timeout the kernel ends it, and the application hears of a disconnect.
+
+    Args:
+        sockets: listening sockets; what they accept inherits it.
+        seconds: how long, up to `MAX_USER_TIMEOUT`; 0 = as long as the system likes.
+
+    Returns:
+        False if this system has no such option (it is Linux's).
+    """
+    if _TCP_USER_TIMEOUT is None:
+        return False
+    for sock in sockets:
+        if sock.family in {socket.AF_INET, socket.AF_INET6}:
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
+    return True
+
+
+class Sends:
+    """The sends of one server's connections that are under way, and when they must be over."""
+
+    def __init__(self) -> None:
+        self._deadline = math.inf
+        self._scopes: set[trio.CancelScope] = set()
+
+    def end_by(self, deadline: float) -> None:
+        """From `deadline` on, on Trio's clock, no send may go on. It moves to the front, never back."""
+        self._deadline = min(self._deadline, deadline)
+        for scope in self._scopes:
+            scope.deadline = self._deadline
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """A send: whole, whatever is cancelled around it, until they must be over."""
+        with trio.CancelScope(shield=True, deadline=self._deadline) as scope:
+            self._scopes.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+
+
+_SENDS: Final[WeakKeyDictionary[Config, Sends]] = WeakKeyDictionary()
+"""The servers that asked for corrections, by their configuration, which Hypercorn hands to each connection."""
+
+
+class BoundedBuffer(StreamBuffer):
+    """What the application has sent on an HTTP/2 stream and the client's window has not taken yet.
+
+    Hypercorn 0.18.0 lets a waiting `push` go on whenever less than the low-water mark was *popped*; an exhausted window
+    pops nothing, again and again. Here it goes on when less than that is *left*.
+    """
+
+    async def push(self, data: bytes) -> None:
+        """Take `data` in; wait if that is more than the high-water mark (32 KiB) together with what is there."""
+        if self._complete:
+            raise BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        if len(self.buffer) >= BUFFER_HIGH_WATER:
+            await self._paused.clear()
+            await self._paused.wait()
+
+    async def pop(self, max_length: int) -> bytes:
+        """Give out what the window takes."""
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
+
+
+class Connection(TCPServer):
+    """A connection whose sends end with the server, and whose errors are its own."""
+
+    def __init__(
+        self,
+        app: AppWrapper,
+        config: Config,
+        context: WorkerContext,
+        state: ConnectionState,
+        stream: trio.SSLStream[trio.SocketStream],
+    ) -> None:
+        super().__init__(app, config, context, state, stream)
+        self._sends = _SENDS.get(config)
+
+    async def protocol_send(self, event: Event) -> None:
+        """Send.
+
+        Hypercorn 0.18.0 shields that, or a response cancelled in mid-send would leave half a frame on a connection that
+        it shares with others. The shield has no deadline: a client that reads too slowly outlasts any shutdown.
+        """
+        if self._sends is None or not isinstance(event, RawData):
+            await super().protocol_send(event)
+            return
+        async with self.send_lock:
+            try:
+                with self._sends.shielded():
+                    await self.stream.send_all(event.data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                await self.protocol.handle(Closed())
+
+    async def run(self) -> None:
+        """Serve the connection.
+
+        In Hypercorn 0.18.0 what is raised here, and is no `OSError`, ends the nursery of all connections. A client can
+        bring that about.
+        """
+        if self._sends is None:
+            await super().run()
+            return
+        try:
+            await super().run()
+        except (Exception, BaseExceptionGroup) as error:
+            cancellation, other = parted(error, trio.Cancelled)
+            if not isinstance(other, Exception | None):
+                raise
+            if other is not None:
+                await self.config.log.warning("a connection ended with an error of its protocol: %s", _in_short(other))
+            if cancellation is not None:
+                raise_unchanged(cancellation)
+
+
+class Replacement(NamedTuple):
+    """A class of Hypercorn's, by the name under which its users look it up, and what takes its place."""
+
+    module: ModuleType
+    name: str
+    original: type[Any]
+    corrected: type[Any]
+
+
+REPLACEMENTS: Final = (
+    Replacement(hypercorn.protocol.h2, "StreamBuffer", StreamBuffer, BoundedBuffer),
+    Replacement(hypercorn.trio.run, "TCPServer", TCPServer, Connection),
+)
+
+
+def correct(config: Config, warn: Callable[[str], None]) -> Sends:
+    """Put the corrections in place for the connections of the server that has this configuration.
+
+    Args:
+        config: the very one that Hypercorn is given.
+        warn: is told what was not corrected, and why.
+
+    Returns:
+        The server's sends; nothing is ever in there if `Connection` is not in place.
+    """
+    sends = _SENDS[config] = Sends()
+    if (installed := version("hypercorn")) not in KNOWN:
+        warn(
+            f"Hypercorn {installed} is not a version whose faults are known here ({', '.join(KNOWN)} is), so none of "
+            "them is corrected: a client that reads slowly may hold up a shutdown, HTTP/2 may take memory without a "
+            "limit, and an error in one connection may end the server"
+        )
+        return sends
+    for module, name, original, corrected in REPLACEMENTS:
+        if getattr(module, name) is original:
+            setattr(module, name, corrected)
+        elif getattr(module, name) is not corrected:
+            warn(f"{module.__name__}.{name} has been replaced by somebody else, and is not corrected")
+    return sends
+
+
+def _in_short(error: Exception) -> str:
+    """An error, and where it was raised, on one line: a client may bring it about again and again."""
+    cause = single_error(error)
+    raised = traceback.extract_tb(cause.__traceback__)[-1]
+    return f"{cause!r:.200} at {Path(raised.filename).name}:{raised.lineno}"
