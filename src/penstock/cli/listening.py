@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import ssl
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -36,12 +37,15 @@ def check_certificate(certfile: str, keyfile: str) -> None:
         locked = True
         return "-"
 
-    for path in (certfile, keyfile):
+    for path, what in ((certfile, "CERTIFICATE"), (keyfile, "PRIVATE KEY")):
         try:
-            with open(path, "rb"):  # noqa: PTH123  (a path in the user's words)
-                pass
+            content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+        if f"{what}-----".encode() not in content:
+            raise ConfigurationError(
+                f"there is no {what.lower()} in {path}: in PEM it begins with -----BEGIN {what}-----"
+            )
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, passphrase)
     except ssl.SSLError as error:
@@ -51,13 +55,9 @@ def check_certificate(certfile: str, keyfile: str) -> None:
                 f"openssl pkey -in {keyfile} -out plain.pem"
             ) from None
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise ConfigurationError(
-                f"the private key in {keyfile} belongs to another certificate"
-            ) from None
-        raise ConfigurationError(
-            f"{certfile} and {keyfile} are no certificate and private key in PEM ({error.reason or error}); the one "
-            "begins with -----BEGIN CERTIFICATE-----, the other with -----BEGIN PRIVATE KEY-----"
-        ) from None
+            raise ConfigurationError(f"the private key in {keyfile} belongs to another certificate") from None
+        words = f"{certfile} and {keyfile} are not a whole certificate and its private key ({error.reason or error})"
+        raise ConfigurationError(words) from None
 
 
 @contextmanager
