@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -77,8 +78,9 @@ class Hosted:
 
 
 def say(words: str) -> None:
-    """One line to the terminal; standard output is for others."""
-    click.echo(f"penstock: {words}", err=True)
+    """One line to the terminal; standard output is for others. If nobody reads it any more, that ends no server."""
+    with suppress(OSError):
+        click.echo(f"penstock: {words}", err=True)
 
 
 def log_to_stderr(level: str, worker: int | None = None) -> logging.Logger:

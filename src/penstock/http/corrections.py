@@ -1,22 +1,28 @@
 """What Hypercorn does wrong for streams, corrected: each fault in one small piece, for the versions that are known.
 
-| piece | Hypercorn 0.18, trio worker | here |
+| piece | Hypercorn 0.18.0, trio worker | here |
 |---|---|---|
-| `time_out_stalled` | a client that stops reading pins its connection, and the shutdown, for ever | TCP gives it up |
+| `time_out_stalled` | a client that stops reading pins its connection for ever | TCP gives it up |
 | `BoundedBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
-| `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts any shutdown | has one |
+| `Streams` | a response waits for ever for an HTTP/2 client that is gone | it hears of it |
+| `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
+| `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
+| `Connection._lose` | of several responses on a connection that breaks, some are never told | all are |
+| `Connection._read_data` | a second request that came early keeps its connection for ever | ends with the client |
 | `Connection.run` | an error in one connection's protocol ends the server, for everybody | ends that connection |
+| `keep_alive_max_requests` | after 1,000 requests on an HTTP/2 connection its streams fall silent | no such limit |
 
-The first is an option of the listening sockets, which any version passes on. The others replace a class in Hypercorn's
-modules, for the whole process, when a server first asks for it; connections of servers that did not ask go on as
-before. On a version that is not in `KNOWN` nothing is replaced, and a warning says so: what it does now is for somebody
-to look at. Each piece has a test against the real server, with it and without.
+The first is an option of the listening sockets, which any version passes on. The others replace classes in Hypercorn's
+modules, for the whole process, when a server first asks for it. On a version that is not in `KNOWN` nothing is
+replaced, and a warning says so: what it does now is for somebody to look at. Each piece has a test against the real
+server, with it and without.
 """
 
 from __future__ import annotations
 
 import math
 import socket
+import sys
 import traceback
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,11 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
-import hypercorn.protocol.h2
+import hypercorn.protocol
 import hypercorn.trio.run
 import trio
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, StreamBuffer
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 
 from penstock.errors import single_error
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
 
+    import h11
     from hypercorn.config import Config
     from hypercorn.events import Event
     from hypercorn.trio.worker_context import WorkerContext
@@ -128,8 +136,36 @@ class BoundedBuffer(StreamBuffer):
         return data
 
 
+class Streams(H2Protocol):
+    """An HTTP/2 connection whose streams hear of its end.
+
+    In Hypercorn 0.18.0 the task that empties their buffers ends with the connection, and a response that waits for that
+    (at its end each one does) waits for ever: an aborted page load is enough.
+    """
+
+    async def handle(self, event: Event) -> None:
+        """Take in what happened on the connection."""
+        if isinstance(event, Closed):
+            self.closed = True
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()
+        await super().handle(event)
+
+
+class Requests(H11Protocol):
+    """An HTTP/1.1 connection that stays one: HTTP/2 begins with its own preface, or is agreed on in TLS.
+
+    The upgrade from HTTP/1.1 is deprecated (RFC 9113, 3.1). In Hypercorn 0.18.0 its header is decoded outside of
+    anything that expects an error, and an upgraded CONNECT never ends. A server may take no notice (RFC 9110, 7.8).
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.method == b"PRI":
+            await super()._check_protocol(event)
+
+
 class Connection(TCPServer):
-    """A connection whose sends end with the server, and whose errors are its own."""
+    """A connection that ends: with its client, with the server, and alone if something in it fails."""
 
     def __init__(
         self,
@@ -140,33 +176,60 @@ class Connection(TCPServer):
         stream: trio.SSLStream[trio.SocketStream],
     ) -> None:
         super().__init__(app, config, context, state, stream)
-        self._sends = _SENDS.get(config)
+        self._sends = _SENDS[config]
+        self._reading = trio.CancelScope()
+        self._lost = False
 
     async def protocol_send(self, event: Event) -> None:
-        """Send.
+        """Send, or close.
 
-        Hypercorn 0.18.0 shields that, or a response cancelled in mid-send would leave half a frame on a connection that
-        it shares with others. The shield has no deadline: a client that reads too slowly outlasts any shutdown.
+        Hypercorn 0.18.0 shields a send, or a response cancelled in mid-send would leave half a frame on a connection
+        that it shares with others. That shield has no deadline: a client that reads too slowly outlasts any shutdown.
+        A send that fails because the connection is being closed raises there, in whatever task it is.
         """
-        if self._sends is None or not isinstance(event, RawData):
+        if isinstance(event, RawData):
+            async with self.send_lock:
+                try:
+                    with self._sends.shielded():
+                        await self.stream.send_all(event.data)
+                except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+                    self._lose()
+        elif isinstance(event, Closed):
+            await self._close()
+            self._lose()
+        else:
             await super().protocol_send(event)
-            return
-        async with self.send_lock:
-            try:
-                with self._sends.shielded():
-                    await self.stream.send_all(event.data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                await self.protocol.handle(Closed())
+
+    def _lose(self) -> None:
+        """The client is gone.
+
+        Hypercorn 0.18.0 tells the responses so in the task that found out, which may be one of theirs: it is cancelled
+        when it hears, and the others never do.
+        """
+        if not self._lost:
+            self._lost = True
+            self._task_group.spawn(self._tell)
+
+    async def _tell(self) -> None:
+        await self.protocol.handle(Closed())
+        self._reading.cancel(reason="the client is gone")
+
+    async def _read_data(self) -> None:
+        """Read until the client is gone.
+
+        In Hypercorn 0.18.0 a second request that came before the end of the first response is waited with for ever if
+        that response cannot end.
+        """
+        with self._reading:
+            await super()._read_data()
+        await self.protocol.handle(Closed())  # for a request that was being taken in meanwhile
 
     async def run(self) -> None:
         """Serve the connection.
 
-        In Hypercorn 0.18.0 what is raised here, and is no `OSError`, ends the nursery of all connections. A client can
-        bring that about.
+        In Hypercorn 0.18.0 what is raised here, and is no `OSError`, ends the nursery of all connections; many a
+        malformed request can bring that about, and some that are well-formed.
         """
-        if self._sends is None:
-            await super().run()
-            return
         try:
             await super().run()
         except (Exception, BaseExceptionGroup) as error:
@@ -179,18 +242,31 @@ class Connection(TCPServer):
                 raise_unchanged(cancellation)
 
 
+def _connection(
+    app: AppWrapper,
+    config: Config,
+    context: WorkerContext,
+    state: ConnectionState,
+    stream: trio.SSLStream[trio.SocketStream],
+) -> TCPServer:
+    """A connection of a server that asked for corrections, or of another one."""
+    return (Connection if config in _SENDS else TCPServer)(app, config, context, state, stream)
+
+
 class Replacement(NamedTuple):
     """A class of Hypercorn's, by the name under which its users look it up, and what takes its place."""
 
     module: ModuleType
     name: str
     original: type[Any]
-    corrected: type[Any]
+    corrected: Callable[..., Any]
 
 
 REPLACEMENTS: Final = (
     Replacement(hypercorn.protocol.h2, "StreamBuffer", StreamBuffer, BoundedBuffer),
-    Replacement(hypercorn.trio.run, "TCPServer", TCPServer, Connection),
+    Replacement(hypercorn.protocol, "H2Protocol", H2Protocol, Streams),
+    Replacement(hypercorn.protocol, "H11Protocol", H11Protocol, Requests),
+    Replacement(hypercorn.trio.run, "TCPServer", TCPServer, _connection),
 )
 
 
@@ -198,13 +274,13 @@ def correct(config: Config, warn: Callable[[str], None]) -> Sends:
     """Put the corrections in place for the connections of the server that has this configuration.
 
     Args:
-        config: the very one that Hypercorn is given.
+        config: the very one that Hypercorn is given, and that nobody else has.
         warn: is told what was not corrected, and why.
 
     Returns:
         The server's sends; nothing is ever in there if `Connection` is not in place.
     """
-    sends = _SENDS[config] = Sends()
+    sends = Sends()
     if (installed := version("hypercorn")) not in KNOWN:
         warn(
             f"Hypercorn {installed} is not a version whose faults are known here ({', '.join(KNOWN)} is), so none of "
@@ -212,6 +288,8 @@ def correct(config: Config, warn: Callable[[str], None]) -> Sends:
             "limit, and an error in one connection may end the server"
         )
         return sends
+    _SENDS[config] = sends
+    config.keep_alive_max_requests = sys.maxsize
     for module, name, original, corrected in REPLACEMENTS:
         if getattr(module, name) is original:
             setattr(module, name, corrected)

@@ -71,7 +71,8 @@ async def serve(
             serves TLS, and HTTP/2 to browsers. `read_timeout` must stay None: it ends idle streams.
         signals: what asks for a shutdown; empty for an embedder who handles signals, and outside the main thread.
         shutdown_trigger: returns when a shutdown is wanted for another reason.
-        shutdown: by which a shutdown can be asked for in several steps, as signals do.
+        shutdown: by which a shutdown can be asked for in several steps, as signals do; a
+            `penstock.http.shutdown.Shutdown`.
         abandon: called with the runs whose producers have not let go `ABANDON_AFTER` seconds after all else of the
             shutdown is done. Nothing in Trio can abandon a task, so all that it can do is to end the process; without
             it, serve waits.
