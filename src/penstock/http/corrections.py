@@ -151,6 +151,17 @@ class Streams(H2Protocol):
                 await buffer.close()
         await super().handle(event)
 
+    async def _close_stream(self, stream_id: int) -> None:
+        """Tell a response that its stream has ended; if that is cut off, the next one who comes by does."""
+        stream = self.streams.get(stream_id)
+        try:
+            await super()._close_stream(stream_id)
+        except BaseException:
+            if stream is not None:
+                stream.closed = False
+                self.streams[stream_id] = stream
+            raise
+
 
 class Requests(H11Protocol):
     """An HTTP/1.1 connection that stays one: HTTP/2 begins with its own preface, or is agreed on in TLS.
@@ -222,7 +233,7 @@ class Connection(TCPServer):
         """
         with self._reading:
             await super()._read_data()
-        await self.protocol.handle(Closed())  # for a request that was being taken in meanwhile
+        await self.protocol.handle(Closed())  # for those that were being taken in, or told, when that was cancelled
 
     async def run(self) -> None:
         """Serve the connection.
