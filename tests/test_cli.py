@@ -329,21 +329,40 @@ async def test_a_producer_that_holds_on_is_shown_and_left_behind_with_code_3(tmp
         assert program.lines[-1].endswith("the process ends with code 3")
 
 
-async def test_a_service_that_dies_ends_it_with_code_1(tmp_path: Path) -> None:
+async def test_a_service_that_dies_sends_readers_back_and_ends_it_with_code_1_and_one_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(
+        "import trio\n"
         "from penstock import Event, MemoryLog\n"
-        "async def append(self, batches):\n"
+        "async def broken(self, batches):\n"
         "    raise RuntimeError('the log is broken')\n"
-        "MemoryLog.append = append\n"
-        "async def one(_input):\n"
+        "async def silent(_input):\n"
         "    yield Event(data='1')\n"
-        "producers = {'one': one}\n"
+        "    await trio.sleep_forever()\n"
+        "async def breaking(_input):\n"
+        "    MemoryLog.append = broken\n"
+        "    yield Event(data='2')\n"
+        "producers = {'silent': silent, 'breaking': breaking}\n"
     )
     args = ("serve", "--producers", "broken.py:producers", *ANY_PORT)
+    said: list[str] = []
+
+    async def read(stream: str, task_status: trio.TaskStatus[None]) -> None:
+        async with client.stream("GET", stream) as answer:
+            async for line in answer.aiter_lines():
+                said.append(line)
+                if line == "data: 1":
+                    task_status.started()
+
     async with penstock(*args, cwd=tmp_path) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (\S+)"))[1]
-        assert (await client.post(f"{url}/v1/runs", json={"producer": "one"})).status_code == 201
+        started = await client.post(f"{url}/v1/runs", json={"producer": "silent"})
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                await nursery.start(read, f"{url}{started.headers['location']}")
+            assert (await client.post(f"{url}/v1/runs", json={"producer": "breaking"})).status_code == 201
         assert await program.end() == 1
+        assert said.count("retry: 1000") == 20
+        assert sum("Traceback" in line for line in program.lines) == 1
         assert any("RuntimeError: the log is broken" in line for line in program.lines)
         assert program.lines[-1].startswith("penstock: a service of the supervisor died")
 
