@@ -25,13 +25,26 @@ setup GROUP="check":
 demo *ARGS: (setup "demo")
     @{{bin}}/penstock demo {{ARGS}}
 
+[private]
+browser:
+    @if ! command -v chromium-headless-shell chromium google-chrome >/dev/null \
+        && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then \
+        echo "installing Debian's headless Chromium, for the tests with a browser ..."; \
+        (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium-headless-shell) \
+            >/dev/null || echo "it could not be installed; these tests are skipped"; \
+    fi
+
 # the whole suite
-test *ARGS: (setup "test")
+test *ARGS: (setup "test") browser
     {{bin}}/python -m pytest -n 2 {{ARGS}}
 
 # four servers on one Redis, one of them killed every few seconds, for a minute; what 400 readers saw
 chaos *ARGS: (setup "test")
     {{bin}}/python -m tests.chaos {{ARGS}}
+
+# one server of four workers: restarted three times, then one worker killed every second; what 200 readers saw
+rolling *ARGS: (setup "test")
+    {{bin}}/python -m tests.rolling {{ARGS}}
 
 # linters and types
 check: (setup "check")

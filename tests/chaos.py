@@ -30,14 +30,15 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import h11
 import trio
 
-from tests.chaos_verdict import Following, Life, Order, Sequence, Story, judge, table
+from tests.chaos_verdict import STATUSES, Following, Life, Order, Sequence, Story, judge, table
 from tests.command_line import environment
 from tests.processes import ROOT
+from tests.redis_runs import record_of
 from tests.redis_servers import redis_server
 from tests.wire import Reader, Wire
 
@@ -100,14 +101,17 @@ class Server:
         said: what its processes have written to stderr.
     """
 
-    def __init__(self, number: int, port: int, redis: str, witness: Path, lease: float) -> None:
+    suffix: ClassVar[str] = ""
+    """What its producers' witness adds to the name of its life."""
+
+    def __init__(self, number: int, port: int, redis: str, witness: Path, lease: float, *more: str) -> None:
         self.number = number
         self.port = port
         self.lives: list[Life] = []
         self.said = ""
         self.wrong: list[str] = []
         options = f"--bind 127.0.0.1:{port} --log {redis} --lease {lease} --ping-interval 1 --log-level warning"
-        self._arguments = ("--producers", "tests.chaos_producers:producers", *options.split())
+        self._arguments = ("--producers", "tests.chaos_producers:producers", *options.split(), *more)
         self._witness = witness
         self._process: trio.Process | None = None
         self._stopped = False
@@ -122,16 +126,26 @@ class Server:
         self.life.killed = trio.current_time()
         self._process.kill()
 
-    async def stop(self) -> None:
-        """Let it shut down in order, which is to end well and soon."""
+    async def stop(self, *, again: bool = False) -> None:
+        """Let it shut down in order, which is to end well and soon.
+
+        Args:
+            again: and have it started again.
+        """
         assert self._process is not None
-        self._stopped = True
-        self._process.send_signal(signal.SIGTERM)
+        life, process = self.life, self._process
+        self._stopped = not again
+        life.stopped = trio.current_time()
+        self._signal(process, signal.SIGTERM)
         with trio.move_on_after(GUARD):
-            if code := await self._process.wait():
-                self.wrong.append(f"server {self.life.name} ended with code {code} when it was told to stop")
+            if code := await process.wait():
+                self.wrong.append(f"server {life.name} ended with code {code} when it was told to stop")
             return
-        self.wrong.append(f"server {self.life.name} did not stop")
+        self.wrong.append(f"server {life.name} did not stop")
+        self._signal(process, signal.SIGKILL)
+
+    def _signal(self, process: trio.Process, number: signal.Signals) -> None:
+        process.send_signal(number)
 
     async def keep_up(self, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128  (it hands it on)
         """Start it, and start it again, until it is stopped; it has started when it first serves."""
@@ -140,7 +154,8 @@ class Server:
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-m", "penstock", "serve", *self._arguments],
                 cwd=ROOT,
-                env=environment(CHAOS_SERVER=self.life.name, CHAOS_WITNESS=str(self._witness)),
+                env=environment(CHAOS_SERVER=self.life.name + self.suffix, CHAOS_WITNESS=str(self._witness)),
+                start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -151,9 +166,9 @@ class Server:
                 code = await process.wait()
             finally:
                 with trio.CancelScope(shield=True):  # noqa: ASYNC102  (the end of what was killed is near)
-                    process.kill()
+                    self._signal(process, signal.SIGKILL)
                     await process.wait()
-            if self.life.killed is None and not self._stopped:
+            if self.life.killed is None and self.life.stopped is None:
                 self.wrong.append(f"server {self.life.name} ended by itself, with code {code}")
                 await trio.sleep(1)
 
@@ -177,8 +192,11 @@ class Chaos:
         self.settings = settings
         self.redis = redis
         self.witness = witness
-        ports = random.sample(PORTS, settings.servers)
-        self.servers = [Server(n, port, redis.url, witness, settings.lease) for n, port in enumerate(ports, 1)]
+        self.servers = self._servers(random.sample(PORTS, settings.servers))
+        self.arriving = settings.seconds / 4
+        """For how many seconds new readers come."""
+        self.ordering = max(0.0, settings.seconds * 0.9 - settings.shortest)
+        """For how many seconds runs are started."""
         self.orders = self._orders()
         self.followings: list[Following] = []
         self.wrong: list[str] = []
@@ -189,6 +207,9 @@ class Chaos:
         self._over: list[Order] = []
         self._news = trio.Event()
         self._starting = settings.runs
+
+    def _servers(self, ports: list[int]) -> list[Server]:
+        return [Server(n, port, self.redis.url, self.witness, self.settings.lease) for n, port in enumerate(ports, 1)]
 
     def _orders(self) -> list[Order]:
         choose = self._chooser("orders")
@@ -266,8 +287,7 @@ class Chaos:
 
     async def _starter(self) -> None:
         choose = self._chooser("starter")
-        last = max(0.0, self.settings.seconds * 0.9 - self.settings.shortest)
-        times = sorted(choose.uniform(0.0, last) for _ in self.orders)
+        times = sorted(choose.uniform(0.0, self.ordering) for _ in self.orders)
         async with trio.open_nursery() as nursery:
             for seconds, order in zip(times, self.orders, strict=True):
                 order.seconds = min(order.seconds, max(self.settings.seconds - seconds, self.settings.shortest))
@@ -323,7 +343,7 @@ class Chaos:
 
     async def _reader(self, number: int) -> None:
         choose = self._chooser(f"reader {number}")
-        await trio.sleep(choose.uniform(0.0, self.settings.seconds / 4))
+        await trio.sleep(choose.uniform(0.0, self.arriving))
         while (order := await self._next(choose)) is not None:
             self._reading[order.name] += 1
             await self._follow(f"reader {number}", order, choose)
@@ -355,7 +375,7 @@ class Chaos:
             following.ended = trio.current_time()
             following.step(following.ended, "came to the end at")
         if self._running.pop(order.name, None):  # the first who knows; or who has given up, lest the others do as well
-            order.status = "lost" if following.sequence.error else "completed"
+            order.status = STATUSES.get(following.sequence.error, "failed")
             self._over.append(order)
             self._tell()
 
@@ -416,14 +436,19 @@ class Chaos:
         async with trio.open_nursery() as nursery:
             for number in range(AUDITORS):
                 nursery.start_soon(self._auditor, orders, self._chooser(f"auditor {number}"))
-        records = len(await self.redis.command("KEYS", "*:meta"))
-        if records > len(self.orders):
-            self.wrong.append(f"{len(self.orders)} runs were asked for, and there are {records} records")
+        known = {record_of(order.id) for order in self.orders if order.ids}
+        for key in {*await self.redis.command("KEYS", "*:meta")} - known:
+            await self._look_at_unknown(await self.redis.command("HGETALL", key))
         with trio.move_on_after(self.settings.lease + self.settings.slack):
             while await self.redis.command("ZCARD", "sse:live"):  # noqa: ASYNC110  (nor does Redis)
                 await trio.sleep(0.1)
             return
         self.wrong.append(f"all is over, and sse:live is {await self.redis.command('ZRANGE', 'sse:live', 0, -1)}")
+
+    async def _look_at_unknown(self, record: dict[str, str]) -> None:
+        """A run that no answer named: it may have died with its starter, which had not heard that it was there."""
+        if "pending" not in record or record["status"] != "lost":
+            self.wrong.append(f"nobody was told of this run: {record}")
 
     async def _auditor(self, orders: Any, choose: random.Random) -> None:
         for order in orders:
@@ -445,20 +470,25 @@ class Chaos:
             if " ERROR " in line or "Traceback" in line or "Error:" in line
         ]
 
-    def warnings(self) -> int:
-        return sum(server.said.count(" WARNING ") for server in self.servers)
+    def figures(self, story: Story) -> dict[str, str]:  # noqa: ARG002
+        """More rows for the table."""
+        warnings = sum(server.said.count(" WARNING ") for server in self.servers)
+        return {"warnings of servers": f"{warnings}", "latest tick of this script": f"{self.latest_tick:.2f} s"}
 
 
-async def chaos(settings: Settings, show: Callable[[str], None] = lambda _: None) -> Report:
+async def chaos(
+    settings: Settings, show: Callable[[str], None] = lambda _: None, kind: Callable[..., Chaos] = Chaos
+) -> Report:
     """Let it happen, and say what is wrong with what has come of it.
 
     Args:
         settings: how much of it.
         show: is given a line a second about how it stands.
+        kind: what happens.
     """
     with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as folder:
         async with redis_server() as redis, trio.open_nursery() as nursery:
-            it = Chaos(settings, redis, Path(folder) / "witness")
+            it = kind(settings, redis, Path(folder) / "witness")
             async with trio.open_nursery() as starting:
                 for server in it.servers:
                     starting.start_soon(nursery.start, server.keep_up)
@@ -468,27 +498,33 @@ async def chaos(settings: Settings, show: Callable[[str], None] = lambda _: None
         story = it.story()
     wrong = judge(story, settings.lease + settings.slack)
     wrong += [*it.wrong, *(each for server in it.servers for each in server.wrong), *it.what_servers_said()]
-    more = {"warnings of servers": f"{it.warnings()}", "latest tick of this script": f"{it.latest_tick:.2f} s"}
-    return Report(wrong, story, table(story, more))
+    return Report(wrong, story, table(story, it.figures(story)))
 
 
 # As a script
 
 
-def _arguments() -> Settings:
+def parser_of(settings: type[Settings], prog: str, description: str) -> argparse.ArgumentParser:
+    """An option for each of these settings."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.chaos",
-        description=(
-            "Start servers over one Redis, runs on the servers, and readers of the runs. Kill a server every few "
-            "seconds, and start it again. Then see whether every reader of every run has seen all of it once, in "
-            "order, to its end, and soon heard of what was lost. Exits with 1, and a list, if anything is wrong. It "
-            "takes all of two cores: on a machine with other work, times tell little."
-        ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    for each in fields(Settings):
-        name = "--" + each.name.replace("_", "-")
-        parser.add_argument(name, type=type(each.default), default=each.default, help=each.metadata["says"])
+    for each in fields(settings):
+        if each.init:
+            name = "--" + each.name.replace("_", "-")
+            parser.add_argument(name, type=type(each.default), default=each.default, help=each.metadata["says"])
+    return parser
+
+
+def _arguments() -> Settings:
+    parser = parser_of(
+        Settings,
+        "python -m tests.chaos",
+        "Start servers over one Redis, runs on the servers, and readers of the runs. Kill a server every few "
+        "seconds, and start it again. Then see whether every reader of every run has seen all of it once, in "
+        "order, to its end, and soon heard of what was lost. Exits with 1, and a list, if anything is wrong. It "
+        "takes all of two cores: on a machine with other work, times tell little.",
+    )
     settings = Settings(**vars(parser.parse_args()))
     if settings.servers < 2 or not 0 < settings.shortest <= settings.longest:
         parser.error(
@@ -505,8 +541,9 @@ def _show(line: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
-    report = trio.run(partial(chaos, _arguments(), _show))
+def main(settings: Settings, kind: Callable[..., Chaos] = Chaos) -> int:
+    """Let it happen, showing how it stands; then the table, and what is wrong. The exit code."""
+    report = trio.run(partial(chaos, settings, _show, kind))
     lines = ["", *report.table, ""]
     lines += [f"WRONG: {each}" for each in report.wrong]
     lines.append(f"{len(report.wrong)} things are wrong" if report.wrong else "nothing is wrong")
@@ -515,4 +552,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(_arguments()))

@@ -4,7 +4,7 @@ The order of a run, its input, is `{"run": a name, "seed": a number, "seconds": 
 same times and the same number of events in the server and in the test, and `content` the same words.
 
 Environment:
-    CHAOS_SERVER   how the test calls the process.
+    CHAOS_SERVER   how the test calls the process; `{pid}` in it is the process's id.
     CHAOS_WITNESS  a file: one line for each time that a run is begun, `NAME SERVER EXECUTION`.
 """
 
@@ -70,7 +70,8 @@ def bear_witness(run: str, execution: str) -> None:
     """Write it down in one step, so that no kill leaves half a line."""
     file = os.open(os.environ["CHAOS_WITNESS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        os.write(file, f"{run} {os.environ['CHAOS_SERVER']} {execution}\n".encode())
+        life = os.environ["CHAOS_SERVER"].replace("{pid}", str(os.getpid()))
+        os.write(file, f"{run} {life} {execution}\n".encode())
     finally:
         os.close(file)
 

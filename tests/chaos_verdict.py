@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from tests.chaos_producers import content, schedule
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from tests.wire import Block
 
 LOST: Final = "RUN_LOST"
+INTERRUPTED: Final = "INTERRUPTED"
+STATUSES: Final = {None: "completed", LOST: "lost", INTERRUPTED: "failed"}
+"""What the record of a run says whose readers were told this error."""
 FAULTS: Final = 3
 """How many faults of one reader are told; what follows the first is mostly its echo."""
 STEPS: Final = 8
@@ -139,12 +143,14 @@ class Life:
     Attributes:
         ready: when it said that it serves.
         killed: when it was killed; None: it was not.
+        stopped: when it was told to end; None: it was not.
     """
 
     name: str
     born: float
     ready: float | None = None
     killed: float | None = None
+    stopped: float | None = None
 
 
 @dataclass
@@ -188,6 +194,8 @@ class Story:
     lives: Mapping[str, Life]
     begun: Several[tuple[str, str, str]]
     """Each line of the witness: which run was begun, by which life, in which execution."""
+    mortals: Several[Life] = ()
+    """Who can tell of a lost run; empty: at every moment there is one who has been there for long enough."""
 
 
 def judge(story: Story, limit: float) -> list[str]:
@@ -232,13 +240,14 @@ def _judge_outcome(order: Order, ended: list[Following], story: Story, limit: fl
     for error, last in outcomes:
         if error == LOST:
             yield from _judge_lost(order, ended, story, limit)
+        elif error == INTERRUPTED:
+            yield from _judge_interrupted(order, ended, story)
         elif error is not None:
             yield f"{order.name} ended with the error {error} after {last} entries"
         elif last != order.total + 1:
             yield f"{order.name} is complete with {last} entries, and has {order.total} events"
-        status = "lost" if error == LOST else "completed"
-        if error in {None, LOST} and order.status != status:
-            yield f"{order.name} was {status} for its readers, and its record says {order.status}"
+        if error in STATUSES and order.status != STATUSES[error]:
+            yield f"{order.name} was {STATUSES[error]} for its readers, and its record says {order.status}"
 
 
 def _judge_lost(order: Order, ended: list[Following], story: Story, limit: float) -> Iterator[str]:
@@ -249,9 +258,19 @@ def _judge_lost(order: Order, ended: list[Following], story: Story, limit: float
     if (early := min(notice(following, kill) for following in ended)) < 0:
         yield f"{order.name} was lost {-early:.2f} s before its server was killed: it was taken from a living one"
         return
+    since = told_from(kill, story, limit)
     for following in ended:
-        if (waited := notice(following, kill)) > limit:
-            yield f"{following}: told {waited:.2f} s after the kill that it is lost: {following.told(kill)}"
+        if (waited := notice(following, since)) > limit:
+            yield (
+                f"{following}: told {waited:.2f} s after {since - kill:.2f} s after the kill that it is lost: "
+                f"{following.told(kill)}"
+            )
+
+
+def _judge_interrupted(order: Order, ended: list[Following], story: Story) -> Iterator[str]:
+    told = [life.stopped for life in owners_of(order, story) if life.stopped is not None]
+    if not told or min(following.ended or 0.0 for following in ended) < min(told):
+        yield f"{order.name} was interrupted before its server was told to end"
 
 
 def owners_of(order: Order, story: Story) -> list[Life]:
@@ -279,12 +298,21 @@ def notice(following: Following, kill: float, *, pauses: bool = False) -> float:
     return following.ended - since - (0.0 if pauses else away)
 
 
-def slowest_notice(story: Story, *, pauses: bool) -> float:
-    """The longest that a reader waited for the end of a run that was lost."""
+def told_from(kill: float, story: Story, limit: float) -> float:
+    """From when on readers of a run that was lost at this time can be promised to hear of it within `limit`.
+
+    Who has only just come tells of no lost run, so that one is needed who stays for so long.
+    """
+    times = [(max(kill, life.ready), life.killed or life.stopped or inf) for life in story.mortals if life.ready]
+    return min((since for since, gone in times if gone > since + limit), default=kill)
+
+
+def slowest_notice(story: Story, *, pauses: bool, limit: float | None = None) -> float:
+    """The longest that a reader waited for the end of a run that was lost; with a limit: from `told_from` on."""
     kills = {order.name: kill_of(order, story) for order in story.orders}
     return max(
         (
-            notice(f, kill, pauses=pauses)
+            notice(f, kill if limit is None else told_from(kill, story, limit), pauses=pauses)
             for f in story.followings
             if f.ended is not None and f.sequence.error == LOST and (kill := kills[f.run]) is not None
         ),

@@ -224,15 +224,15 @@ def host_workers(
     Args:
         count: how many.
         sockets: from `listening`; they are closed in the end.
-        arguments: of `python -m penstock serve`, to which those are added that make it a worker.
+        arguments: of `penstock serve`; one is added that makes it a worker.
         max_deaths: see `Parent`.
         announce: says that the server is there, from what the first worker has said of itself.
     """
 
     def command(number: int, fds: Sequence[int], words: int) -> list[str]:
         worker = ",".join(map(str, (number, words, *fds)))
-        name, *others = arguments  # Python's own -P: as with the program `penstock`, no file here hides a module
-        return [sys.executable, "-P", "-m", "penstock", name, f"{WORKER_OPTION}={worker}", *others]
+        # Python's -P: as with the program `penstock`, no file of the present folder hides a module.
+        return [sys.executable, "-P", "-m", "penstock", "serve", f"{WORKER_OPTION}={worker}", *arguments]
 
     code = trio.run(Parent(count, command, sockets, say=say, announce=announce, max_deaths=max_deaths).run)
     say(STOPPED if code == 0 else f"stopped with code {code}; why is said above")

@@ -157,9 +157,12 @@ def serve(
     keyfile = keyfile or certfile
     _check(workers, log_url, certfile, keyfile)
     if workers > 1 and worker is None:
+        words: list[str] = ctx.meta[ARGUMENTS]
+        arguments = words[words.index(str(ctx.info_name)) + 1 :]
         with listening(bind, insecure=insecure) as sockets:
             announce = partial(_announce, log_url=log_url, workers=workers)
-            sys.exit(host_workers(workers, sockets, ctx.meta[ARGUMENTS], max_worker_deaths, announce))
+            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, announce))
+    link, inherited = (None, []) if worker is None else _inherited(worker)
     try:
         hosted = Hosted(
             load_producers(producers),
@@ -177,13 +180,18 @@ def serve(
     except ModuleFailed as error:
         click.echo(error.traceback, err=True, nl=False)
         raise click.BadParameter(str(error), param_hint="--producers") from None
-    if worker is not None:
-        number, words, *fds = map(int, worker.split(","))
-        link = Link(number, words)
-        inherited = [socket.socket(fileno=fd) for fd in fds]
+    if link is not None:
         sys.exit(host(hosted, inherited, log_level=log_level, ready=partial(_report, link), link=link))
     with listening(bind, insecure=insecure) as sockets:
         sys.exit(host(hosted, sockets, log_level=log_level, ready=partial(_ready, log_url)))
+
+
+def _inherited(worker: str) -> tuple[Link, list[socket.socket]]:
+    """What a worker has from its parent."""
+    number, words, *fds = map(int, worker.split(","))
+    link = Link(number, words)
+    link.keep_signals()
+    return link, [socket.socket(fileno=fd) for fd in fds]
 
 
 async def _report(link: Link, service: Service, urls: Sequence[str], _shutdown: Shutdown) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | `time_out_stalled` | a client that stops reading pins its connection for ever | TCP gives it up |
 | `BoundedBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
-| `Streams` | a response waits for ever for an HTTP/2 client that is gone | it hears of it |
+| `Streams` | a response waits for ever for an HTTP/2 client that is gone, or a stream | all hear of it |
 | `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
 | `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
 | `Connection._lose` | of several responses on a connection that breaks, some are never told | all are |
@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
+import h2.events
 import hypercorn.protocol
 import hypercorn.trio.run
 import trio
 from hypercorn.events import Closed, RawData
+from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -122,7 +124,8 @@ class BoundedBuffer(StreamBuffer):
         self.buffer.extend(data)
         await self._is_empty.clear()
         if len(self.buffer) >= BUFFER_HIGH_WATER:
-            await self._paused.clear()
+            if self._paused.is_set():  # or somebody waits for it already
+                await self._paused.clear()
             await self._paused.wait()
 
     async def pop(self, max_length: int) -> bytes:
@@ -137,10 +140,12 @@ class BoundedBuffer(StreamBuffer):
 
 
 class Streams(H2Protocol):
-    """An HTTP/2 connection whose streams hear of its end.
+    """An HTTP/2 connection whose responses hear of its end, or of their own stream's, and leave nothing behind.
 
     In Hypercorn 0.18.0 the task that empties their buffers ends with the connection, and a response that waits for that
-    (at its end each one does) waits for ever: an aborted page load is enough.
+    (at its end each one does) waits for ever: an aborted page load is enough. The same goes for a stream that the
+    client resets while its window is shut. And they are told one after the other, so that one that takes nothing in
+    keeps the others from hearing.
     """
 
     async def handle(self, event: Event) -> None:
@@ -151,16 +156,18 @@ class Streams(H2Protocol):
                 await buffer.close()
         await super().handle(event)
 
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        await super()._handle_events(events)
+        for event in events:
+            if isinstance(event, h2.events.StreamReset) and event.stream_id in self.stream_buffers:
+                await self.stream_buffers[event.stream_id].close()
+                await self._window_updated(event.stream_id)  # the sending task then removes it
+
     async def _close_stream(self, stream_id: int) -> None:
-        """Tell a response that its stream has ended; if that is cut off, the next one who comes by does."""
-        stream = self.streams.get(stream_id)
-        try:
-            await super()._close_stream(stream_id)
-        except BaseException:
-            if stream is not None:
-                stream.closed = False
-                self.streams[stream_id] = stream
-            raise
+        stream = self.streams.pop(stream_id, None)
+        if stream is not None:
+            self.task_group.spawn(stream.handle, StreamClosed(stream_id=stream_id))
+            await self.has_data.set()
 
 
 class Requests(H11Protocol):
@@ -196,19 +203,20 @@ class Connection(TCPServer):
 
         Hypercorn 0.18.0 shields a send, or a response cancelled in mid-send would leave half a frame on a connection
         that it shares with others. That shield has no deadline: a client that reads too slowly outlasts any shutdown.
-        A send that fails because the connection is being closed raises there, in whatever task it is.
+        And it does not cover the wait for a send under way, in which what was encoded already would be lost. A send
+        that fails because the connection is being closed raises there, in whatever task it is.
         """
         if isinstance(event, RawData):
-            async with self.send_lock:
+            with self._sends.shielded():
                 try:
-                    with self._sends.shielded():
+                    async with self.send_lock:
                         await self.stream.send_all(event.data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
                     self._lose()
         elif isinstance(event, Closed):
             await self._close()
             self._lose()
-        else:
+        elif not self._lost:  # or the connection would stay for as long as one that is idle
             await super().protocol_send(event)
 
     def _lose(self) -> None:
@@ -233,7 +241,9 @@ class Connection(TCPServer):
         """
         with self._reading:
             await super()._read_data()
-        await self.protocol.handle(Closed())  # for those that were being taken in, or told, when that was cancelled
+        self._lost = True
+        await self.idle_task.stop()
+        await self.protocol.handle(Closed())  # for a request that was being taken in when that was cancelled
 
     async def run(self) -> None:
         """Serve the connection.

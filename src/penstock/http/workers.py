@@ -58,6 +58,8 @@ GROUP_SIGNAL: Final = 0.1
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 DIED: Final = 1
 STUCK: Final = 3
+LAST_WORDS: Final = 0.2
+"""Seconds in which what a worker has said is heard after its end."""
 HURRIES: Final = 2
 """Signals after the first that are passed on; the next one kills."""
 
@@ -112,6 +114,13 @@ class Link:
         self._sock.set_inheritable(False)
         self._words: Words | None = None
         self._orphaned = False
+        self._early: list[int] = []
+
+    def keep_signals(self) -> None:
+        """Keep signals until `obey` takes them. In the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _frame: self._early.append(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     async def ready(self, news: str) -> None:
         """Say that connections are accepted; `news` is for whoever announces it."""
@@ -119,25 +128,34 @@ class Link:
             await self._words.say(f"{READY}{news}")
 
     async def obey(self, shutdown: Shutdown, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do what the parent says, and what signals say that the parent may not have had, until this is cancelled."""
+        """Do what the parent says, and what signals say that the parent may not have had, until this is cancelled.
+
+        After that the process takes no notice of signals any more.
+        """
         self._words = words = Words(self._sock)
-        with trio.open_signal_receiver(*SIGNALS) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # from here on they can be counted
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._take, signals, words, shutdown)
-                task_status.started()
-                while (word := await words.hear()) is not None:
-                    if word == LEAVE:
-                        shutdown.leave()
-                    elif word == HURRY:
-                        shutdown.hurry()
-                    else:
-                        shutdown.drain()
-                self._orphaned = True
-                shutdown.drain()
+        try:
+            with trio.open_signal_receiver(*SIGNALS) as signals:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._take, signals, words, shutdown)
+                    task_status.started()
+                    while (word := await words.hear()) is not None:
+                        if word == LEAVE:
+                            shutdown.leave()
+                        elif word == HURRY:
+                            shutdown.hurry()
+                        else:
+                            shutdown.drain()
+                    self._orphaned = True
+                    shutdown.drain()
+        finally:
+            for number in SIGNALS:  # the process is on its way out, on which Python puts any handler's default back
+                signal.signal(number, signal.SIG_IGN)
 
     async def _take(self, signals: AsyncIterator[int], words: Words, shutdown: Shutdown) -> None:
-        told = False
+        told = signal.SIGTERM in self._early
+        if told:
+            shutdown.drain()
+            await words.say(LEAVING)
         async for number in signals:
             if self._orphaned:
                 shutdown.hurry()  # nobody else counts any more
@@ -258,9 +276,17 @@ class Parent:
 
     async def _accompany(self, worker: _Worker, is_ready: trio.Event) -> int:
         """Listen to a worker until it ends; its exit code."""
+        heard = trio.Event()
+
+        async def hear() -> None:
+            await self._hear(worker, is_ready)
+            heard.set()
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hear, worker, is_ready)
+            nursery.start_soon(hear)
             code = await trio.to_thread.run_sync(worker.process.wait, abandon_on_cancel=True, limiter=self._waiters)
+            with trio.move_on_after(LAST_WORDS):  # it may have handed its end on to a process that lives
+                await heard.wait()
             nursery.cancel_scope.cancel(reason="the worker has ended")
         await worker.words.aclose()
         return code
@@ -277,6 +303,9 @@ class Parent:
                     stdin=subprocess.DEVNULL,
                     pass_fds=[*fds, there.fileno()],
                 )
+            except OSError:
+                here.close()
+                raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return _Worker(process, Words(here))

@@ -1,0 +1,416 @@
+"""The parent of workers, and a worker's link with it, at their limits: with children that do what the test says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from contextlib import asynccontextmanager, contextmanager
+from signal import SIGINT, SIGTERM
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from penstock.http.shutdown import Shutdown
+from penstock.http.workers import DEATHS, DEATHS_WITHIN, GROUP_SIGNAL, LONGEST_PAUSE, Link, Words
+from tests.serving import GUARD
+from tests.workers import Family, Puppet, family, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    """Stands still; the test lets time pass."""
+    return MockClock()
+
+
+def signal_here(number: signal.Signals = SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+async def settle() -> None:
+    """Let everybody here do what they can do now."""
+    await wait_all_tasks_blocked(0.02)
+
+
+# The beginning
+
+
+async def test_the_first_worker_starts_alone_and_all_are_announced_once_with_its_news(clock: MockClock) -> None:
+    async with family(3) as ours:
+        first = await ours.next()
+        await settle()
+        assert ours.spawned == [1]
+        await first.is_ready("[1]")
+        others = [await ours.next() for _ in range(2)]
+        assert sorted(ours.spawned) == [1, 2, 3]
+        await others[0].is_ready("[2]")
+        await settle()
+        assert ours.announced == []
+        await others[1].is_ready("[3]")
+        await until(lambda: bool(ours.announced))
+        await first.is_ready("[4]")
+        await others[0].ends(1)
+        await until(lambda: bool(ours.said))
+        clock.jump(1)
+        await (await ours.next()).is_ready("[5]")
+        await settle()
+        assert ours.announced == ["[1]"]
+
+
+async def test_words_may_come_in_pieces_and_unknown_ones_are_of_no_account(clock: MockClock) -> None:
+    async with family(1) as ours:
+        puppet = await ours.next()
+        await puppet.does("say what\\n\\nreadyish\\nrea")
+        await settle()
+        await puppet.does("say dy in two pie")
+        await settle()
+        assert ours.announced == []
+        await puppet.does("say ces\\nand")
+        await until(lambda: bool(ours.announced))
+        assert ours.announced == ["in two pieces"]
+
+
+async def test_news_may_be_long(clock: MockClock) -> None:
+    async with family(1) as ours:
+        await (await ours.next()).does("repeat 300000 x")
+        await until(lambda: bool(ours.announced))
+        assert ours.announced == ["x" * 300_000]
+
+
+@pytest.mark.parametrize("code, becomes", [(0, 1), (1, 1), (2, 2), (77, 77)])
+async def test_the_code_of_a_first_worker_that_cannot_start_is_that_of_the_server(
+    clock: MockClock, code: int, becomes: int
+) -> None:
+    async with family(3) as ours:
+        first = await ours.next()
+        await first.ends(code)
+        assert await ours.end() == becomes
+        assert ours.said == [f"worker 1 (process {first.pid}) ended with code {code} before it was ready; not started"]
+        assert ours.spawned == [1]
+        assert ours.announced == []
+        assert ours.sockets[0].fileno() == -1
+
+
+async def test_a_first_worker_that_is_killed_while_it_starts_is_no_reason_to_start_another(clock: MockClock) -> None:
+    async with family(2) as ours:
+        first = await ours.next()
+        os.kill(first.pid, signal.SIGKILL)
+        assert await ours.end() == 1
+        assert ours.said == [f"worker 1 (process {first.pid}) was ended by signal 9 before it was ready; not started"]
+
+
+async def test_a_program_that_is_not_there_is_said_and_counts_as_a_death(clock: MockClock) -> None:
+    async with family(2, max_deaths=2, missing=frozenset({2})) as ours:
+        await (await ours.next()).is_ready()
+        await until(lambda: len(ours.said) == 1)
+        assert ours.said[0].startswith("worker 2 cannot be started: [Errno 2]")
+        assert ours.said[0].endswith("another one takes its place in 0.1 s")
+        clock.jump(0.1)
+        await until(lambda: len(ours.said) == 2)
+        assert ours.said[1].endswith("2 workers have died within 30 s, and the server ends")
+    async with family(2, missing=frozenset({1})) as ours:
+        assert await ours.end() == 1
+        assert ours.spawned == [1]
+
+
+async def test_signals_are_blocked_in_a_worker_that_begins_and_as_before_in_the_parent(clock: MockClock) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    async with family(2) as ours:
+        puppets = await ours.ready(2)
+        assert [puppet.blocked for puppet in puppets] == [True, True]
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+# Deaths
+
+
+async def die(ours: Family, puppet: Puppet, code: int = 1) -> str:
+    """It ends, and what the parent says of that."""
+    said = len(ours.said)
+    await puppet.ends(code)
+    await until(lambda: len(ours.said) > said)
+    who = f"worker {puppet.number} (process {puppet.pid}) ended with code {code}; "
+    assert ours.said[-1].startswith(who)
+    return ours.said[-1].removeprefix(who)
+
+
+async def test_each_death_makes_the_next_pause_longer_up_to_a_limit(clock: MockClock) -> None:
+    async with family(1, max_deaths=100) as ours:
+        (puppet,) = await ours.ready(1)
+        for pause in (0.1, 0.2, 0.4, 0.8, LONGEST_PAUSE, LONGEST_PAUSE):
+            assert await die(ours, puppet) == f"another one takes its place in {pause:g} s"
+            begun = len(ours.spawned)
+            clock.jump(pause * 0.99)
+            await settle()
+            assert len(ours.spawned) == begun
+            clock.jump(pause * 0.02)
+            puppet = await ours.next()
+            await puppet.is_ready()
+
+
+@pytest.mark.parametrize("most", [1, 2, DEATHS])
+async def test_so_many_deaths_end_the_server_and_one_fewer_does_not(clock: MockClock, most: int) -> None:
+    async with family(2, max_deaths=most) as ours:
+        puppet, other = await ours.ready(2)
+        for _ in range(most - 1):
+            assert "another one takes its place" in await die(ours, puppet)
+            clock.jump(LONGEST_PAUSE)
+            puppet = await ours.next()
+        assert await die(ours, puppet) == f"{most} workers have died within 30 s, and the server ends"
+        assert await other.hears() == "drain"
+        assert ours.sockets[0].fileno() == -1
+        await other.ends()
+        assert await ours.end() == 1
+
+
+async def test_the_deaths_of_all_workers_count_together_and_old_ones_do_not(clock: MockClock) -> None:
+    async with family(2, max_deaths=2) as ours:
+        one, two = await ours.ready(2)
+        assert "in 0.1 s" in await die(ours, one)
+        clock.jump(DEATHS_WITHIN + 0.5)
+        one = await ours.next()
+        assert "in 0.1 s" in await die(ours, two)
+        clock.jump(DEATHS_WITHIN - 0.5)
+        await ours.next()
+        assert "2 workers have died" in await die(ours, one)
+
+
+async def test_who_ends_without_being_told_to_has_died_whatever_its_code(clock: MockClock) -> None:
+    async with family(1, max_deaths=3) as ours:
+        (puppet,) = await ours.ready(1)
+        clock.rate = 1.0
+        assert "in 0.1 s" in await die(ours, puppet, 0)
+        puppet = await ours.next()
+        await puppet.does("say leaving\\n")
+        await settle()
+        assert "in 0.2 s" in await die(ours, puppet, 3)
+
+
+# Leaving
+
+
+async def test_who_leaves_is_told_so_a_little_later_and_replaced_at_once(clock: MockClock) -> None:
+    async with family(2, max_deaths=1) as ours:
+        puppet, other = await ours.ready(2)
+        for _ in range(3):
+            await puppet.does("say leaving\\n")
+            await settle()
+            clock.jump(GROUP_SIGNAL)
+            assert await puppet.hears() == "leave"
+            await puppet.ends()
+            before = puppet
+            puppet = await ours.next()
+            assert ours.said[-1] == f"worker 1 (process {before.pid}) has left; another one takes its place"
+        signal_here()
+        assert await other.hears() == "drain"  # and nothing before that
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+async def test_who_leaves_because_all_do_is_not_told_to_leave(clock: MockClock, number: signal.Signals) -> None:
+    async with family(1) as ours:
+        (puppet,) = await ours.ready(1)
+        await puppet.does("say leaving\\n")
+        await settle()
+        clock.jump(GROUP_SIGNAL * 0.9)
+        signal_here(number)
+        assert await puppet.hears() == "drain"
+        clock.jump(GROUP_SIGNAL)
+        await settle()
+        signal_here(number)
+        assert await puppet.hears() == "hurry"
+
+
+async def test_who_leaves_and_ends_with_its_word_unheard_has_still_left(clock: MockClock) -> None:
+    async with family(1, max_deaths=1) as ours:
+        (puppet,) = await ours.ready(1)
+        clock.rate = 1.0
+        await puppet.does("say leaving\\n")
+        await puppet.ends()
+        assert (await ours.next()).number == 1
+        assert ours.said == [f"worker 1 (process {puppet.pid}) has left; another one takes its place"]
+
+
+# The end
+
+
+async def test_signals_drain_then_hurry_twice_then_kill(clock: MockClock) -> None:
+    async with family(2) as ours:
+        puppets = await ours.ready(2)
+        for number, word in ((SIGINT, "drain"), (SIGTERM, "hurry"), (SIGTERM, "hurry"), (SIGINT, "gone")):
+            signal_here(number)
+            assert [await puppet.hears() for puppet in puppets] == [word] * 2
+        assert await ours.end() == 1
+        assert sorted(ours.said) == [
+            f"worker {each.number} (process {each.pid}) was ended by signal 9" for each in puppets
+        ]
+
+
+@pytest.mark.parametrize(
+    "codes, becomes", [((0, 0), 0), ((1, 0), 1), ((0, 9), 1), ((3, 0), 3), ((3, 1), 3), ((1, 3), 3), ((2, 3), 3)]
+)
+async def test_the_servers_code_is_that_of_its_workers_when_all_are_to_end(
+    clock: MockClock, codes: tuple[int, int], becomes: int
+) -> None:
+    async with family(2) as ours:
+        puppets = await ours.ready(2)
+        signal_here()
+        for puppet, code in zip(puppets, codes, strict=True):
+            assert await puppet.hears() == "drain"
+            await puppet.ends(code)
+        assert await ours.end() == becomes
+        told = {
+            f"worker {each.number} (process {each.pid}) ended with code {code}"
+            for each, code in zip(puppets, codes, strict=True)
+            if code
+        }
+        assert set(ours.said) == told
+
+
+async def test_nobody_is_started_any_more_when_all_are_to_end(clock: MockClock) -> None:
+    async with family(2) as ours:
+        one, two = await ours.ready(2)
+        await die(ours, one)
+        signal_here()
+        assert await two.hears() == "drain"
+        await two.ends()
+        assert await ours.end() == 0
+        assert ours.spawned == [1, 2]
+
+
+async def test_a_signal_before_the_first_is_ready_drains_it_and_starts_no_other(clock: MockClock) -> None:
+    async with family(3) as ours:
+        first = await ours.next()
+        signal_here()
+        assert await first.hears() == "drain"
+        await first.is_ready()
+        await first.ends()
+        assert await ours.end() == 0
+        assert (ours.spawned, ours.announced, ours.said) == ([1], [], [])
+
+
+# A worker's link
+
+
+class Told(Shutdown):
+    """A shutdown that remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._words, self._heard = trio.open_memory_channel[str](100)
+
+    def drain(self) -> None:
+        self._words.send_nowait("drain")
+
+    def leave(self) -> None:
+        self._words.send_nowait("leave")
+
+    def hurry(self) -> None:
+        self._words.send_nowait("hurry")
+
+    async def next(self) -> str:
+        return await self._heard.receive()
+
+
+class Linked:
+    """A worker's link in this process, and its parent's end."""
+
+    def __init__(self, link: Link, words: Words) -> None:
+        self.link = link
+        self.words = words
+        self.told = Told()
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """What is blocked, and what is done with signals, are the same afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    handlers = {number: signal.getsignal(number) for number in (SIGTERM, SIGINT)}
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@asynccontextmanager
+async def linked() -> AsyncIterator[Linked]:
+    here, there = socket.socketpair()
+    ours = Linked(Link(7, there.detach()), Words(here))
+    with signals_kept(), trio.fail_after(GUARD):
+        ours.link.keep_signals()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(ours.link.obey, ours.told)
+            yield ours
+            nursery.cancel_scope.cancel(reason="the test is over")
+    await ours.words.aclose()
+    ours.link._sock.close()
+
+
+async def test_a_worker_does_what_its_parent_says_and_drains_when_that_is_gone() -> None:
+    async with linked() as ours:
+        for word in ("drain", "hurry", "leave", "hurry"):
+            await ours.words.say(word)
+            assert await ours.told.next() == word
+        await ours.words.aclose()
+        assert await ours.told.next() == "drain"
+
+
+async def test_a_worker_says_that_it_is_ready_and_with_a_parent_gone_says_it_to_nobody() -> None:
+    async with linked() as ours:
+        await ours.link.ready('["news"]')
+        assert await ours.words.hear() == 'ready ["news"]'
+        await ours.words.aclose()
+        assert await ours.told.next() == "drain"
+        await ours.link.ready("more")
+        await ours.link.ready("more")
+
+
+async def test_of_signals_a_worker_takes_the_first_sigterm_and_nothing_else() -> None:
+    async with linked() as ours:
+        signal_here(SIGINT)
+        await settle()
+        await ours.words.say("hurry")
+        assert await ours.told.next() == "hurry"
+        signal_here(SIGTERM)
+        assert await ours.told.next() == "drain"
+        assert await ours.words.hear() == "leaving"
+        for number in (SIGTERM, SIGINT, SIGTERM):
+            signal_here(number)
+            await settle()
+        await ours.words.say("leave")
+        assert await ours.told.next() == "leave"
+        await ours.link.ready("later")
+        assert await ours.words.hear() == "ready later"
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+async def test_signals_hurry_a_worker_whose_parent_is_gone(number: signal.Signals) -> None:
+    async with linked() as ours:
+        await ours.words.aclose()
+        assert await ours.told.next() == "drain"
+        for _ in range(3):
+            signal_here(number)
+            assert await ours.told.next() == "hurry"
+
+
+async def test_a_signal_that_came_while_they_were_blocked_is_taken_when_the_worker_listens() -> None:
+    with signals_kept():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [SIGTERM, SIGINT])
+        for number in (SIGINT, SIGTERM):
+            signal.pthread_kill(threading.get_ident(), number)  # other threads of the test's do not block it
+        async with linked() as ours:
+            assert await ours.told.next() == "drain"
+            assert await ours.words.hear() == "leaving"
+            assert not {SIGTERM, SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+async def test_a_workers_connection_with_its_parent_is_not_handed_on_to_what_it_starts() -> None:
+    async with linked() as ours:
+        assert not ours.link._sock.get_inheritable()
