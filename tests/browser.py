@@ -17,25 +17,23 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from ssl import create_default_context
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 import trio
-import trustme
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from penstock import serve
-from tests.serving import GUARD, eventually, quiet_config, serving
+from tests.certificates import tls_config
+from tests.serving import GUARD, eventually, serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
-    from ssl import SSLContext
+    from collections.abc import AsyncIterator, Mapping
 
     from hypercorn.config import Config
     from starlette.applications import Starlette
@@ -143,18 +141,6 @@ class Site:
             await app(scope, receive, note)
 
         return watched
-
-
-@contextmanager
-def tls_config(*alpn: str) -> Iterator[tuple[Config, SSLContext]]:
-    """A server's configuration with a certificate for 127.0.0.1, and what a client trusts it with."""
-    authority, context = trustme.CA(), create_default_context()
-    authority.configure_trust(context)
-    with authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.tempfile() as pem:
-        config = quiet_config()
-        config.certfile = config.keyfile = pem
-        config.alpn_protocols = [*alpn]
-        yield config, context
 
 
 WHY_NOT: Final = (

@@ -175,6 +175,14 @@ class Services:
         """Wait until the ending of every run is stored. A checkpoint, unless there is nothing to wait for."""
         await self._until(lambda: not self.unsettled)
 
+    def holding(self) -> list[Execution]:
+        """The executions of runs that have ended, as far as this process is concerned, and have not left."""
+        return [each for each in self.live.values() if (each.settled.is_set() or each.concluded) and not each.left]
+
+    async def let_go(self) -> None:
+        """Wait until there are none."""
+        await self._until(lambda: not self.holding())
+
     async def _until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
             await self._changed.park()

@@ -280,9 +280,12 @@ class Supervisor:
         """The runs that have ended, as far as this process is concerned, although their producers have not let go."""
         return [
             StuckRun(execution.run.id, execution.stack(), execution.settled.is_set() and not execution.given_up)
-            for execution in self._services.live.values()
-            if (execution.settled.is_set() or execution.concluded) and not execution.left
+            for execution in self._services.holding()
         ]
+
+    async def let_go(self) -> None:
+        """Wait until no producer whose run has ended holds on to its task. A checkpoint, if it has to wait."""
+        await self._services.let_go()
 
     @property
     def unstored(self) -> int:

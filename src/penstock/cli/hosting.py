@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,11 +30,10 @@ from penstock.groups import raise_bare
 from penstock.http.app import MAX_BODY_BYTES, create_app
 from penstock.http.server import SIGNALS, USER_TIMEOUT, new_config, serve
 from penstock.http.shutdown import ABANDON_AFTER, Shutdown
-from penstock.http.workers import Link, Parent
+from penstock.http.workers import UNREACHABLE, Link, Parent
 from penstock.log.urls import open_log
 
 if TYPE_CHECKING:
-    import signal
     import socket
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SERVICE_DIED: Final = 1
 STUCK: Final = 3
 STOPPED: Final = "stopped; every run has its last entry"
-WORKER_OPTION: Final = "--worker"
+WORKER_OPTION: Final = "--inherit"
 """The option that makes a process a worker: its number, and the file descriptors of its words and of its sockets."""
 
 
@@ -122,7 +122,7 @@ def host(
         raise click.UsageError(str(error)) from None
     except LogUnavailable as error:
         say(f"{error}; not started")
-        return SERVICE_DIED
+        return SERVICE_DIED if link is None else UNREACHABLE
     except Draining:
         if link is None:
             say("stopped before it was ready")
@@ -234,9 +234,20 @@ def host_workers(
         # Python's -P: as with the program `penstock`, no file of the present folder hides a module.
         return [sys.executable, "-P", "-m", "penstock", "serve", f"{WORKER_OPTION}={worker}", *arguments]
 
-    code = trio.run(Parent(count, command, sockets, say=say, announce=announce, max_deaths=max_deaths).run)
-    say(STOPPED if code == 0 else f"stopped with code {code}; why is said above")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it does not hear how a child has ended
+    parent = Parent(count, command, sockets, say=say, announce=announce, max_deaths=max_deaths)
+    code, deaths = trio.run(_keep, parent)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # all is over, and the code is known
+    if code:
+        say(f"stopped with code {code}; why is said above")
+    else:
+        say(STOPPED if not deaths else "stopped; the runs of workers that died end when their leases are over")
     return code
+
+
+async def _keep(parent: Parent) -> tuple[int, int]:
+    return await parent.run(), parent.recent_deaths
 
 
 def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:

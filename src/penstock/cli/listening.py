@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import ssl
 from contextlib import ExitStack, contextmanager
@@ -67,6 +68,11 @@ def listening(binds: Sequence[str], *, insecure: bool) -> Iterator[list[socket.s
     Raises:
         BadParameter: it cannot listen there.
     """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed by whoever started this, and no place for a socket
+            os.open(os.devnull, os.O_RDWR)
     try:
         sockets = listen(binds, insecure=insecure)
     except ConfigurationError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from penstock.cli.hosting import Hosted, host, host_workers, say
+from penstock.cli.hosting import WORKER_OPTION, Hosted, host, host_workers, say
 from penstock.cli.listening import check_certificate, listening
 from penstock.cli.loading import ModuleFailed, load_producers
 from penstock.cli.options import ARGUMENTS, CONTEXT, binary, knob_options, option, shared_options
@@ -117,7 +117,7 @@ Exit codes:
     type=click.FloatRange(min=0, max=MAX_USER_TIMEOUT),
     help="After how long a client that takes nothing in is given up; 0 = when the system does. Linux only.",
 )
-@click.option("--worker", hidden=True, allow_from_autoenv=False)
+@click.option(WORKER_OPTION, "inherit", hidden=True, allow_from_autoenv=False)
 @knob_options
 @click.pass_context
 def serve(
@@ -139,7 +139,7 @@ def serve(
     certfile: str | None,
     keyfile: str | None,
     tcp_user_timeout: float,
-    worker: str | None,
+    inherit: str | None,
     **knobs: Any,
 ) -> None:
     """Serve producers over HTTP, with a page for browsers.
@@ -156,13 +156,13 @@ def serve(
     """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
     keyfile = keyfile or certfile
     _check(workers, log_url, certfile, keyfile)
-    if workers > 1 and worker is None:
+    if workers > 1 and inherit is None:
         words: list[str] = ctx.meta[ARGUMENTS]
         arguments = words[words.index(str(ctx.info_name)) + 1 :]
         with listening(bind, insecure=insecure) as sockets:
             announce = partial(_announce, log_url=log_url, workers=workers)
             sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, announce))
-    link, inherited = (None, []) if worker is None else _inherited(worker)
+    link, inherited = (None, []) if inherit is None else _inherited(inherit)
     try:
         hosted = Hosted(
             load_producers(producers),
@@ -186,12 +186,15 @@ def serve(
         sys.exit(host(hosted, sockets, log_level=log_level, ready=partial(_ready, log_url)))
 
 
-def _inherited(worker: str) -> tuple[Link, list[socket.socket]]:
+def _inherited(words: str) -> tuple[Link, list[socket.socket]]:
     """What a worker has from its parent."""
-    number, words, *fds = map(int, worker.split(","))
-    link = Link(number, words)
+    number, link_fd, *fds = map(int, words.split(","))
+    link = Link(number, link_fd)
     link.keep_signals()
-    return link, [socket.socket(fileno=fd) for fd in fds]
+    sockets = [socket.socket(fileno=fd) for fd in fds]
+    for sock in sockets:
+        sock.set_inheritable(False)
+    return link, sockets
 
 
 async def _report(link: Link, service: Service, urls: Sequence[str], _shutdown: Shutdown) -> None:

@@ -112,6 +112,7 @@ class Service:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold log and supervisor open until `stop`. What goes wrong is raised before they are open, recorded later."""
         started = False
+        self._stopping = trio.Event()  # it may have been run before
         try:
             async with AsyncExitStack() as stack:
                 log = await stack.enter_async_context(open_log(self._log)) if isinstance(self._log, str) else self._log

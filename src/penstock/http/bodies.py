@@ -31,13 +31,18 @@ class WholeRequests:
             await self._app(scope, receive, send)
             return
         request = _Request(receive)
+        passed_on = False
+        """All that the response has to say, but for its end."""
 
         async def send_as_request_allows(message: Message) -> None:
             if request.over or message["type"] != "http.response.body" or message.get("more_body", False):
                 if not request.gone:
                     await send(message)
                 return
-            await send({**message, "more_body": True})
+            nonlocal passed_on
+            if not passed_on:  # the wait for the request may be cancelled, and this be sent again
+                await send({**message, "more_body": True})
+                passed_on = True
             await request.drop()
             if not request.gone:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

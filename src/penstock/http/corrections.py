@@ -4,18 +4,20 @@
 |---|---|---|
 | `time_out_stalled` | a client that stops reading pins its connection for ever | TCP gives it up |
 | `BoundedBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
-| `Streams` | a response waits for ever for an HTTP/2 client that is gone, or a stream | all hear of it |
+| `Streams` | HTTP/2 responses outlive their clients, and are cut off at a shutdown | they end, and whole |
 | `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
 | `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
 | `Connection._lose` | of several responses on a connection that breaks, some are never told | all are |
+| `Connection._initiate_server_close` | the last bytes to an HTTP/2 client may be lost | the client closes first |
 | `Connection._read_data` | a second request that came early keeps its connection for ever | ends with the client |
 | `Connection.run` | an error in one connection's protocol ends the server, for everybody | ends that connection |
 | `keep_alive_max_requests` | after 1,000 requests on an HTTP/2 connection its streams fall silent | no such limit |
 
 The first is an option of the listening sockets, which any version passes on. The others replace classes in Hypercorn's
-modules, for the whole process, when a server first asks for it. On a version that is not in `KNOWN` nothing is
+modules when a server first asks for it. Connections of servers that did not ask are Hypercorn's own still, but for
+`BoundedBuffer`, which has no way to tell. On a version that is not in `KNOWN` nothing is
 replaced, and a warning says so: what it does now is for somebody to look at. Each piece has a test against the real
-server, with it and without.
+server, with it and without. Those of HTTP/2 are in `http2.py`.
 """
 
 from __future__ import annotations
@@ -24,24 +26,22 @@ import math
 import socket
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
 
-import h2.events
 import hypercorn.protocol
 import hypercorn.trio.run
 import trio
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 
 from penstock.errors import single_error
 from penstock.groups import parted, raise_unchanged
+from penstock.http.http2 import BoundedBuffer, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +58,14 @@ KNOWN: Final = ("0.18.0",)
 MAX_USER_TIMEOUT: Final = (2**31 - 1) / 1000
 """The longest TCP user timeout that a socket takes, in seconds: milliseconds in 31 bits."""
 
+LINGER: Final = 1.0
+"""Seconds after its last send in which an HTTP/2 client may close its connection before the server does."""
+
+GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+"""What a send raises if the connection is closed, or is being closed."""
+
+_SENDS: Final = "_penstock_sends"
+"""The attribute of a server's configuration, which Hypercorn hands to each of its connections."""
 _TCP_USER_TIMEOUT: Final[int | None] = getattr(socket, "TCP_USER_TIMEOUT", None)
 
 
@@ -106,68 +114,9 @@ class Sends:
                 self._scopes.discard(scope)
 
 
-_SENDS: Final[WeakKeyDictionary[Config, Sends]] = WeakKeyDictionary()
-"""The servers that asked for corrections, by their configuration, which Hypercorn hands to each connection."""
-
-
-class BoundedBuffer(StreamBuffer):
-    """What the application has sent on an HTTP/2 stream and the client's window has not taken yet.
-
-    Hypercorn 0.18.0 lets a waiting `push` go on whenever less than the low-water mark was *popped*; an exhausted window
-    pops nothing, again and again. Here it goes on when less than that is *left*.
-    """
-
-    async def push(self, data: bytes) -> None:
-        """Take `data` in; wait if that is more than the high-water mark (32 KiB) together with what is there."""
-        if self._complete:
-            raise BufferCompleteError
-        self.buffer.extend(data)
-        await self._is_empty.clear()
-        if len(self.buffer) >= BUFFER_HIGH_WATER:
-            if self._paused.is_set():  # or somebody waits for it already
-                await self._paused.clear()
-            await self._paused.wait()
-
-    async def pop(self, max_length: int) -> bytes:
-        """Give out what the window takes."""
-        data = bytes(self.buffer[:max_length])
-        del self.buffer[:max_length]
-        if len(self.buffer) < BUFFER_LOW_WATER:
-            await self._paused.set()
-        if not self.buffer:
-            await self._is_empty.set()
-        return data
-
-
-class Streams(H2Protocol):
-    """An HTTP/2 connection whose responses hear of its end, or of their own stream's, and leave nothing behind.
-
-    In Hypercorn 0.18.0 the task that empties their buffers ends with the connection, and a response that waits for that
-    (at its end each one does) waits for ever: an aborted page load is enough. The same goes for a stream that the
-    client resets while its window is shut. And they are told one after the other, so that one that takes nothing in
-    keeps the others from hearing.
-    """
-
-    async def handle(self, event: Event) -> None:
-        """Take in what happened on the connection."""
-        if isinstance(event, Closed):
-            self.closed = True
-            for buffer in list(self.stream_buffers.values()):
-                await buffer.close()
-        await super().handle(event)
-
-    async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        await super()._handle_events(events)
-        for event in events:
-            if isinstance(event, h2.events.StreamReset) and event.stream_id in self.stream_buffers:
-                await self.stream_buffers[event.stream_id].close()
-                await self._window_updated(event.stream_id)  # the sending task then removes it
-
-    async def _close_stream(self, stream_id: int) -> None:
-        stream = self.streams.pop(stream_id, None)
-        if stream is not None:
-            self.task_group.spawn(stream.handle, StreamClosed(stream_id=stream_id))
-            await self.has_data.set()
+def _sends_of(config: Config) -> Sends | None:
+    """Those of the server with this configuration, if it asked for corrections."""
+    return getattr(config, _SENDS, None)
 
 
 class Requests(H11Protocol):
@@ -194,8 +143,10 @@ class Connection(TCPServer):
         stream: trio.SSLStream[trio.SocketStream],
     ) -> None:
         super().__init__(app, config, context, state, stream)
-        self._sends = _SENDS[config]
+        self._sends = _sends_of(config) or Sends()
+        self._last_sent = -math.inf
         self._reading = trio.CancelScope()
+        self._read = trio.Event()
         self._lost = False
 
     async def protocol_send(self, event: Event) -> None:
@@ -211,7 +162,8 @@ class Connection(TCPServer):
                 try:
                     async with self.send_lock:
                         await self.stream.send_all(event.data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+                        self._last_sent = trio.current_time()
+                except GONE:
                     self._lose()
         elif isinstance(event, Closed):
             await self._close()
@@ -241,9 +193,24 @@ class Connection(TCPServer):
         """
         with self._reading:
             await super()._read_data()
+        self._read.set()
         self._lost = True
         await self.idle_task.stop()
         await self.protocol.handle(Closed())  # for a request that was being taken in when that was cancelled
+
+    async def _initiate_server_close(self) -> None:
+        """Close an idle connection.
+
+        In Hypercorn 0.18.0 that happens at once, although the client may be about to say how much it has read; to that
+        the system answers with a reset, and the client drops what it has not read yet. So it may close first.
+        """
+        if isinstance(self.protocol.protocol, H2Protocol):
+            transport = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
+            with trio.move_on_at(self._last_sent + LINGER), suppress(*GONE):
+                async with self.send_lock:
+                    await transport.send_eof()
+                await self._read.wait()
+        await super()._initiate_server_close()
 
     async def run(self) -> None:
         """Serve the connection.
@@ -263,15 +230,13 @@ class Connection(TCPServer):
                 raise_unchanged(cancellation)
 
 
-def _connection(
-    app: AppWrapper,
-    config: Config,
-    context: WorkerContext,
-    state: ConnectionState,
-    stream: trio.SSLStream[trio.SocketStream],
-) -> TCPServer:
-    """A connection of a server that asked for corrections, or of another one."""
-    return (Connection if config in _SENDS else TCPServer)(app, config, context, state, stream)
+def _if_asked(corrected: type[Any], original: type[Any]) -> Callable[..., Any]:
+    """What makes the one for servers that asked for corrections, and the other for all others."""
+
+    def make(app: AppWrapper, config: Config, *others: Any, **named: Any) -> Any:
+        return (original if _sends_of(config) is None else corrected)(app, config, *others, **named)
+
+    return make
 
 
 class Replacement(NamedTuple):
@@ -285,9 +250,9 @@ class Replacement(NamedTuple):
 
 REPLACEMENTS: Final = (
     Replacement(hypercorn.protocol.h2, "StreamBuffer", StreamBuffer, BoundedBuffer),
-    Replacement(hypercorn.protocol, "H2Protocol", H2Protocol, Streams),
-    Replacement(hypercorn.protocol, "H11Protocol", H11Protocol, Requests),
-    Replacement(hypercorn.trio.run, "TCPServer", TCPServer, _connection),
+    Replacement(hypercorn.protocol, "H2Protocol", H2Protocol, _if_asked(Streams, H2Protocol)),
+    Replacement(hypercorn.protocol, "H11Protocol", H11Protocol, _if_asked(Requests, H11Protocol)),
+    Replacement(hypercorn.trio.run, "TCPServer", TCPServer, _if_asked(Connection, TCPServer)),
 )
 
 
@@ -309,7 +274,7 @@ def correct(config: Config, warn: Callable[[str], None]) -> Sends:
             "limit, and an error in one connection may end the server"
         )
         return sends
-    _SENDS[config] = sends
+    setattr(config, _SENDS, sends)
     config.keep_alive_max_requests = sys.maxsize
     for module, name, original, corrected in REPLACEMENTS:
         if getattr(module, name) is original:

@@ -68,7 +68,8 @@ async def serve(
     Args:
         app: made by `create_app`.
         config: Hypercorn's; by default `new_config()`, which binds to 127.0.0.1:8000. With `certfile` and `keyfile` it
-            serves TLS, and HTTP/2 to browsers. `read_timeout` must stay None: it ends idle streams.
+            serves TLS, and HTTP/2 to browsers. `read_timeout` and `max_requests` must stay None: the one ends idle
+            streams, the other the server without a drain.
         signals: what asks for a shutdown; empty for an embedder who handles signals, and outside the main thread.
         shutdown_trigger: returns when a shutdown is wanted for another reason.
         shutdown: by which a shutdown can be asked for in several steps, as signals do; a
@@ -91,9 +92,7 @@ async def serve(
     if not isinstance(service, Service):
         raise ConfigurationError("serve() needs an application made by create_app()")
     config = new_config() if config is None else config
-    if config.read_timeout is not None:
-        raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
-    check_user_timeout(tcp_user_timeout)
+    _check(config, tcp_user_timeout)
     shutdown = Shutdown() if shutdown is None else shutdown
     config = _own(config, tcp_user_timeout, service)
     sends = correct(config, lambda words: tell(service.observer.warning, words))
@@ -123,15 +122,16 @@ async def serve(
         raise SupervisorFailed("a service of the supervisor died")
 
 
-def check_user_timeout(seconds: float) -> None:
-    """Check a TCP user timeout.
-
-    Raises:
-        ConfigurationError: it is not a number of seconds that a socket can be given.
-    """
-    check_duration("tcp_user_timeout", seconds, zero=True)
-    if seconds is None or seconds > MAX_USER_TIMEOUT:
-        raise ConfigurationError(f"tcp_user_timeout is at most {MAX_USER_TIMEOUT} s, not {seconds!r}; 0 = none")
+def _check(config: Config, tcp_user_timeout: float) -> None:
+    """Refuse what cannot be served with."""
+    if config.read_timeout is not None:
+        raise ConfigurationError("Hypercorn's read_timeout must stay None: it takes a silent reader for a disconnect")
+    if config.max_requests is not None:
+        raise ConfigurationError("Hypercorn's max_requests must stay None: it ends a server without a drain")
+    check_duration("tcp_user_timeout", tcp_user_timeout, zero=True)
+    if tcp_user_timeout is None or tcp_user_timeout > MAX_USER_TIMEOUT:
+        words = f"tcp_user_timeout is at most {MAX_USER_TIMEOUT} s, not {tcp_user_timeout!r}; 0 = none"
+        raise ConfigurationError(words)
 
 
 def _own(config: Config, tcp_user_timeout: float, service: Service) -> Config:
@@ -141,6 +141,8 @@ def _own(config: Config, tcp_user_timeout: float, service: Service) -> Config:
     def create_sockets() -> Sockets:
         sockets = config.create_sockets()
         listening = [*sockets.secure_sockets, *sockets.insecure_sockets]
+        for sock in listening:
+            sock.set_inheritable(False)  # or what a producer starts would keep the address when this server has ended
         if not time_out_stalled(listening, tcp_user_timeout) and tcp_user_timeout:
             tell(
                 service.observer.warning,

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from penstock.http.http2 import LAST_WORDS
+
 if TYPE_CHECKING:
     import signal
     from collections.abc import Awaitable, Callable, Sequence
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 
 ABANDON_AFTER: Final = 5.0
 """Seconds that a producer may still hold on to its task after everything else of a shutdown is done."""
-LAST_WORDS: Final = 1.0
-"""Seconds that responses have for their last sends once Hypercorn has cancelled them."""
 
 
 class Shutdown:
@@ -145,9 +145,12 @@ async def ask_after(reason: Callable[[], Awaitable[object]], shutdown: Shutdown)
 
 
 async def _abandon(supervisor: Supervisor, abandon: Callable[[Sequence[StuckRun]], None]) -> None:
-    """Give producers that hold on to their tasks a last chance, then give them up."""
+    """Give producers that hold on to their tasks a last chance, then give them up, also if all patience is gone."""
     while True:
-        known = {run.run_id for run in supervisor.stuck}
-        await trio.sleep(ABANDON_AFTER)
+        if known := {run.run_id for run in supervisor.stuck}:
+            with trio.move_on_after(ABANDON_AFTER, shield=True):
+                await supervisor.let_go()
+        else:
+            await trio.sleep(ABANDON_AFTER)
         if stuck := [run for run in supervisor.stuck if run.run_id in known]:
             abandon(stuck)

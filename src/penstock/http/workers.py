@@ -26,15 +26,17 @@ parent's word, which must not count as two: it takes no notice of SIGINT, and SI
 | 0 | it was told to, and all workers ended clean |
 | the first worker's code | that could not start, so that no other would |
 | 1 | too many workers died, or one of them did while all were to end |
-| 3 | a worker had to leave a producer behind |
+| 3 | a worker had to leave a producer behind while all were to end |
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -58,8 +60,12 @@ GROUP_SIGNAL: Final = 0.1
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 DIED: Final = 1
 STUCK: Final = 3
+UNREACHABLE: Final = 75
+"""The code of a worker that has not found the event log, and may another time (EX_TEMPFAIL)."""
 LAST_WORDS: Final = 0.2
 """Seconds in which what a worker has said is heard after its end."""
+ENDS_WITHIN: Final = 5.0
+"""Seconds in which a worker's process ends after it has closed its words."""
 HURRIES: Final = 2
 """Signals after the first that are passed on; the next one kills."""
 
@@ -114,12 +120,17 @@ class Link:
         self._sock.set_inheritable(False)
         self._words: Words | None = None
         self._orphaned = False
-        self._early: list[int] = []
 
     def keep_signals(self) -> None:
-        """Keep signals until `obey` takes them. In the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, lambda number, _frame: self._early.append(number))
+        """Until `obey` takes them: SIGTERM ends the process, in which nothing has started. In the main thread."""
+
+        def end(_number: int, _frame: object) -> None:
+            with suppress(OSError):
+                self._sock.send(f"{LEAVING}\n".encode())
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, lambda _number, _frame: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     async def ready(self, news: str) -> None:
@@ -150,12 +161,10 @@ class Link:
         finally:
             for number in SIGNALS:  # the process is on its way out, on which Python puts any handler's default back
                 signal.signal(number, signal.SIG_IGN)
+            self._sock.close()  # which says that all is done
 
     async def _take(self, signals: AsyncIterator[int], words: Words, shutdown: Shutdown) -> None:
-        told = signal.SIGTERM in self._early
-        if told:
-            shutdown.drain()
-            await words.say(LEAVING)
+        told = False
         async for number in signals:
             if self._orphaned:
                 shutdown.hurry()  # nobody else counts any more
@@ -171,6 +180,7 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     words: Words
+    ready: bool = False
     leaving: bool = False
 
 
@@ -232,6 +242,13 @@ class Parent:
                 self._messengers.cancel_scope.cancel(reason="all workers have ended")
         return STUCK if STUCK in self._codes else next((code for code in self._codes if code), 0)
 
+    @property
+    def recent_deaths(self) -> int:
+        """The workers that died within `DEATHS_WITHIN`."""
+        while self._deaths and self._deaths[0] < trio.current_time() - DEATHS_WITHIN:
+            self._deaths.popleft()
+        return len(self._deaths)
+
     async def _take(self, signals: AsyncIterator[int]) -> None:
         """The first signal drains, the second and the third hurry, the fourth kills."""
         taken = 0
@@ -241,6 +258,9 @@ class Parent:
                 self._end()
             elif taken <= HURRIES + 1:
                 self._tell(HURRY)
+                for worker in self._workers.values():
+                    if not worker.ready:  # it does not listen yet
+                        worker.process.terminate()
             else:
                 for worker in self._workers.values():
                     worker.process.kill()
@@ -281,6 +301,9 @@ class Parent:
         async def hear() -> None:
             await self._hear(worker, is_ready)
             heard.set()
+            await trio.sleep(ENDS_WITHIN)
+            self._say(f"process {worker.process.pid} is done, and does not end: perhaps a thread of it goes on; killed")
+            worker.process.kill()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hear)
@@ -318,6 +341,7 @@ class Parent:
                 if not self._ending.is_set():
                     await worker.words.say(LEAVE)
             elif word.startswith(READY):
+                worker.ready = True
                 if self._news is None:
                     self._news = word.removeprefix(READY)
                 is_ready.set()
@@ -330,18 +354,18 @@ class Parent:
                 self._say(f"{name} {how}")
             return 0.0
         if self._news is None:
-            self._codes.append(code or DIED)
+            self._codes.append(DIED if code in {0, UNREACHABLE} else code)
             self._say(f"{name} {how} before it was ready; not started")
             self._end()
             return 0.0
         if code == 0 and leaving:
             self._say(f"{name} has left; another one takes its place")
             return 0.0
-        now = trio.current_time()
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATHS_WITHIN:
-            self._deaths.popleft()
-        deaths = len(self._deaths)
+        if code == UNREACHABLE:
+            self._say(f"{name} has not found the event log; another one tries in {LONGEST_PAUSE:g} s")
+            return LONGEST_PAUSE
+        self._deaths.append(trio.current_time())
+        deaths = self.recent_deaths
         if deaths >= self._max_deaths:
             self._codes.append(DIED)
             self._say(f"{name} {how}; {deaths} workers have died within {DEATHS_WITHIN:g} s, and the server ends")

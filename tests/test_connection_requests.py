@@ -1,0 +1,195 @@
+"""More than one request on a connection: the next before the answer to the first, and very many."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+from h2.connection import ConnectionState
+
+import penstock.http.server
+from penstock.http import corrections
+from tests.connections import (
+    SOON,
+    Ending,
+    brief,
+    brief_config,
+    is_over_soon,
+    joined,
+    patient_config,
+    readers,
+    served,
+    stays,
+    unharmed,
+    with_reset,
+)
+from tests.endpoints import with_tapped
+from tests.http2_clients import Http2
+from tests.serving import Tap, eventually, family
+from tests.uncorrected import ReadsOn, TellsInTheSender, in_place_of
+from tests.wire import DONE, Wire
+
+if TYPE_CHECKING:
+    from hypercorn.config import Config
+
+    from penstock.http.corrections import Connection, Sends
+    from tests.serving import Server
+
+# Requests that come early
+
+
+async def send_two(stream: trio.SocketStream, one: str, other: str) -> None:
+    await stream.send_all(b"".join(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode() for path in (one, other)))
+
+
+async def test_two_requests_that_come_at_once_are_answered_in_their_order() -> None:
+    tap = Tap()
+    async with unharmed({"tap": tap}) as server:
+        run_id = await server.start("tap")
+        async with joined(server) as (stream, task):
+            wire = Wire(stream)
+            await send_two(stream, f"/v1/runs/{run_id}/stream", "/healthz")
+            tap.feed("one")
+            await wire.until(b"data: one\n\n")
+            tap.feed("two")
+            tap.end()
+            first, _, second = (await wire.until(b"data: [DONE]\n\n", b'"status"')).partition(b"\r\n0\r\n\r\n")
+            assert first.startswith(b"HTTP/1.1 200")
+            assert first.endswith(b"data: [DONE]\n\n")
+            assert b"data: two\n\n" in first
+            assert second.startswith(b"HTTP/1.1 200")
+            await stream.aclose()
+            await is_over_soon(task, server)
+
+
+async def leaves_early(server: Server, tap: Tap, how: str) -> trio.lowlevel.Task:
+    """A client that sends a second request, and goes in the middle of the first answer; the connection's task."""
+    run_id = await server.start("tap")
+    async with joined(server, partial(trio.open_tcp_stream, "127.0.0.1")) as (stream, task):
+        await send_two(stream, f"/v1/runs/{run_id}/stream", "/healthz")
+        tap.feed("first")
+        await Wire(stream).until(b"data: first\n\n")
+        await eventually(lambda: readers(server, run_id) == [1])
+        if how == "reset":
+            with_reset(stream)
+
+    def gone() -> bool:
+        tap.feed("more")  # nobody reads, so only a send finds out
+        return readers(server, run_id) == [0]
+
+    with trio.fail_after(SOON):
+        await eventually(gone)
+    assert (await server.run(run_id))["status"] == "running"
+    return task
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_client_that_sent_a_second_request_early_takes_its_connection_along(how: str) -> None:
+    tap = Tap()
+    async with unharmed({"tap": tap}) as server:
+        await is_over_soon(await leaves_early(server, tap, how), server)
+
+
+@pytest.mark.parametrize("kind", [ReadsOn, TellsInTheSender])
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_without_the_correction_it_leaves_its_connection_behind(how: str, kind: type[Connection]) -> None:
+    tap = Tap()
+    with in_place_of(TCPServer=kind):
+        async with brief({"tap": tap}) as server:
+            task = await leaves_early(server, tap, how)
+            with trio.fail_after(SOON):
+                await eventually(lambda: not family(task))  # no response is left that could wake it
+            assert await stays(task, server)
+
+
+async def comes_early_at_the_end(server: Server, stream: trio.SocketStream) -> None:
+    """A second request, behind one whose answer ends when the server does."""
+    tap, wire = Tap(), Wire(stream)
+    with_tapped(server, tap)
+    await send_two(stream, "/tapped", "/healthz")
+    tap.feed("before")
+    await wire.until(b"data: before\n\n")
+    server.shutdown.set()
+    await eventually(served(stream).context.terminated.is_set)
+    tap.end()
+    assert (await wire.rest()).endswith(b"\r\n0\r\n\r\n")
+
+
+async def test_a_second_request_that_came_early_does_not_hold_up_a_shutdown() -> None:
+    async with brief(config=patient_config()) as server, joined(server) as (stream, task):
+        await comes_early_at_the_end(server, stream)
+        await is_over_soon(task, server)
+
+
+@pytest.mark.parametrize("kind", [ReadsOn, TellsInTheSender])
+async def test_without_the_correction_it_does(kind: type[Connection]) -> None:
+    ending = Ending("cancelled")
+    with in_place_of(TCPServer=kind):
+        async with brief(config=patient_config(), run=ending.run) as server, joined(server) as (stream, task):
+            await comes_early_at_the_end(server, stream)
+            assert await stays(task, server)
+            ending.now(server)
+
+
+# Many requests on one connection
+
+
+LIMIT: Final = 3
+"""The requests that Hypercorn is to let one connection have."""
+REQUESTS: Final = 10
+
+
+def limited_config() -> Config:
+    config = brief_config()
+    config.keep_alive_max_requests = LIMIT
+    return config
+
+
+async def asks_often(client: Http2) -> int:
+    """Make more requests than that; how many are answered."""
+    for answered in range(REQUESTS):
+        number = await client.get("/healthz")
+        while number not in client.over:
+            if client.h2.state_machine.state is ConnectionState.CLOSED:
+                return answered  # it has been told to go away
+            await client.receive()
+        assert client.headers[number][":status"] == "200"
+    return REQUESTS
+
+
+async def test_a_stream_goes_on_however_many_requests_its_connection_has_had() -> None:
+    tap, config = Tap(), limited_config()
+    async with unharmed({"tap": tap}, config=config) as server, joined(server) as (stream, _):
+        client = Http2(stream)
+        number = await client.get(f"/v1/runs/{await server.start('tap')}/stream")
+        tap.feed("before")
+        await client.blocks(number, 1)
+        assert await asks_often(client) == REQUESTS
+        tap.feed("after")
+        tap.end()
+        assert [block.data for block in await client.whole(number)] == ["before", "after", DONE]
+    assert config.keep_alive_max_requests == LIMIT  # what was given to `serve` is as it was
+
+
+async def test_without_the_correction_it_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def correct(config: Config, warn: Any) -> Sends:
+        sends = corrections.correct(config, warn)
+        config.keep_alive_max_requests = LIMIT
+        return sends
+
+    monkeypatch.setattr(penstock.http.server, "correct", correct)
+    tap = Tap()
+    async with brief({"tap": tap}) as server, joined(server) as (stream, _):
+        client, run_id = Http2(stream), await server.start("tap")
+        number = await client.get(f"/v1/runs/{run_id}/stream")
+        tap.feed("before")
+        await client.blocks(number, 1)
+        assert await asks_often(client) < REQUESTS
+        assert readers(server, run_id) == [1]
+        tap.feed("after")
+        tap.end()
+        rest = await Wire(stream).rest()  # all that comes until the server closes it
+        assert b"after" not in rest
+        assert DONE.encode() not in rest
