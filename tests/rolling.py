@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
-from penstock.cli.hosting import STOPPED
+from penstock.cli.hosting import STOPPED, STOPPED_AFTER_DEATHS
 from tests import chaos
 from tests.chaos import GONE, UNAVAILABLE, Chaos, Server, knob, main, parser_of
 from tests.chaos_verdict import Life, slowest_notice
@@ -133,7 +133,8 @@ class Group(Server):
         before = len(self.said)
         await super()._listen_to(process, task_status)
         last = self.said[before:].rpartition("penstock: ")[2].strip()
-        if last != STOPPED:
+        mourned = KILLED in self.said[before:]
+        if last != STOPPED and not (mourned and last == STOPPED_AFTER_DEATHS):
             self.wrong.append(f"the last that server {self.life.name} said is {last!r}")
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 SERVICE_DIED: Final = 1
 STUCK: Final = 3
 STOPPED: Final = "stopped; every run has its last entry"
+STOPPED_AFTER_DEATHS: Final = "stopped; the runs of workers that died end when their leases are over"
 WORKER_OPTION: Final = "--inherit"
 """The option that makes a process a worker: its number, and the file descriptors of its words and of its sockets."""
 
@@ -242,7 +243,7 @@ def host_workers(
     if code:
         say(f"stopped with code {code}; why is said above")
     else:
-        say(STOPPED if not deaths else "stopped; the runs of workers that died end when their leases are over")
+        say(STOPPED_AFTER_DEATHS if deaths else STOPPED)
     return code
 
 
