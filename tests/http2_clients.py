@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import h2.config
 import h2.connection
+import h2.events
 import h2.settings
 import trio
+from h2.errors import ErrorCodes
 
 from tests.test_http2 import Streams
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from tests.serving import Client
 
+WHOLE: Final = "whole"
+"""A stream has ended as its response has: with END_STREAM."""
 OPEN: Final = 2**30
 """What a window is opened by: more than any test sends."""
 UNCHECKED: Final = {"validate_outbound_headers": False, "normalize_outbound_headers": False, "header_encoding": "utf-8"}
@@ -75,6 +79,38 @@ class Windows(Http2):
         size = len(self.bodies[number])
         self.bodies[number] = b""
         return size
+
+
+class Ends(Http2):
+    """One that knows how its streams end."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        self.ends: dict[int, str | ErrorCodes] = {}
+        """`WHOLE`, or with which error the server has reset it."""
+        self._take_in = self.h2.receive_data
+        self.h2.receive_data = self._note  # type: ignore[method-assign, assignment]
+
+    def _note(self, data: bytes) -> list[h2.events.Event]:
+        if not data:
+            raise trio.EndOfChannel("the server has closed the connection")
+        events = self._take_in(data)
+        for event in events:
+            if isinstance(event, h2.events.StreamEnded):
+                self.ends[event.stream_id] = WHOLE
+            elif isinstance(event, h2.events.StreamReset):
+                self.ends[event.stream_id] = ErrorCodes(event.error_code)
+        return events
+
+    async def until_closed(self) -> None:
+        """Take in whatever comes until the server closes the connection."""
+        with suppress(trio.EndOfChannel, trio.BrokenResourceError):
+            while True:
+                await self.receive()
+
+
+class ShutEnds(Ends, Windows):
+    """And whose windows are shut."""
 
 
 @asynccontextmanager

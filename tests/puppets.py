@@ -43,6 +43,12 @@ while True:
             words.sendall(b"ready " + word.encode() * int(number) + b"\\n")
         elif order == "exit":
             os._exit(int(rest))
+        elif order == "unblock":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+            test.sendall(b"unblocked\\n")
+        elif order == "close":
+            hears.remove(words)
+            words.close()
         else:
             os._exit(99)
 """

@@ -9,7 +9,7 @@ from signal import SIGINT, SIGTERM
 import pytest
 from trio.testing import MockClock
 
-from penstock.http.workers import DEATHS, DEATHS_WITHIN, GROUP_SIGNAL, LONGEST_PAUSE
+from penstock.http.workers import DEATHS, DEATHS_WITHIN, ENDS_WITHIN, GROUP_SIGNAL, LONGEST_PAUSE, UNREACHABLE
 from tests.puppets import Family, Puppet, family, settle, signal_here, until
 
 
@@ -64,7 +64,7 @@ async def test_news_may_be_long(clock: MockClock) -> None:
         assert ours.announced == ["x" * 300_000]
 
 
-@pytest.mark.parametrize("code, becomes", [(0, 1), (1, 1), (2, 2), (77, 77)])
+@pytest.mark.parametrize("code, becomes", [(0, 1), (1, 1), (2, 2), (77, 77), (UNREACHABLE, 1)])
 async def test_the_code_of_a_first_worker_that_cannot_start_is_that_of_the_server(
     clock: MockClock, code: int, becomes: int
 ) -> None:
@@ -156,8 +156,10 @@ async def test_the_deaths_of_all_workers_count_together_and_old_ones_do_not(cloc
         assert "in 0.1 s" in await die(ours, one)
         clock.jump(DEATHS_WITHIN + 0.5)
         one = await ours.next()
+        assert ours.parent.recent_deaths == 0
         assert "in 0.1 s" in await die(ours, two)
         clock.jump(DEATHS_WITHIN - 0.5)
+        assert ours.parent.recent_deaths == 1
         await ours.next()
         assert "2 workers have died" in await die(ours, one)
 
@@ -171,6 +173,40 @@ async def test_who_ends_without_being_told_to_has_died_whatever_its_code(clock: 
         await puppet.does("say leaving\\n")
         await settle()
         assert "in 0.2 s" in await die(ours, puppet, 3)
+
+
+async def test_who_does_not_find_the_event_log_tries_again_however_often_and_has_not_died(clock: MockClock) -> None:
+    async with family(2, max_deaths=1) as ours:
+        puppet, other = await ours.ready(2)
+        for times in range(1, 8):
+            await puppet.ends(UNREACHABLE)
+            await until(lambda: len(ours.said) == times)  # noqa: B023
+            assert ours.said[-1].endswith("has not found the event log; another one tries in 1 s")
+            clock.jump(LONGEST_PAUSE * 0.99)
+            await settle()
+            assert len(ours.spawned) == times + 1
+            clock.jump(LONGEST_PAUSE * 0.02)
+            puppet = await ours.next()
+        assert ours.parent.recent_deaths == 0
+        assert "1 workers have died" in await die(ours, puppet)
+        assert await other.hears() == "drain"  # and nothing before that
+
+
+async def test_who_is_done_and_does_not_end_is_killed_and_replaced(clock: MockClock) -> None:
+    async with family(2) as ours:
+        (puppet, _) = await ours.ready(2)
+        await puppet.does("close")
+        await settle()
+        clock.jump(ENDS_WITHIN * 0.99)
+        await settle()
+        assert ours.said == []
+        clock.jump(ENDS_WITHIN * 0.02)
+        assert await puppet.hears() == "gone"
+        await until(lambda: len(ours.said) == 2)
+        assert ours.said[0].startswith(f"process {puppet.pid} is done, and does not end")
+        assert ours.said[1].startswith(f"worker 1 (process {puppet.pid}) was ended by signal 9; another one takes its")
+        clock.jump(LONGEST_PAUSE)
+        assert (await ours.next()).number == 1
 
 
 # Leaving
@@ -273,3 +309,21 @@ async def test_a_signal_before_the_first_is_ready_drains_it_and_starts_no_other(
         await first.ends()
         assert await ours.end() == 0
         assert (ours.spawned, ours.announced, ours.said) == ([1], [], [])
+
+
+async def test_the_second_signal_ends_who_is_not_ready_yet_and_nobody_else(clock: MockClock) -> None:
+    async with family(2) as ours:
+        one = await ours.next()
+        await one.is_ready()
+        two = await ours.next()
+        for puppet in (one, two):
+            await puppet.does("unblock")
+            assert await puppet.hears() == "unblocked"
+        for word in ("drain", "hurry"):
+            signal_here()
+            assert await one.hears() == word
+        while await two.hears() != "gone":
+            pass
+        await one.ends()
+        assert await ours.end() == 1
+        assert ours.said == [f"worker 2 (process {two.pid}) was ended by signal 15"]

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from tests.serving import eventually
+from tests.test_cli import refused
 from tests.wire import DONE
 from tests.workers import (
     AWAY,
@@ -172,3 +173,39 @@ async def test_too_many_deaths_end_the_server_and_one_fewer_does_not(
         await has_stopped(workers, 1)
         died = f"worker 1 (process {dies}) was ended by signal 9"
         assert f"penstock: {died}; {most} workers have died within 30 s, and the server ends\n" in workers.said
+
+
+@pytest.mark.parametrize("number", [1, 2])
+async def test_after_a_death_the_last_line_does_not_say_that_every_run_has_its_last_entry(
+    server: Endpoint, number: int
+) -> None:
+    async with serving_workers(2, server.url) as workers:
+        dies = workers.pids()[number]
+        send(dies, SIGKILL)
+        again = await workers.successor(number, dies)
+        assert await workers.ask_at(again, "GET", "/readyz") == 200
+        workers.signal(SIGTERM)
+        assert await workers.exit_code() == 0, workers.said
+        await workers.silent.wait()
+        assert workers.last_line == "penstock: stopped; the runs of workers that died end when their leases are over"
+
+
+# The command line
+
+
+def test_the_number_of_workers_has_no_shorter_name() -> None:
+    said = refused("serve", "--producers", "tests.worker_producers:producers", "--worker", 4)
+    assert "No such option" in said
+    assert "--workers" in said
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-"])
+async def test_workers_need_nothing_of_standard_input_and_output(server: Endpoint, closed: str) -> None:
+    """A socket that takes the number of a closed one would be lost when a worker is given its own."""
+    through = ("/bin/sh", "-c", f'exec "$@" {closed}', "sh")
+    async with serving_workers(2, server.url, *MOMENT, through=through) as workers:
+        for pid in workers.pids().values():
+            assert await workers.ask_at(pid, "GET", "/readyz") == 200
+            await workers.start_at(pid, "ticking")
+        workers.signal(SIGTERM)
+        await has_stopped(workers)

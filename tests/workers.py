@@ -187,6 +187,7 @@ async def serving_workers(
     log: str,
     *options: object,
     before: tuple[str, ...] = (),
+    through: tuple[str, ...] = (),
     serves: bool = True,
     env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Workers]:
@@ -197,6 +198,7 @@ async def serving_workers(
         log: the URL of the Redis.
         options: of the command line, besides those that are needed.
         before: what comes before `serve` on the command line.
+        through: a program that is given the whole command line, and becomes what that says.
         serves: wait until it has said that it serves.
         env: its environment, besides this process's own.
     """
@@ -204,7 +206,7 @@ async def serving_workers(
     line += ["--prefix", f"{secrets.token_hex(4)}:run:", "--producers", "tests.worker_producers:producers"]
     if count is not None:
         line += ["--workers", count]
-    words = [str(word) for word in [*line, *options]]
+    words = [str(word) for word in [*through, *line, *options]]
     async with process_of(Workers, *words, env=environment(**(env or {})), serves=serves) as server:
         yield server
         assert "Traceback" not in server.said, server.said
