@@ -6,9 +6,10 @@
 | 1 | a service of the supervisor died |
 | 2 | a wrong argument |
 | 3 | a producer would not let go: the process ended without it |
+| 75 | a worker has not found the event log, and another may |
 
-Sockets are bound here and handed to Hypercorn, so that a port in use, or an address that everybody can reach, is
-known before anything starts.
+Sockets come bound from `listening.py`, and are handed to Hypercorn: what is wrong with an address is known before
+anything starts.
 """
 
 from __future__ import annotations

@@ -151,7 +151,8 @@ def serve(
     Examples:
       penstock serve --producers mypackage.agents:producers
       penstock serve --producers ./agents.py:producers --bind 127.0.0.1:0 --cancel-grace 3
-      penstock serve --producers agents:producers --log redis://localhost     (as many of these as you like)
+      penstock serve --producers agents:producers --log redis://localhost --workers 4
+      penstock serve --producers agents:producers --certfile cert.pem --keyfile key.pem
       PENSTOCK_BIND="127.0.0.1:8000 [::1]:8000" penstock serve --producers agents:producers
     """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
     keyfile = keyfile or certfile
