@@ -228,15 +228,19 @@ async def test_what_a_producer_starts_does_not_keep_the_address(inherited: bool)
         with ExitStack() as stack:
             sockets = [stack.enter_context(each) for each in sockets_at(server.port)]
             kept = {f"socket:[{os.fstat(each.fileno()).st_ino}]" for each in sockets}
-        child = await trio.lowlevel.open_process(["/bin/cat"], stdin=subprocess.PIPE, close_fds=False)
+        child = await trio.lowlevel.open_process(
+            ["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False
+        )
+        assert child.stdio is not None
         try:
+            await child.stdio.send_all(b"there?")
+            assert await child.stdio.receive_some() == b"there?"  # and opens and closes nothing any more
             assert kept
             assert kept.isdisjoint(open_files(child.pid))
         finally:
             child.kill()
             with trio.CancelScope(shield=True):
-                assert child.stdin is not None
-                await child.stdin.aclose()
+                await child.stdio.aclose()
                 await child.wait()
 
 
