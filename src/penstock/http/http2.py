@@ -152,7 +152,11 @@ class Streams(H2Protocol):
                 continue
             if isinstance(event, h2.events.RequestReceived):
                 opened.add(event.stream_id)
-            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in {*opened, *self.streams}:
+            elif (
+                isinstance(event, h2.events.DataReceived)
+                and event.stream_id not in self.streams
+                and event.stream_id not in opened
+            ):
                 with suppress(h2.exceptions.ProtocolError):  # it is closed
                     self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 continue

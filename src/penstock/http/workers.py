@@ -13,7 +13,8 @@ Each worker has a socket pair with the parent, on which words go, one a line:
 |---|---|---|
 | worker | `ready JSON` | it accepts connections; the JSON is for whoever announces that |
 | worker | `leaving` | it was told to end, by SIGTERM |
-| parent | `leave` | ... and the others were not: accept no more, they do |
+| worker | end of file | all is done; its process ends within `ENDS_WITHIN`, or is killed |
+| parent | `leave` | that one alone was told to: accept no more, its siblings do |
 | parent | `drain` | all are to end |
 | parent | `hurry` | and sooner; one for each further signal |
 | parent | end of file | the parent is gone: the same as `drain` |
