@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event
 from tests.serving import PRODUCERS, Tap, eventually, serving
@@ -83,6 +84,7 @@ async def test_d15_a_disconnect_leaves_no_task_no_tail_and_no_subscription() -> 
         run_id = await here.start("silent")
         services = elsewhere.service.supervisor._services
         wakeups: Any = services.fetcher._wakeups
+        await wait_all_tasks_blocked()  # an answer is with its client before its task is over
         before = elsewhere.tasks()
         for _ in range(3):
             wires = [await elsewhere.wire() for _ in range(5)]
