@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from penstock.errors import ConfigurationError
 from penstock.log.memory import MemoryLog
-from penstock.log.redis.client import open_client
-from penstock.log.redis.log import RedisLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -41,6 +39,10 @@ async def open_log(
     if url == "memory://":
         yield MemoryLog(ttl=ttl, max_entries=max_entries)
     elif separator and scheme in {"redis", "rediss", "unix"}:
+        # Importing trio-asyncio gives the whole process other asyncio event loops, and slower ones.
+        from penstock.log.redis.client import open_client  # noqa: PLC0415
+        from penstock.log.redis.log import RedisLog  # noqa: PLC0415
+
         async with open_client(url) as client:
             yield RedisLog(client, ttl=ttl, max_entries=max_entries, prefix=prefix)
     else:
