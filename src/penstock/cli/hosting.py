@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 import trio
 
+from penstock.cli.collector import collect_rarely
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.groups import raise_bare
 from penstock.http.app import MAX_BODY_BYTES, create_app
@@ -119,6 +120,7 @@ def host(
     unstored = 0
     try:
         logger = log_to_stderr(log_level, None if link is None else link.number)
+        collect_rarely()
         unstored = trio.run(partial(_host, hosted, sockets, logger, ready, link))
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from None

@@ -8,6 +8,7 @@
 | `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
 | `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
 | `Connection._at_once` | every send takes a round of the scheduler, also if the system takes it at once | every 32nd |
+| `Requests.stream_send` | each chunk of a body goes through all of h11 | the first |
 | `Connection._lose` | of several responses on a connection that breaks, some are never told | all are |
 | `Connection._initiate_server_close` | the last bytes to an HTTP/2 client may be lost | the client closes first |
 | `Connection._read_data` | a second request that came early keeps its connection for ever | ends with the client |
@@ -33,10 +34,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import h11
 import hypercorn.protocol
 import hypercorn.trio.run
 import trio
 from hypercorn.events import Closed, RawData
+from hypercorn.protocol.events import Body
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -49,9 +52,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
 
-    import h11
     from hypercorn.config import Config
     from hypercorn.events import Event
+    from hypercorn.protocol.events import Event as StreamEvent
     from hypercorn.trio.worker_context import WorkerContext
     from hypercorn.typing import AppWrapper, ConnectionState
 
@@ -136,9 +139,27 @@ class Requests(H11Protocol):
     anything that expects an error, and an upgraded CONNECT never ends. A server may take no notice (RFC 9110, 7.8).
     """
 
+    _chunked = False
+
     async def _check_protocol(self, event: h11.Request) -> None:
         if event.method == b"PRI":
             await super()._check_protocol(event)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send for a response.
+
+        When h11 has framed a piece of a body as a chunk (RFC 9112, 7.1), the next pieces of the body are framed in the
+        same way without it: it would take as long as the system takes to send them, and its state stays as it is.
+        """
+        if not (isinstance(event, Body) and event.data and self.connection.our_state is h11.SEND_BODY):
+            self._chunked = False
+            await super().stream_send(event)
+            return
+        framed = b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        if not self._chunked:
+            chunk, framed = framed, self.connection.send(h11.Data(data=event.data))
+            self._chunked = chunk == framed
+        await self.send(RawData(framed))
 
 
 class Connection(TCPServer):
