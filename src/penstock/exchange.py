@@ -5,6 +5,8 @@
     pump: open, iterate, close the source    timer: headers after `first_chunk_timeout`, then pings
       └─ each chunk ──▶ send                 listener: `receive` until `http.disconnect`
 
+The reader of a run brings a clock along, and then the timer is a task only while it sends.
+
 There is no queue: the source is asked for a chunk when the one before it has been sent. And no scope is ever opened
 around a step of the source, which would corrupt the scopes that it opens itself: time limits are the timer's. Two tasks
 send. A chunk waits for a ping that is under way; a ping does not wait for a chunk, since while one is being sent there
@@ -36,6 +38,8 @@ from penstock.groups import parted, raise_bare, raise_cancellation
 from penstock.observer import new_error_id, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import Message, Receive, Scope, Send
 
     from penstock.answers import Answer
@@ -54,6 +58,20 @@ _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceE
 """What `send` raises then: a server OSError (ASGI 2.4), a middleware with a memory stream in it the others."""
 
 Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Alarm(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """Let it not come."""
+
+
+class Clock(Protocol):
+    """What calls back at a time. With thousands of silent readers, a task that sleeps for each is a lot of memory."""
+
+    def at(self, when: float, callback: Callable[[], None]) -> Alarm:
+        """Call at this time of the event loop's clock, in seconds."""
 
 
 class Terms(Protocol):
@@ -82,6 +100,8 @@ class Exchange(ABC):
         self.head = scope["method"] == "HEAD"
         self.where = f"response to {scope['method']} {scope['path']}"
         self.detach = response.on_disconnect == "detach"
+        self.clock: Clock | None = None
+        """What calls the timer, if there is such a thing; otherwise the timer is a task that sleeps."""
         self.headers_at = anyio.current_time() + response.first_chunk_timeout
         self.started = False
         """The headers are sent, or being sent."""
@@ -101,7 +121,9 @@ class Exchange(ABC):
         """The timer is sending, and sets this when it has."""
         self._last: bytes | None = None
         """What the last message says, once that is settled."""
-        self._send_scope = anyio.CancelScope()
+        self._alarm: Alarm | None = None
+        self._send_scope: anyio.CancelScope | None = None
+        """Of the send under way, if the source is to go on without the client."""
         self._group = anyio.create_task_group()
         self._last_sent = self._burst_began = anyio.current_time()
         self._noted = self._unnoted = 0
@@ -121,8 +143,13 @@ class Exchange(ABC):
         try:
             async with self._group as group:
                 group.start_soon(self._listen)
-                group.start_soon(self._tick)
-                await self._pump()
+                if self.clock is None:
+                    group.start_soon(self._tick)
+                try:
+                    self._set_alarm()
+                    await self._pump()
+                finally:
+                    self._stop_alarm()
                 group.cancel_scope.cancel(reason="the response is over")
         except BaseExceptionGroup as errors:
             raise_bare(errors, anyio.get_cancelled_exc_class())
@@ -163,23 +190,55 @@ class Exchange(ABC):
 
     async def _tick(self) -> None:
         """Send the headers if they are late, and pings; asleep until one may be due, whatever is sent meanwhile."""
-        interval = self.response.ping_interval
-        while not (self.gone or self.finished or self.head):
-            now = anyio.current_time()
-            due = min(self.headers_at, now + interval)
-            if self.started:
-                due = (now if self._sending else self._last_sent) + interval
-            if now < due:
+        while not self._silent:
+            due = self._due()
+            if anyio.current_time() < due:
                 await anyio.sleep_until(due)
-                continue
-            self._aside = anyio.Event()
-            try:
-                await (self._body(self.dialect.ping(self.response.run_id)) if self.started else self.begin(flush=True))
-                self._last_sent = anyio.current_time()
-                self._noted = self._unnoted = 0
-            finally:
-                self._aside.set()
-                self._aside = None
+            else:
+                await self._speak()
+
+    def _set_alarm(self) -> None:
+        """The same, without a task that sleeps."""
+        if self.clock is not None and not self._silent:
+            self._alarm = self.clock.at(self._due(), self._ring)
+
+    def _ring(self) -> None:
+        if self._silent or anyio.current_time() < self._due():
+            self._set_alarm()
+        else:
+            self._group.start_soon(self._answer_alarm)
+
+    async def _answer_alarm(self) -> None:
+        await self._speak()
+        self._set_alarm()
+
+    def _stop_alarm(self) -> None:
+        """From now on the task group may be closed."""
+        self.clock = None
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    @property
+    def _silent(self) -> bool:
+        """Neither headers nor pings are due any more."""
+        return self.gone or self.finished or self.head
+
+    def _due(self) -> float:
+        """When either may be due."""
+        now = anyio.current_time()
+        if not self.started:
+            return min(self.headers_at, now + self.response.ping_interval)
+        return (now if self._sending else self._last_sent) + self.response.ping_interval
+
+    async def _speak(self) -> None:
+        self._aside = anyio.Event()
+        try:
+            await (self._body(self.dialect.ping(self.response.run_id)) if self.started else self.begin(flush=True))
+            self._last_sent = anyio.current_time()
+            self._noted = self._unnoted = 0
+        finally:
+            self._aside.set()
+            self._aside = None
 
     async def _listen(self) -> None:
         """Wait for the client to go away; a request body that nobody has read goes by."""
@@ -197,7 +256,8 @@ class Exchange(ABC):
     def _lose_client(self) -> None:
         if not self.gone:
             self.gone = True
-            self._send_scope.cancel(reason="client disconnected")
+            if self._send_scope is not None:
+                self._send_scope.cancel(reason="client disconnected")
             if not self.detach:
                 self._group.cancel_scope.cancel(reason="client disconnected")
 
@@ -239,7 +299,7 @@ class Exchange(ABC):
             self._sending = False
 
     def _note(self) -> bool:
-        """Note the time of a send; True if the times of the next `BURST` need not be, since they come at full speed."""
+        """Note the time of a send; if they come at full speed, not those of the next `BURST`. True after so many."""
         now = self._last_sent = anyio.current_time()
         self._noted += 1
         if self._noted < BURST:
@@ -247,7 +307,7 @@ class Exchange(ABC):
         fast = now - self._burst_began < BURST_SECONDS
         self._burst_began = now
         self._noted, self._unnoted = (BURST - 1, BURST) if fast else (0, 0)
-        return fast
+        return True
 
     async def begin(self, *, flush: bool = False) -> None:
         """Send the headers; `flush` if no body follows at once, since a server may keep them back until one does."""
@@ -310,7 +370,7 @@ class Exchange(ABC):
         if not self.gone:
             try:
                 if self.detach:
-                    with anyio.CancelScope() as self._send_scope:  # a send may hang, and the source is to go on
+                    with anyio.CancelScope() as self._send_scope:  # a send may hang
                         await self._send(message)
                 else:
                     await self._send(message)

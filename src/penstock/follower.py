@@ -11,7 +11,6 @@ nothing: the cursor moves only in the step that hands the entries over.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final, Self
 
 import trio
@@ -22,8 +21,9 @@ from penstock.log import PAGE_BYTES, PAGE_ENTRIES, Entry
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from penstock.log.fetcher import Fetcher
+    from penstock.log.fetcher import Ahead, Fetcher
     from penstock.log.tail import Tail
+    from penstock.timers import Timers
 
 RESTORING_PAUSE: Final = 0.5
 """Seconds between two looks at a log that has lost entries."""
@@ -46,7 +46,9 @@ class Follower:
         RuntimeError: it is iterated before it was entered, or after it was left.
     """
 
-    def __init__(self, fetcher: Fetcher, run_id: str, *, after: int = 0, last: int | None = None) -> None:
+    def __init__(
+        self, fetcher: Fetcher, run_id: str, *, after: int = 0, last: int | None = None, clock: Timers | None = None
+    ) -> None:
         if isinstance(after, bool) or not isinstance(after, int) or after < 0:
             raise ValueError(f"a cursor is a whole number from 0, not {after!r}")
         if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 0):
@@ -56,38 +58,47 @@ class Follower:
         """The seq of the entry that was handed over last."""
         self.at_end = False
         """After entering: the run has ended, and the cursor is at or past its end, so there is nothing to iterate."""
+        self.clock = clock
+        """Where whoever passes the entries on can have itself called at a time, without a task of its own."""
         self._last = last
         self._fetcher = fetcher
         self._tail: Tail | None = None
         self._page: list[Entry] = []
         self._next = 0
-        self._held = AsyncExitStack()
+        self._ahead: Ahead | None = None
 
     async def __aenter__(self) -> Self:
         if self._tail is not None:
             raise RuntimeError("this follower has been entered already")
-        async with AsyncExitStack() as held:
-            tail = await held.enter_async_context(self._fetcher.reading(self.run_id))
-            page = await self._fetcher.log.read(self.run_id, self.cursor)
-            if tail.released is not None and not page.run.status.terminal:
-                raise tail.released
-            self._fetcher.learn(tail, page.run)
-            if self._last is not None:
-                self.cursor = max(self.cursor, page.run.seq - self._last, page.oldest_seq - 1)
-            elif self.cursor < page.oldest_seq - 1:
-                raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
-            else:
-                self._page = list(page.entries)
-            self.at_end = page.run.status.terminal and self.cursor >= page.run.seq
-            self._tail = tail
-            self._held = held.pop_all()
+        tail = await self._fetcher.take_up(self.run_id)
+        try:
+            await self._look_up(tail)
+        except BaseException:
+            self._fetcher.give_back(tail)
+            raise
+        self._tail = tail
         return self
+
+    async def _look_up(self, tail: Tail) -> None:
+        page = await self._fetcher.log.read(self.run_id, self.cursor)
+        if tail.released is not None and not page.run.status.terminal:
+            raise tail.released
+        self._fetcher.learn(tail, page.run)
+        if self._last is not None:
+            self.cursor = max(self.cursor, page.run.seq - self._last, page.oldest_seq - 1)
+        elif self.cursor < page.oldest_seq - 1:
+            raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
+        else:
+            self._page = list(page.entries)
+        self.at_end = page.run.status.terminal and self.cursor >= page.run.seq
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._page, self._next, self._tail = [], 0, None
-        await self._held.aclose()
+        tail, self._tail = self._tail, None
+        self._page, self._next, self._ahead = [], 0, None
+        if tail is not None:
+            self._fetcher.give_back(tail)
 
     def __aiter__(self) -> Self:
         return self
@@ -110,6 +121,11 @@ class Follower:
         """
         if self._next >= len(self._page):
             await self._fill(limit)
+        if len(self._page) == self._next + 1:  # one event at a time is the common case of a live reader
+            entry = self._page[self._next]
+            self._next += 1
+            self.cursor = entry.seq
+            return entry.wire
         taken: list[bytes] = []
         size = 0
         index = self._next
@@ -131,14 +147,12 @@ class Follower:
         if tail is None:
             raise RuntimeError("a follower is iterated inside its own `async with` block")
         self._page, self._next = [], 0
-        await trio.lowlevel.checkpoint()
+        if self.cursor < tail.last or tail.ended or tail.released is not None:
+            await trio.lowlevel.checkpoint()  # who finds nothing passes one by waiting
         while True:
             taken = tail.take(self.cursor, max_entries=PAGE_ENTRIES, max_bytes=max_bytes)
             if taken is None:
-                page = await self._fetcher.read(tail, self.cursor)
-                if self.cursor < page.oldest_seq - 1:
-                    raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
-                taken = list(page.entries)
+                taken = await self._read(tail)
             if taken:
                 self._page = taken
                 return
@@ -153,3 +167,16 @@ class Follower:
             # told of nothing when that is done.
             with trio.move_on_after(RESTORING_PAUSE):
                 await tail.wait()
+
+    async def _read(self, tail: Tail) -> list[Entry]:
+        """A page from the log. If another one follows, that is read while this one is used."""
+        ahead, self._ahead = self._ahead, None
+        page = await ahead.page() if ahead is not None and ahead.after == self.cursor else None
+        if page is None:
+            page = await self._fetcher.read(tail, self.cursor)
+        if self.cursor < page.oldest_seq - 1:
+            raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)
+        entries = list(page.entries)
+        if entries and tail.take(entries[-1].seq, max_entries=1, max_bytes=1) is None:
+            self._ahead = self._fetcher.read_ahead(tail, entries[-1].seq)
+        return entries

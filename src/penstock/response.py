@@ -247,6 +247,7 @@ class _FollowerExchange(Exchange):
         super().__init__(response, scope, receive, send)
         self.headers_at = math.inf  # they are sent as soon as the run has been found
         self.detach = False  # a reader without a client has nothing to do
+        self.clock = getattr(response.source, "clock", None)
 
     async def read(self) -> Exception | None:
         """Pass on what the run says, as much in one send as there is."""

@@ -185,7 +185,7 @@ class Supervisor:
         Raises:
             ValueError: the cursor is not a whole number from 0.
         """
-        return Follower(self._services.fetcher, run_id, after=after, last=last)
+        return Follower(self._services.fetcher, run_id, after=after, last=last, clock=self._services.timers)
 
     async def cancel(self, run_id: str, reason: str | None = None) -> CancelReply:
         """Ask a run to stop, in whatever process it lives. Does not wait for its end. A checkpoint.

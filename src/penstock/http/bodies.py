@@ -11,12 +11,15 @@ Nothing more is sent to a client that is known to be gone: on HTTP/2 that could 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class WholeRequests:
@@ -27,7 +30,7 @@ class WholeRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _has_no_body(scope):
             await self._app(scope, receive, send)
             return
         request = _Request(receive)
@@ -48,6 +51,11 @@ class WholeRequests:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await self._app(scope, request.receive, send_as_request_allows)
+
+
+def _has_no_body(scope: Scope) -> bool:
+    """Whether a request of HTTP/1 is over with its headers (RFC 9112, 6.3); one of HTTP/2 does not say so."""
+    return scope["http_version"].startswith("1") and not any(name in _FRAMING for name, _ in scope["headers"])
 
 
 class _Request:

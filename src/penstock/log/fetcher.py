@@ -7,7 +7,7 @@ lack. Replay, live and the repair of a lost wake-up are thus one path: whatever 
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Final
@@ -25,10 +25,35 @@ if TYPE_CHECKING:
     from penstock.log.tail import Tail, Tails
     from penstock.runs import Run
 
+LOADED: Final = 8
+"""The runs of a fetch from which on the next one waits for all of the spacing; after fewer for a part of it."""
 MISSING_GRACE: Final = 10.0
 """For how many seconds a run that has readers may be missing: a log that has lost it is given it again by its owner."""
 MISSING_PAUSE: Final = 0.5
 """Seconds between two looks for runs that are missing."""
+
+
+class Ahead:
+    """A page that is read before its reader asks for it. Who does not want it any more lets go of it."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        """The cursor that it follows."""
+        self._page: Page | None = None
+        self._over = trio.Event()
+
+    async def read(self, log: EventLog, run_id: str) -> None:
+        """Read it."""
+        try:
+            with suppress(LogUnavailable, RunNotFound):  # whoever asks then looks again, and hears why
+                self._page = await log.read(run_id, self.after)
+        finally:
+            self._over.set()
+
+    async def page(self) -> Page | None:
+        """The page, or None if it could not be read. A checkpoint."""
+        await self._over.wait()
+        return self._page
 
 
 class Fetcher:
@@ -37,7 +62,7 @@ class Fetcher:
     Args:
         log: where entries come from.
         tails: the tails of this process.
-        spacing: the least time between the starts of two fetches, in seconds.
+        spacing: how long a fetch is held back after the start of one for many runs, in seconds; else less.
         on_cancel: called when a cancel request has come in.
         on_reconnect: called when the log can be reached again, and may have lost something.
         on_warning: told when the log cannot be reached.
@@ -65,6 +90,7 @@ class Fetcher:
         self._missing: dict[str, float] = {}
         """The runs with readers here that the log does not have at the moment, and since when."""
         self._news = trio.Event()
+        self._nursery: trio.Nursery | None = None
 
     def connect(self, wakeups: Wakeups) -> None:
         """Take the wake-ups, before anything is read or run."""
@@ -76,6 +102,14 @@ class Fetcher:
 
         Leaving never blocks, and the last one to leave leaves nothing behind.
         """
+        tail = await self.take_up(run_id)
+        try:
+            yield tail
+        finally:
+            self.give_back(tail)
+
+    async def take_up(self, run_id: str) -> Tail:
+        """Use a run's tail, which is fed until it is given back. Cancelled, it is not taken up."""
         tail = self._tails.acquire(run_id)
         try:
             if tail.fed:
@@ -84,9 +118,10 @@ class Fetcher:
                 tail.release(self._released)
             else:
                 await self._wakeups.subscribe(run_id)
-            yield tail
-        finally:
+        except BaseException:
             self.give_back(tail)
+            raise
+        return tail
 
     def give_back(self, tail: Tail) -> None:
         """One user less of a tail; the last one leaves nothing behind."""
@@ -144,6 +179,14 @@ class Fetcher:
 
         return await patiently(look, what=f"read {tail.run_id}", on_warning=self._on_warning)
 
+    def read_ahead(self, tail: Tail, after: int) -> Ahead | None:
+        """Begin to read a page that will be asked for; None if that has to wait until then. Synchronous."""
+        if self._nursery is None:
+            return None
+        ahead = Ahead(after)
+        self._nursery.start_soon(ahead.read, self.log, tail.run_id)
+        return ahead
+
     async def adopt(self, run_id: str) -> None:
         """Feed a tail whose run this process has given up."""
 
@@ -158,8 +201,8 @@ class Fetcher:
 
     async def run(self) -> None:
         """Do it, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._listen)
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._listen)
             behind: dict[str, int] = {}
             while True:
                 if behind.keys() <= self._missing.keys() and not self._moved:
@@ -173,9 +216,10 @@ class Fetcher:
                     tail = self._tails.get(run_id)
                     if tail is not None and tail.last != seq:  # less: the log has lost something, and perhaps ended it
                         behind[run_id] = tail.last
+                load = min(1.0, len(behind) / LOADED)
                 if behind:
                     behind = await self._fetch(behind)
-                await trio.sleep_until(started + self._spacing)
+                await trio.sleep_until(started + self._spacing * load)
 
     async def _listen(self) -> None:
         """Take what the wake-ups tell, at once."""
