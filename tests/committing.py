@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from penstock.log.tail import Tail
 
 MIB = 1024 * 1024
+GUARD = 20_000
+"""Seconds after which a test that waits for what will never be stored has failed."""
 DIVERGED = Ending(RunStatus.FAILED, "error", RunError("LOG_DIVERGED", "the log lost a part of this run", "err-3"))
 
 
@@ -122,6 +124,11 @@ class Works:
         assert [each.seq for each in page.entries if each.terminal] == ([page.run.seq] if page.run.ended_at else [])
         return seqs(page.entries)
 
+    def sent(self, run_id: str = "r") -> list[list[tuple[int, int]]]:
+        """Of every append that had something of a run: the first and the last seq of each of its batches, in order."""
+        sent = ([(first, last) for run, first, last in batches if run == run_id] for _, batches in self.log.appended)
+        return [batches for batches in sent if batches]
+
     @property
     def appends(self) -> list[float]:
         """When the log was asked to append, in seconds from the beginning."""
@@ -164,5 +171,6 @@ async def committing(log: Unreliable | None = None, **knobs: float) -> AsyncIter
     works = Works(Unreliable() if log is None else log, **knobs)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(works.committer.run)
-        yield works
+        with trio.fail_after(GUARD):  # noqa: ASYNC100  (the test's own checkpoints)
+            yield works
         nursery.cancel_scope.cancel()

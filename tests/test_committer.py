@@ -8,10 +8,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from penstock.outbox import BATCH_BYTES, BATCH_ENTRIES
+from penstock.committer import LOADED
+from penstock.outbox import BATCH_BYTES, BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus
 from tests.committing import committing, shown
 from tests.logs import COMPLETED, DONE, FAILED, seqs
+
+APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
+"""The most entries of one run in one append."""
 
 # --- order ----------------------------------------------------------------------------------------------------------
 
@@ -91,17 +95,31 @@ async def test_the_first_commit_of_all_waits_for_nothing(autojump_clock: MockClo
 
 
 @pytest.mark.parametrize("spacing", [0.002, 1.0])
-async def test_commits_start_at_least_the_spacing_apart(autojump_clock: MockClock, spacing: float) -> None:
+async def test_under_load_commits_start_at_least_the_spacing_apart(autojump_clock: MockClock, spacing: float) -> None:
     async with committing(spacing=spacing) as works:
         outbox = await works.run()
         for _ in range(50):
-            works.put(outbox)
+            works.put(outbox, LOADED)
             await trio.sleep(spacing / 10)
         await trio.sleep(2 * spacing)
         gaps = [other - one for one, other in pairwise(works.appends)]
         assert all(gap >= spacing * 0.999 for gap in gaps)
         assert 5 <= len(works.appends) <= 7
-        assert await works.stored() == list(range(1, 51))
+        assert await works.stored() == list(range(1, 50 * LOADED + 1))
+
+
+@pytest.mark.parametrize("entries", [1, 2, LOADED - 1, LOADED, LOADED + 1, 10 * LOADED])
+async def test_a_commit_is_followed_by_the_part_of_the_spacing_that_its_entries_make(
+    autojump_clock: MockClock, entries: int
+) -> None:
+    async with committing(spacing=1.0) as works:
+        first, second = await works.run("first"), await works.run("second")
+        works.put(first, entries // 2)  # those of all runs count
+        works.put(second, entries - entries // 2)
+        await trio.sleep(0.01)
+        works.put(first)
+        await trio.sleep(2)
+        assert works.appends == [0, pytest.approx(max(min(1.0, entries / LOADED), 0.01))]
 
 
 async def test_a_slow_log_is_not_made_to_wait_for_the_spacing_as_well(autojump_clock: MockClock) -> None:
@@ -203,7 +221,7 @@ async def test_flush_waits_for_what_was_put_before_it_and_no_longer(autojump_clo
     async with committing() as works:
         works.log.latency = 1.0
         outbox = await works.run()
-        works.put(outbox, BATCH_ENTRIES * 2)
+        works.put(outbox, APPEND_ENTRIES * 2)
 
         async def go_on() -> None:
             for _ in range(10):
@@ -214,7 +232,7 @@ async def test_flush_waits_for_what_was_put_before_it_and_no_longer(autojump_clo
             nursery.start_soon(go_on)
             await works.committer.flush(outbox)
             assert trio.current_time() - works.start == 2
-            assert outbox.stored == BATCH_ENTRIES * 2
+            assert outbox.stored == APPEND_ENTRIES * 2
 
 
 async def test_flush_of_nothing_is_a_checkpoint_and_no_more(autojump_clock: MockClock) -> None:
@@ -231,64 +249,90 @@ async def test_flush_of_nothing_is_a_checkpoint_and_no_more(autojump_clock: Mock
 
 # --- batches --------------------------------------------------------------------------------------------------------
 
+FOUR = [(1, 200), (201, 400), (401, 600), (601, 800)]
+"""The first batches of a run that has much pending."""
+
 
 @pytest.mark.parametrize(
-    "count, batches",
+    "count, appends",
     [
-        (BATCH_ENTRIES - 1, [(1, 199)]),
-        (BATCH_ENTRIES, [(1, 200)]),
-        (BATCH_ENTRIES + 1, [(1, 200), (201, 201)]),
-        (2 * BATCH_ENTRIES + 1, [(1, 200), (201, 400), (401, 401)]),
+        (BATCH_ENTRIES - 1, [[(1, 199)]]),
+        (BATCH_ENTRIES, [[(1, 200)]]),
+        (BATCH_ENTRIES + 1, [[(1, 200), (201, 201)]]),
+        (2 * BATCH_ENTRIES + 1, [[(1, 200), (201, 400), (401, 401)]]),
+        (APPEND_ENTRIES - 1, [[*FOUR, (801, 999)]]),
+        (APPEND_ENTRIES, [[*FOUR, (801, 1000)]]),
+        (APPEND_ENTRIES + 1, [[*FOUR, (801, 1000)], [(1001, 1001)]]),
+        (APPEND_ENTRIES + BATCH_ENTRIES + 1, [[*FOUR, (801, 1000)], [(1001, 1200), (1201, 1201)]]),
+        (
+            2 * APPEND_ENTRIES + 1,
+            [
+                [*FOUR, (801, 1000)],
+                [(1001, 1200), (1201, 1400), (1401, 1600), (1601, 1800), (1801, 2000)],
+                [(2001, 2001)],
+            ],
+        ),
     ],
 )
-async def test_a_batch_holds_at_most_so_many_entries(
-    autojump_clock: MockClock, count: int, batches: list[tuple[int, int]]
+async def test_a_batch_holds_at_most_so_many_entries_and_an_append_so_many_batches_of_a_run(
+    autojump_clock: MockClock, count: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing() as works:
         outbox = await works.run()
         works.put(outbox, count)
         await works.committer.flush(outbox)
-        assert [sent for _, sent in works.log.appended] == [[("r", *batch)] for batch in batches]
+        assert works.sent() == appends
+        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, count + 1))
 
 
 @pytest.mark.parametrize(
-    "size, batches",
+    "size, appends",
     [
-        (BATCH_BYTES // 4 - 1, [(1, 5), (6, 9)]),
-        (BATCH_BYTES // 4, [(1, 4), (5, 8), (9, 9)]),
-        (BATCH_BYTES // 4 + 1, [(1, 4), (5, 8), (9, 9)]),
-        (BATCH_BYTES + 1, [(n, n) for n in range(1, 10)]),
+        (BATCH_BYTES // 4 - 1, [[(1, 5), (6, 10), (11, 11)]]),
+        (BATCH_BYTES // 4, [[(1, 4), (5, 8), (9, 11)]]),
+        (BATCH_BYTES // 4 + 1, [[(1, 4), (5, 8), (9, 11)]]),
+        (BATCH_BYTES // 2 - 1, [[(1, 3), (4, 6), (7, 9), (10, 11)]]),
+        (BATCH_BYTES // 2, [[(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], [(11, 11)]]),
+        (BATCH_BYTES - 1, [[(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], [(11, 11)]]),
+        (BATCH_BYTES, [[(n, n) for n in range(1, 6)], [(n, n) for n in range(6, 11)], [(11, 11)]]),
+        (BATCH_BYTES + 1, [[(n, n) for n in range(1, 6)], [(n, n) for n in range(6, 11)], [(11, 11)]]),
     ],
 )
 async def test_a_batch_is_full_when_its_bytes_are_reached(
-    autojump_clock: MockClock, size: int, batches: list[tuple[int, int]]
+    autojump_clock: MockClock, size: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
         outbox = await works.run()
-        works.put(outbox, 9, size)
+        works.put(outbox, 11, size)
         await works.committer.flush(outbox)
-        assert [sent for _, sent in works.log.appended] == [[("r", *batch)] for batch in batches]
+        assert works.sent() == appends
 
 
 @pytest.mark.parametrize(
-    "before, batches",
+    "before, appends",
     [
-        (BATCH_ENTRIES - 2, [(1, 200)]),
-        (BATCH_ENTRIES - 1, [(1, 201)]),
-        (BATCH_ENTRIES, [(1, 200), (201, 202)]),
-        (BATCH_ENTRIES + 1, [(1, 200), (201, 203)]),
-        (2 * BATCH_ENTRIES - 1, [(1, 200), (201, 401)]),
+        (BATCH_ENTRIES - 2, [[(1, 200)]]),
+        (BATCH_ENTRIES - 1, [[(1, 201)]]),
+        (BATCH_ENTRIES, [[(1, 200), (201, 202)]]),
+        (BATCH_ENTRIES + 1, [[(1, 200), (201, 203)]]),
+        (2 * BATCH_ENTRIES - 1, [[(1, 200), (201, 401)]]),
+        (APPEND_ENTRIES - BATCH_ENTRIES - 1, [[*FOUR[:3], (601, 801)]]),
+        (APPEND_ENTRIES - BATCH_ENTRIES, [[*FOUR, (801, 802)]]),
+        (APPEND_ENTRIES - 2, [[*FOUR, (801, 1000)]]),
+        (APPEND_ENTRIES - 1, [[*FOUR, (801, 1001)]]),
+        (APPEND_ENTRIES, [[*FOUR, (801, 1000)], [(1001, 1002)]]),
+        (APPEND_ENTRIES + 1, [[*FOUR, (801, 1000)], [(1001, 1003)]]),
     ],
 )
 async def test_an_ending_is_never_parted_and_comes_with_its_last_entry(
-    autojump_clock: MockClock, before: int, batches: list[tuple[int, int]]
+    autojump_clock: MockClock, before: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing() as works:
         outbox = await works.run()
         works.put(outbox, before)
         works.committer.close(outbox, [b"event: error\ndata: {}\n\n", DONE], FAILED)
         await works.settled()
-        assert [sent for _, sent in works.log.appended] == [[("r", *batch)] for batch in batches]
+        assert works.sent() == appends
         assert await works.stored() == list(range(1, before + 3))
         assert (await works.log.get("r")).status is RunStatus.FAILED
 
@@ -299,15 +343,35 @@ async def test_an_ending_is_not_parted_by_its_bytes_either(autojump_clock: MockC
         large = b"data: " + b"x" * BATCH_BYTES + b"\n\n"
         works.committer.close(outbox, [large, large, DONE], FAILED)
         await works.settled()
-        assert [sent for _, sent in works.log.appended] == [[("r", 1, 3)]]
+        assert works.sent() == [[(1, 3)]]
+
+
+@pytest.mark.parametrize(
+    "before, appends",
+    [
+        (BATCHES - 1, [[(1, 1), (2, 2), (3, 3), (4, 4), (5, 7)]]),
+        (BATCHES, [[(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)], [(6, 8)]]),
+    ],
+)
+async def test_an_ending_of_many_bytes_after_entries_of_many_bytes_is_not_parted(
+    autojump_clock: MockClock, before: int, appends: list[list[tuple[int, int]]]
+) -> None:
+    async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
+        outbox = await works.run()
+        works.put(outbox, before, BATCH_BYTES)
+        large = b"data: " + b"x" * BATCH_BYTES + b"\n\n"
+        works.committer.close(outbox, [large, large, DONE], FAILED)
+        await works.settled()
+        assert works.sent() == appends
+        assert await works.stored() == list(range(1, before + 4))
 
 
 async def test_the_rest_of_a_large_run_waits_no_interval(autojump_clock: MockClock) -> None:
-    async with committing(flush_interval=60, flush_size=1000, spacing=0.002) as works:
+    async with committing(flush_interval=60, flush_size=3 * APPEND_ENTRIES + 1, spacing=0.002) as works:
         outbox = await works.run()
-        works.put(outbox, 3 * BATCH_ENTRIES)
+        works.put(outbox, 3 * APPEND_ENTRIES)
         await trio.sleep(61)
-        assert len(shown(outbox.tail)) == 3 * BATCH_ENTRIES
+        assert len(shown(outbox.tail)) == 3 * APPEND_ENTRIES
         assert works.appends == [pytest.approx(when) for when in (60, 60.002, 60.004)]
 
 

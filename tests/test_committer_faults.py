@@ -15,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from penstock.errors import RunEnded
 from penstock.log import AppendStatus
 from penstock.log.retries import LONGEST_PAUSE, WARNING_INTERVAL
-from penstock.outbox import BATCH_BYTES
+from penstock.outbox import BATCH_BYTES, BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus
 from tests.committing import Works, committing, shown
 from tests.logs import COMPLETED, DONE, FAILED, OBITUARY, Unreliable, batch, in_virtual_time, seqs
@@ -244,7 +244,7 @@ async def test_a_cancel_on_record_is_told_with_the_next_reply(autojump_clock: Mo
         assert seqs(shown(outbox.tail)) == [1, 2]
 
 
-@pytest.mark.parametrize("before", [0, 3, 199, 200, 250])
+@pytest.mark.parametrize("before", [0, 3, 199, 200, 250, *(BATCHES * BATCH_ENTRIES + n for n in (-1, 0, 1))])
 async def test_d19_a_refused_completion_is_taken_back_and_the_other_ending_stored(
     autojump_clock: MockClock, before: int
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import CursorExpired, LogUnavailable
 from penstock.log import Appended, AppendStatus
-from penstock.outbox import BATCH_ENTRIES
+from penstock.outbox import BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 ALL = 1_000_000
+APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
+"""The most entries of one run in one append."""
 
 
 async def finish(works: Works, *run_ids: str) -> None:
@@ -64,11 +66,13 @@ async def finish(works: Works, *run_ids: str) -> None:
     assert works.committer.pending_bytes == 0
 
 
+LOSE_AN_APPEND = partial(lose_last, count=APPEND_ENTRIES)
+
 # --- given again ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 2, 3 * BATCH_ENTRIES])
-@pytest.mark.parametrize("before", [1, 3, BATCH_ENTRIES, 2 * BATCH_ENTRIES + 50])
+@pytest.mark.parametrize("after", [1, 2, 3 * BATCH_ENTRIES, 3 * APPEND_ENTRIES])
+@pytest.mark.parametrize("before", [1, 3, BATCH_ENTRIES, 2 * BATCH_ENTRIES + 50, 2 * APPEND_ENTRIES + 50])
 async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
     autojump_clock: MockClock, before: int, after: int
 ) -> None:
@@ -84,11 +88,11 @@ async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
         await finish(works)
 
 
-@pytest.mark.parametrize("lost", [1, 2, 10, BATCH_ENTRIES + 10, 2 * BATCH_ENTRIES])
+@pytest.mark.parametrize("lost", [1, 2, 10, BATCH_ENTRIES + 10, 2 * BATCH_ENTRIES, APPEND_ENTRIES + 10])
 async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
     autojump_clock: MockClock, lost: int
 ) -> None:
-    before = 2 * BATCH_ENTRIES
+    before = 2 * APPEND_ENTRIES
     async with committing() as works:
         outbox = await works.run()
         works.put(outbox, before)
@@ -147,7 +151,7 @@ async def test_a_run_that_is_lost_again_and_again_is_given_again_each_time(autoj
         await finish(works)
 
 
-@pytest.mark.parametrize("loss", [forget, partial(lose_last, count=BATCH_ENTRIES), partial(lose_last, count=1)])
+@pytest.mark.parametrize("loss", [forget, LOSE_AN_APPEND, partial(lose_last, count=1)])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
 async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given_again(
@@ -155,21 +159,23 @@ async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given
 ) -> None:
     async with committing() as works:
         outbox = await works.run()
-        works.put(outbox, 3 * BATCH_ENTRIES)
+        works.put(outbox, 3 * APPEND_ENTRIES)
         await works.committer.flush(outbox)
         forget(works.log, "r")
-        appends = 0
+        appends = losses = 0
 
         async def lose(call: str) -> None:
-            nonlocal appends
+            nonlocal appends, losses
             await trio.lowlevel.checkpoint()
             appends += 1
             if appends == nth + 1 and "r" in works.log._runs:  # the first one hears of the loss
+                losses += 1
                 loss(works.log, "r")
 
         setattr(works.log, when, lose)
         works.put(outbox, 3)
         await works.committer.flush(outbox)
+        assert losses == 1
         works.log.before = works.log.after = None
         await finish(works)
 
@@ -179,7 +185,7 @@ async def test_entries_that_came_while_the_log_was_given_what_it_had_lost_follow
 ) -> None:
     async with committing() as works:
         outbox = await works.run()
-        works.put(outbox, 2 * BATCH_ENTRIES)
+        works.put(outbox, 2 * APPEND_ENTRIES)
         await works.committer.flush(outbox)
         forget(works.log, "r")
         works.log.latency = 1.0
@@ -189,8 +195,8 @@ async def test_entries_that_came_while_the_log_was_given_what_it_had_lost_follow
         await finish(works)
 
 
-@pytest.mark.parametrize("before", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1])
-@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1])
+@pytest.mark.parametrize("before", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
+@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
 async def test_an_ending_that_was_pending_comes_last_in_the_log_that_had_lost_the_run(
     autojump_clock: MockClock, before: int, pending: int
 ) -> None:
@@ -330,7 +336,7 @@ async def test_a_loss_that_the_tail_covers_to_the_entry_is_made_good(autojump_cl
         await finish(works)
 
 
-@pytest.mark.parametrize("pending", [0, 1, 3, BATCH_ENTRIES + 7])
+@pytest.mark.parametrize("pending", [0, 1, 3, BATCH_ENTRIES + 7, APPEND_ENTRIES + 7])
 @pytest.mark.parametrize("lost", [6, 19, 20])
 async def test_a_loss_beyond_the_tail_ends_the_run_after_what_is_left(
     autojump_clock: MockClock, lost: int, pending: int
@@ -364,7 +370,7 @@ async def is_what_is_left(works: Works, *, first: int, last: int) -> None:
     assert (newest.data, newest.terminal) == (DONE, True)
 
 
-@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1])
+@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
 async def test_an_ending_that_was_pending_gives_way_to_the_one_that_says_so(
     autojump_clock: MockClock, pending: int
 ) -> None:
@@ -403,19 +409,19 @@ async def test_a_log_that_loses_even_the_ending_which_says_so_is_given_it_again(
         await is_what_is_left(works, first=16, last=24)
 
 
-@pytest.mark.parametrize("loss, first", [(0, 1), (1, BATCH_ENTRIES + 1), (BATCH_ENTRIES, BATCH_ENTRIES + 1)])
+@pytest.mark.parametrize("loss, first", [(0, 1), (1, APPEND_ENTRIES + 1), (APPEND_ENTRIES, APPEND_ENTRIES + 1)])
 async def test_entries_that_are_pending_again_are_kept_although_the_tail_has_given_them_up(
     autojump_clock: MockClock, loss: int, first: int
 ) -> None:
     async with committing() as works:
         outbox = await works.run()
-        works.put(outbox, 3 * BATCH_ENTRIES)
+        works.put(outbox, 3 * APPEND_ENTRIES)
         await works.committer.flush(outbox)
         forget(works.log, "r")
 
         async def shrink(call: str) -> None:
             await trio.lowlevel.checkpoint()
-            if "r" in works.log._runs and works.log._runs["r"].ring.last == BATCH_ENTRIES:
+            if "r" in works.log._runs and works.log._runs["r"].ring.last == APPEND_ENTRIES:
                 works.log.after = None
                 outbox.tail.trim(1_000)
                 lose_last(works.log, "r", loss)
@@ -428,7 +434,7 @@ async def test_entries_that_are_pending_again_are_kept_although_the_tail_has_giv
         if loss:
             await works.settled()
             assert works.owners["r"].told == ["diverged", "settled"]
-            await is_what_is_left(works, first=first, last=3 * BATCH_ENTRIES + 4)
+            await is_what_is_left(works, first=first, last=3 * APPEND_ENTRIES + 4)
         else:
             await finish(works)
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from penstock.errors import EventTooLarge, InvalidChunk, encodable
 from penstock.sse import Event, split_blocks
@@ -30,8 +29,7 @@ MAX_EVENT_BYTES: Final = 1024 * 1024
 _ENDS: Final = (b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\r")
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """One encoded event of a run, and what it says of the run's end.
 
     An event with a type of its own says nothing of that, unless the type is `error`: the output of a program may hold

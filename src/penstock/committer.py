@@ -2,8 +2,8 @@
 
 Each run of this process has an `Outbox`, in which entries get their seq and wait. The committer takes what is pending
 in all of them, hands it to the log in one append, and, once the log has acknowledged it, adds it to the runs' tails,
-where readers see it. It commits at once when it is idle; under load the commits start at least `commit_spacing` apart,
-so that load turns into larger batches instead of more round trips.
+where readers see it. It commits at once when it is idle; after a commit of many entries it waits until `commit_spacing`
+is over, and after one of few for a part of that, so that load turns into larger batches instead of more round trips.
 
     write ──▶ Outbox: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
                  ▲                                                 │
@@ -18,6 +18,7 @@ while the others go on. What a log has lost (a failover, a restart without its d
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from math import inf
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from penstock.outbox import Outbox
     from penstock.runs import Ending
 
+LOADED: Final = 8
+"""The entries of a commit from which on the next one waits for all of the spacing; after fewer for a part of it."""
 FULL_PAUSE: Final = 0.5
 """Seconds until a full log is asked again whether it has room."""
 
@@ -45,7 +48,7 @@ class Committer:
         log: where it goes.
         flush_interval: how long a commit waits for more entries to join it, in seconds.
         flush_size: the number of pending entries of one run that ends that wait.
-        spacing: the least time between the starts of two commits, in seconds.
+        spacing: how long a commit is held back after the start of a large one, in seconds; after a small one, less.
         max_pending_bytes: what one run may have pending before `room()` waits.
         max_process_pending_bytes: the same for all runs together.
         on_warning: told when the log cannot be reached.
@@ -73,6 +76,7 @@ class Committer:
         self._urgent = False
         self._wake = trio.Event()
         self._size = 0
+        self._load = 1.0
         self._room = trio.lowlevel.ParkingLot()
         self._lost: dict[Outbox, None] = {}
         """Runs of which the log has lost something."""
@@ -158,7 +162,7 @@ class Committer:
                     await self._wake.wait()
             if not self._urgent:
                 await self._linger()
-            await trio.sleep_until(started + self._spacing)
+            await trio.sleep_until(started + self._spacing * self._load)
             started = trio.current_time()
             self._urgent = False
             if started >= self._ask_again_at:
@@ -180,9 +184,17 @@ class Committer:
                 await self._wake.wait()
 
     async def _commit(self, outboxes: list[Outbox]) -> None:
-        batches = [outbox.batch() for outbox in outboxes]
-        for outbox, batch, reply in zip(outboxes, batches, await self._append(batches), strict=True):
-            self._settle(outbox, batch, reply)
+        parts = [(outbox, outbox.batches()) for outbox in outboxes]
+        self._load = min(1.0, sum(len(batch.entries) for _, batches in parts for batch in batches) / LOADED)
+        replies = iter(await self._append([batch for _, batches in parts for batch in batches]))
+        for outbox, batches in parts:
+            for batch, reply in zip(batches, islice(replies, len(batches)), strict=True):
+                self._settle(outbox, batch, reply)
+                if reply.status is not AppendStatus.OK:
+                    break  # what follows a batch that is not stored is not stored either
+            else:
+                if outbox.entries:
+                    self._mark(outbox, urgent=True)
         self._room.unpark_all()
 
     async def _append(self, batches: list[Batch]) -> Sequence[Appended]:
@@ -215,8 +227,6 @@ class Committer:
             return
         if reply.cancelled:
             outbox.owner.cancel_on_record(reply.cancel)
-        if outbox.entries:
-            self._mark(outbox, urgent=True)
 
     def _refuse(self, outbox: Outbox, reply: Appended) -> None:
         """Give up a run that the log cannot hold."""

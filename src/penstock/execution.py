@@ -232,17 +232,18 @@ class Execution:
             return False
         stored: list[bytes] = []
         goes_on = True
-        limit = office.settings.max_event_bytes
-        largest = max(limit, office.settings.max_pending_bytes)
-        for block in blocks_of(chunk, office.dialect, max_event_bytes=limit, max_chunk_bytes=largest):
-            self._said = block.stop_reason or self._said
-            goes_on = not block.done and block.error is None
-            if not block.done:
+        dialect, settings = office.dialect, office.settings
+        largest = max(settings.max_event_bytes, settings.max_pending_bytes)
+        for block in blocks_of(chunk, dialect, max_event_bytes=settings.max_event_bytes, max_chunk_bytes=largest):
+            data, message, done, error, stop_reason = block
+            self._said = stop_reason or self._said
+            if not done:
                 seq = outbox.seq + len(stored) + 1
-                stored.append(office.dialect.stamp(block.data, self.run.id, seq) if block.message else block.data)
-            if block.error is not None:
-                self._reported = words_of_error_event(block.error)
-            if not goes_on:
+                stored.append(dialect.stamp(data, self.run.id, seq) if message else data)
+            if error is not None:
+                self._reported = words_of_error_event(error)
+            if done or error is not None:
+                goes_on = False
                 break
         if stored:
             office.committer.put(outbox, stored)

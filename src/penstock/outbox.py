@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from penstock.runs import Ending, Run
 
 BATCH_ENTRIES: Final = 200
-"""The most entries of one run in one append."""
+"""The most entries in one batch."""
 BATCH_BYTES: Final = 256 * 1024
-"""The size in bytes at which a run's batch is full (its last entry may go beyond it)."""
+"""The size in bytes at which a batch is full (its last entry may go beyond it)."""
+BATCHES: Final = 5
+"""The most batches of one run in one append."""
 
 
 class Owner(Protocol):
@@ -139,18 +141,28 @@ class Outbox:
         self.vacancy.unpark_all()
         return removed
 
-    def batch(self) -> Batch:
-        """What the next append stores of this run."""
-        size = cut = 0
-        for entry in self.entries[:BATCH_ENTRIES]:
+    def batches(self) -> list[Batch]:
+        """What the next append stores of this run, in order."""
+        batches: list[Batch] = []
+        start = 0
+        while start < len(self.entries) and len(batches) < BATCHES:
+            cut = self._cut(start)
+            ending = self.ending if cut == len(self.entries) else None
+            batches.append(Batch(self.run_id, self.epoch, self.entries[start:cut], ending, final=self.closing))
+            start = cut
+        return batches
+
+    def _cut(self, start: int) -> int:
+        """Where the batch ends that begins there. An ending is not cut apart."""
+        size, cut = 0, start
+        for entry in self.entries[start : start + BATCH_ENTRIES]:
             cut += 1
             size += len(entry.wire)
             if size >= BATCH_BYTES:
                 break
         if self.ending is not None and cut > len(self.entries) - self._ending_entries:
-            cut = len(self.entries)
-        whole = cut == len(self.entries)
-        return Batch(self.run_id, self.epoch, self.entries[:cut], self.ending if whole else None, final=self.closing)
+            return len(self.entries)
+        return cut
 
     def at_hand(self) -> list[Entry]:
         """What the log has acknowledged and this process still has: the run's tail."""

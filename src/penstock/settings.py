@@ -39,7 +39,12 @@ class Settings:
     expose_errors: bool = field(default=False, metadata={"says": "show clients the words of every exception"})
     flush_interval: float = _knob(0.0, "how long a commit waits for more entries to join it", least=0, unit="s")
     flush_size: int = _knob(512, "the number of entries that ends that wait", least=1, unit="entries")
-    commit_spacing: float = _knob(0.002, "the least time between the starts of two commits", least=0, unit="s")
+    commit_spacing: float = _knob(
+        0.002,
+        "the most that a commit is held back after the start of the one before; under little load it is less",
+        least=0,
+        unit="s",
+    )
     max_event_bytes: int = _knob(MIB, "the largest encoded event", least=1, unit="bytes")
     max_pending_bytes: int = _knob(
         MIB, "what one run may have uncommitted before its producer waits", least=1, unit="bytes"

@@ -21,7 +21,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum, auto
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +35,7 @@ PAGE_BYTES: Final = 256 * 1024
 """The most bytes that one page of a replay holds, unless its first entry alone is larger."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """An event as the log keeps it.
 
     Attributes:
@@ -254,7 +253,11 @@ class EventLog(Protocol):
         """
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
-        """Store batches of different runs in one round trip; one reply for each, in order."""
+        """Store batches in one round trip; one reply for each, in order.
+
+        Several may be of one run, each following the one before. What follows a batch that is not stored is not stored
+        either; and a batch that is there already, because it is sent again, is `OK`.
+        """
 
     async def read(
         self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES

@@ -266,7 +266,7 @@ class MemoryLog:
             stored.lease = replace(stored.lease, epoch="")
             last, stamp = stored.ring.last, round(time.time() * 1000)
             entries = [Entry.of(last + n, data, stamp) for n, data in enumerate(words.blocks, 1)]
-            self._store(stored, [*entries[:-1], replace(entries[-1], terminal=True)], words.ending)
+            self._store(stored, [*entries[:-1], entries[-1]._replace(terminal=True)], words.ending)
         return [stored.run.id for stored in dead]
 
     @asynccontextmanager

@@ -1,13 +1,17 @@
-"""Consecutive entries of one run, bounded in number and in bytes: the oldest go first."""
+"""Consecutive entries of one run, bounded in number and in bytes: the oldest go first.
+
+They are kept apart, as bytes and whole numbers, which Python's garbage collector does not look at: with thousands of
+runs alive there are a million of them, and a look at each would hold up everything else.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from penstock.log import Entry
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from penstock.log import Entry
 
 
 class Ring:
@@ -16,10 +20,13 @@ class Ring:
     An empty ring stands at `last` all the same: `first` is then `last + 1`. All methods are synchronous.
     """
 
-    __slots__ = ("_entries", "last", "size")
+    __slots__ = ("_terminal", "_timestamps", "_wires", "last", "size")
 
     def __init__(self, last: int = 0) -> None:
-        self._entries: list[Entry] = []
+        self._wires: list[bytes] = []
+        self._timestamps: list[int] = []
+        self._terminal = 0
+        """The seq of the run's terminal entry, once that was added."""
         self.last = last
         """The highest seq that was ever added."""
         self.size = 0
@@ -28,36 +35,41 @@ class Ring:
     @property
     def first(self) -> int:
         """The oldest seq there is."""
-        return self.last - len(self._entries) + 1
+        return self.last - len(self._wires) + 1
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._wires)
 
     def extend(self, entries: Iterable[Entry]) -> None:
         """Add what follows `last`; entries up to `last` are there already, and a gap empties the ring first."""
-        for entry in entries:
-            if entry.seq <= self.last:
+        for seq, wire, timestamp, terminal in entries:
+            if seq <= self.last:
                 continue
-            if entry.seq != self.last + 1:
+            if seq != self.last + 1:
                 self.clear()
-            self._entries.append(entry)
-            self.last = entry.seq
-            self.size += len(entry.wire)
+            self._wires.append(wire)
+            self._timestamps.append(timestamp)
+            self.last = seq
+            self.size += len(wire)
+            if terminal:
+                self._terminal = seq
 
     def trim(self, max_entries: int, max_bytes: int) -> int:
         """Drop the oldest entries until both limits hold; the number of bytes that went."""
-        surplus = max(len(self._entries) - max_entries, 0)
-        freed = sum(len(entry.wire) for entry in self._entries[:surplus])
-        while surplus < len(self._entries) and self.size - freed > max_bytes:
-            freed += len(self._entries[surplus].wire)
+        surplus = max(len(self._wires) - max_entries, 0)
+        freed = sum(map(len, self._wires[:surplus]))
+        while surplus < len(self._wires) and self.size - freed > max_bytes:
+            freed += len(self._wires[surplus])
             surplus += 1
-        del self._entries[:surplus]
+        if surplus:
+            del self._wires[:surplus], self._timestamps[:surplus]
         self.size -= freed
         return freed
 
     def clear(self) -> None:
         """Drop all entries; `last` stays."""
-        self._entries.clear()
+        self._wires.clear()
+        self._timestamps.clear()
         self.size = 0
 
     def after(self, cursor: int, *, max_entries: int, max_bytes: int) -> list[Entry]:
@@ -66,12 +78,16 @@ class Ring:
         The first entry is always among them, however large. The caller has seen to it that `cursor + 1 >= first`.
         """
         start = cursor - self.first + 1
-        if len(self._entries) - start == 1:  # one event at a time is the common case of a live reader
-            return self._entries[-1:]
-        taken = self._entries[start : start + max_entries]
-        size = 0
-        for index, entry in enumerate(taken):
-            size += len(entry.wire)
-            if size > max_bytes and index:
-                return taken[:index]
-        return taken
+        if len(self._wires) - start == 1:  # one event at a time is the common case of a live reader
+            return [Entry(self.last, self._wires[-1], self._timestamps[-1], self.last == self._terminal)]
+        end, size = start, 0
+        for wire in self._wires[start : start + max_entries]:
+            size += len(wire)
+            if size > max_bytes and end > start:
+                break
+            end += 1
+        numbers = range(cursor + 1, cursor + 1 + end - start)
+        entries = list(map(Entry, numbers, self._wires[start:end], self._timestamps[start:end]))
+        if entries and entries[-1].seq == self._terminal:
+            entries[-1] = entries[-1]._replace(terminal=True)
+        return entries

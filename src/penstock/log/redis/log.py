@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import struct
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -117,10 +118,8 @@ class RedisLog:
 
     def _append(self, batch: Batch) -> Command:
         ending = fields_of_ending(batch.ending)
-        words: list[Any] = []
-        for entry in batch.entries:
-            words.append(entry.data)
-            words.append(entry.timestamp)
+        wires = [entry.wire for entry in batch.entries]
+        number = len(wires)
         return call(
             scripts.APPEND,
             [self._keys.stream(batch.run_id), self._keys.record(batch.run_id), self._keys.wake(batch.run_id)],
@@ -131,7 +130,9 @@ class RedisLog:
             "1" if batch.final or ending else "",
             len(ending),
             *ending,
-            *words,
+            b"".join(wires),
+            struct.pack(f"<{number}I", *map(len, wires)),
+            struct.pack(f"<{number}d", *[entry.timestamp for entry in batch.entries]),
         )
 
     # Reading

@@ -2,7 +2,9 @@
 --
 -- KEYS  1 stream   2 record   3 wake-up channel
 -- ARGV  1 epoch   2 ttl (ms)   3 entries to keep   4 seq of the first entry   5 "1": part of what ends the run
---       6 number of the ending's fields and values, 0 for none   then these, `status` first   then data, timestamp, ...
+--       6 number of the ending's fields and values, 0 for none   then these, `status` first   then the entries:
+--       all of them as they leave on the wire, each with its `id` line; their lengths (uint32, little-endian); their
+--       timestamps (double, little-endian). Three words, however many entries: words cost both sides more than bytes.
 -- Reply {status, last seq, "1" if a cancel is on record, its reason or nil}
 --
 -- Checked in this order: no record: GONE; another epoch: FENCED; not running: OK if all of it is there, else ENDED;
@@ -21,8 +23,8 @@ if record[1] ~= ARGV[1] then
   return reply('FENCED')
 end
 local first, fields = tonumber(ARGV[4]), tonumber(ARGV[6])
-local entries = 7 + fields
-local upto = first + (#ARGV - entries + 1) / 2 - 1
+local wire, lengths, timestamps = ARGV[7 + fields], ARGV[8 + fields], ARGV[9 + fields]
+local upto = first + #lengths / 4 - 1
 if record[2] ~= 'running' then
   return reply(upto <= last and 'OK' or 'ENDED')
 end
@@ -37,23 +39,27 @@ local ttl = math.max(tonumber(ARGV[2]), fields > 0 and 0 or 4 * tonumber(record[
 if ARGV[5] == '1' or upto <= last then
   redis.call('PEXPIRE', KEYS[2], ttl)
 end
-for seq = last + 1, upto do
-  local at = entries + 2 * (seq - first)
-  local add = {'XADD', KEYS[1], string.format('%d-0', seq)}
-  if seq == last + 1 and last > tonumber(record[7] or 0) then
-    table.insert(add, 3, 'NOMKSTREAM') -- nil if the stream was lost without its record, perhaps evicted
+local at, stamp, timestamp = 1, nil, nil
+for seq = first, upto do
+  local size = struct.unpack('<I4', lengths, 4 * (seq - first) + 1)
+  if seq > last then
+    local id = string.format('%d', seq)
+    local data = string.sub(wire, at + 5 + #id, at + size - 1) -- without "id: SEQ\n"
+    local written = struct.unpack('<d', timestamps, 8 * (seq - first) + 1)
+    if written ~= stamp then
+      stamp, timestamp = written, string.format('%.0f', written)
+    end
+    if seq == last + 1 and last > tonumber(record[7] or 0) and redis.call('EXISTS', KEYS[1]) == 0 then
+      last = 0 -- the stream was lost without its record, perhaps evicted
+      return reply('HOLE')
+    end
+    if fields > 0 and seq == upto then
+      redis.call('XADD', KEYS[1], id .. '-0', 'seq_id', id, 'data', data, 'timestamp', timestamp, 'complete', 'true')
+    else
+      redis.call('XADD', KEYS[1], id .. '-0', 'seq_id', id, 'data', data, 'timestamp', timestamp)
+    end
   end
-  for _, word in ipairs({'seq_id', string.format('%d', seq), 'data', ARGV[at], 'timestamp', ARGV[at + 1]}) do
-    add[#add + 1] = word
-  end
-  if fields > 0 and seq == upto then
-    add[#add + 1] = 'complete'
-    add[#add + 1] = 'true'
-  end
-  if not redis.call(unpack(add)) then
-    last = 0
-    return reply('HOLE')
-  end
+  at = at + size
 end
 last = math.max(last, upto)
 redis.call('XTRIM', KEYS[1], 'MAXLEN', '~', ARGV[3])

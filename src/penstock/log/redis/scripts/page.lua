@@ -6,22 +6,24 @@
 --
 -- The entries are read in growing steps, so that a page of large ones is never a page of hundreds of them.
 local after, want, room = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local record, page, step = redis.call('HGETALL', KEYS[2]), {}, 32
+local record, page, words, step = redis.call('HGETALL', KEYS[2]), {}, 0, 32
 while #record > 0 and want > 0 do
   step = math.min(step, want)
   local entries = redis.call('XRANGE', KEYS[1], string.format('%d-0', after + 1), '+', 'COUNT', step)
-  for _, entry in ipairs(entries) do
-    local fields = entry[2]
-    room = room - #fields[4]
-    if room < 0 and #page > 0 then
+  for at = 1, #entries do
+    local fields = entries[at][2]
+    local data = fields[4]
+    room = room - #data
+    if room < 0 and words > 0 then
       return {record, page}
     end
-    page[#page + 1], page[#page + 2], page[#page + 3] = fields[2], fields[4], fields[6]
-    after = tonumber(fields[2])
+    page[words + 1], page[words + 2], page[words + 3] = fields[2], data, fields[6]
+    words = words + 3
   end
   if #entries < step then
     break
   end
+  after = tonumber(page[words - 2])
   want, step = want - step, step * 4
 end
 return {record, page}
