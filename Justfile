@@ -46,11 +46,22 @@ chaos *ARGS: (setup "test")
 rolling *ARGS: (setup "test")
     {{bin}}/python -m tests.rolling {{ARGS}}
 
+[private]
+peers: (setup "bench")
+    @if command -v npm >/dev/null; then \
+        npm ci --prefix benchmarks/servers/durable --ignore-scripts --no-audit --no-fund --loglevel error >/dev/null \
+            || echo "the peer from npm could not be installed; it is left out"; \
+    fi
+
+# penstock beside its peers, as ratios, in some minutes; `just bench replay` asks one question, `--list` lists them
+bench *ARGS: peers
+    {{bin}}/python -m benchmarks {{ARGS}}
+
 # linters and types
 check: (setup "check")
     {{bin}}/ruff check .
     {{bin}}/ruff format --check .
-    {{bin}}/flake8 src tests examples
+    {{bin}}/flake8 src tests examples benchmarks
     {{bin}}/flake8 --disable ASYNC109,ASYNC114,ASYNC124,ASYNC910,ASYNC911,ASYNC912,ASYNC913 src
     {{bin}}/lint-imports
     {{bin}}/mypy

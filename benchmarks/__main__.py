@@ -1,0 +1,86 @@
+"""The command line: `python -m benchmarks [NAME ...]`, or `just bench [NAME ...]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.machine import cores, described
+from benchmarks.model import ROUNDS, Answer, Outcome, Scale
+from benchmarks.page import published, written
+from benchmarks.processes import BenchmarkError
+from benchmarks.questions import questions
+from benchmarks.report import shown, tables
+from benchmarks.running import answered
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1, type=click.Choice([*questions()]), metavar="[NAME]...")
+@click.option("--rounds", type=click.IntRange(min=1), default=ROUNDS, show_default=True, help="Turns of each case.")
+@click.option(
+    "--quick", is_flag=True, help="Little of everything, once: shows that it works. Its figures mean nothing."
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/bench"),
+    show_default=True,
+    help="Where results.json and the plots go.",
+)
+@click.option("--publish", is_flag=True, help="Write docs/performance.md and its plots; for a run of all questions.")
+@click.option("--list", "listing", is_flag=True, help="List the questions, and end.")
+def main(names: tuple[str, ...], *, rounds: int, quick: bool, output: Path, publish: bool, listing: bool) -> None:
+    """Measure penstock beside what one would take instead, in one run, as ratios.
+
+    Without a NAME all questions are asked, which takes some minutes. Let the machine do nothing else meanwhile.
+    """
+    console = Console()
+    if listing:
+        for question in questions().values():
+            console.print(f"{question.name:12} P{question.number:<3} {question.asks}", highlight=False, soft_wrap=True)
+        return
+    if publish and (names or quick):
+        raise click.UsageError("--publish is for a run of all questions at full length")
+    chosen = [questions()[name] for name in dict.fromkeys(names)] or [*questions().values()]
+    machine, scale, began = described(), Scale(quick=quick), time.monotonic()
+    answers: list[Answer] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(chosen))
+        for question in chosen:
+
+            def say(words: str, name: str = question.name) -> None:
+                progress.update(bar, description=f"{name}: {words}")
+                if not console.is_terminal:
+                    console.print(f"{time.monotonic() - began:5.0f} s  {name}: {words}", highlight=False)
+
+            try:
+                answer = answered(question, scale, rounds=1 if quick else rounds, say=say)
+            except BenchmarkError as error:
+                raise click.ClickException(f"{question.name}: {error}") from error
+            answers.append(answer)
+            for table in tables(answer, cores=cores()):
+                progress.console.print(table)
+            progress.advance(bar)
+    if publish:
+        click.echo(f"{published(answers, machine, rounds=rounds, cores=cores())} is written")
+    else:
+        written(output, answers, machine, rounds=rounds, cores=cores())
+        click.echo(f"{output}/results.json and the plots beside it are written")
+    outcomes = [verdict.outcome for answer in answers for verdict in answer.verdicts(cores=cores())]
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome.value}" for outcome in Outcome)
+    click.echo(f"{len(answers)} questions in {shown(time.monotonic() - began)} s: {counts}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

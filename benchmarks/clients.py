@@ -1,0 +1,100 @@
+"""What the questions ask penstock's HTTP API for, and how they start the load generator."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx2
+
+from benchmarks.processes import BenchmarkError, Job, job, job_started, module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from benchmarks.processes import Server
+
+WAIT: Final = 120.0
+"""Seconds that a run may take to its end."""
+LOOK: Final = 0.02
+"""Seconds between two looks at a run."""
+
+
+def started_run(server: Server, producer: str, **given: Any) -> str:
+    """Start a run; its id."""
+    answer = httpx2.post(f"{server.url}/v1/runs", json={"producer": producer, "input": given}, timeout=WAIT)
+    answer.raise_for_status()
+    return str(answer.json()["id"])
+
+
+def stream_of(server: Server, run_id: str) -> str:
+    """Where a run's stream is."""
+    return f"{server.url}/v1/runs/{run_id}/stream"
+
+
+def stored_run(server: Server, producer: str, **given: Any) -> str:
+    """Start a run, and wait for its end; its id.
+
+    Raises:
+        BenchmarkError: it did not complete.
+    """
+    run_id = started_run(server, producer, **given)
+    until, status = time.monotonic() + WAIT, "running"
+    while status == "running" and time.monotonic() < until:
+        time.sleep(LOOK)
+        status = httpx2.get(f"{server.url}/v1/runs/{run_id}", timeout=WAIT).raise_for_status().json()["status"]
+    if status != "completed":
+        raise BenchmarkError(f"a run that was to be stored is {status}")
+    return run_id
+
+
+def read(urls: Sequence[str] | str, *, readers: int = 1, **given: Any) -> dict[str, float]:
+    """Let the load generator read, as `load.py` says."""
+    urls = [urls] if isinstance(urls, str) else urls
+    return job(module("load", urls=urls, readers=readers, **given))
+
+
+def reading(urls: Sequence[str] | str, *, readers: int = 1, **given: Any) -> Job:
+    """Let the load generator read while one does something else; it has connected all readers."""
+    urls = [urls] if isinstance(urls, str) else urls
+    load = job_started(module("load", urls=urls, readers=readers, **given))
+    load.said("ready")
+    return load
+
+
+def starting(producer: str, **given: Any) -> dict[str, Any]:
+    """What is to be sent to `/v1/runs`, so that a reader starts a run, and has its stream as the answer."""
+    return {
+        "method": "POST",
+        "headers": {"Content-Type": "application/json"},
+        "body": json.dumps({"producer": producer, "input": given, "stream": True}),
+    }
+
+
+@contextmanager
+def held(urls: Sequence[str] | str, *, readers: int, **given: Any) -> Iterator[None]:
+    """So many connections, while the block lasts."""
+    load = reading(urls, readers=readers, hold=True, **given)
+    try:
+        yield
+    finally:
+        load.result()
+
+
+def rate(server: Server, url: str, *, events: int, **given: Any) -> dict[str, float]:
+    """Read a stream to its end, at full speed.
+
+    Raises:
+        BenchmarkError: an event is missing.
+    """
+    before = server.cpu()
+    seen = read(url, **given)
+    if seen["events"] < events:
+        raise BenchmarkError(f"{url}: {seen['events']} events of {events}")
+    return {
+        "events/s": seen["events"] / seen["seconds"],
+        "µs CPU/event": (server.cpu() - before) / seen["events"] * 1e6,
+        "generator busy": seen["busy"],
+    }

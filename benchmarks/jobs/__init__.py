@@ -1,0 +1,1 @@
+"""What is measured without HTTP, each in a process of its own."""

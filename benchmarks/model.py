@@ -1,0 +1,216 @@
+"""What a benchmark is made of: a question has cases, which take turns, and goals, which judge their medians.
+
+    Question ──▶ Case ──▶ a turn: {"events/s": 51_234.0, ...}     every case once, then again: a round
+        │                       └── over all rounds ──▶ Spread (median, lowest, highest)
+        └──────▶ Goal ──▶ Verdict: one figure, or the ratio of two, against what it is to reach
+
+A turn never reports a time that is to be compared with another day's: machines differ, and so do days. What is judged
+is a ratio of two figures of the same run, or a count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from statistics import median
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+Figures = Mapping[str, float]
+"""What one turn measured, by name; the unit is a part of the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured. A quick run shows that everything works; its figures mean nothing."""
+
+    quick: bool = False
+
+    def count(self, number: int) -> int:
+        """So many, or a fiftieth of it."""
+        return max(10, number // 50) if self.quick else number
+
+    def seconds(self, number: float) -> float:
+        """So long, or a tenth of it, but a second at least."""
+        return max(1.0, number / 10) if self.quick else number
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One that takes turns with the others.
+
+    Attributes:
+        name: what is measured, in the words of the table.
+        turn: measures once.
+        missing: why it cannot be measured on this machine, or None.
+    """
+
+    name: str
+    turn: Callable[[], Figures]
+    missing: str | None = None
+
+
+class Spread(NamedTuple):
+    """A figure over all rounds."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+class Outcome(Enum):
+    """How a goal fared."""
+
+    REACHED = "pass"
+    MISSED = "MISS"
+    REPORTED = "reported"
+    """Measured, but not judged on this machine."""
+    UNKNOWN = "not measured"
+
+
+class Figure(NamedTuple):
+    """A case's figure, by name."""
+
+    case: str
+    name: str
+
+
+class Verdict(NamedTuple):
+    """A goal, what was measured of it, and how it fared."""
+
+    says: str
+    value: float | None
+    target: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a figure, or the ratio of two, is to reach.
+
+    Attributes:
+        says: what is compared, in a few words.
+        of: the figure.
+        to: what it is divided by; None: by nothing.
+        at_least: the least that is good enough, if more is better.
+        at_most: the most that is, if less is better.
+        cores: judged only on machines that have so many.
+    """
+
+    says: str
+    of: Figure
+    to: Figure | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    cores: int = 0
+
+    def judged(self, figures: Mapping[Figure, Spread], *, cores: int) -> Verdict:
+        """Compare medians."""
+        target = f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+        target += " ×" if self.to is not None else ""
+        value = self._value(figures)
+        if value is None:
+            outcome = Outcome.UNKNOWN
+        elif cores < self.cores:
+            outcome = Outcome.REPORTED
+            target += f", judged on {self.cores} cores"
+        else:
+            low = self.at_least is None or value >= self.at_least
+            high = self.at_most is None or value <= self.at_most
+            outcome = Outcome.REACHED if low and high else Outcome.MISSED
+        return Verdict(self.says, value, target, outcome)
+
+    def _value(self, figures: Mapping[Figure, Spread]) -> float | None:
+        if self.of not in figures or (self.to is not None and self.to not in figures):
+            return None
+        value = figures[self.of].median
+        if self.to is None:
+            return value
+        divisor = figures[self.to].median
+        return value / divisor if divisor else None
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What a question's plot shows.
+
+    Attributes:
+        title: what it is.
+        figure: the name of the figure on the axis.
+        series: None: a bar for each case that has the figure. Otherwise lines: by their names, pairs of a size and the
+            name of the case that has the figure at that size.
+        across: what the sizes are.
+        log: whether the axis of the figure is logarithmic.
+    """
+
+    title: str
+    figure: str
+    series: Mapping[str, Sequence[tuple[float, str]]] | None = None
+    across: str = ""
+    log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, and how it is answered.
+
+    Attributes:
+        number: its number in the table of goals.
+        name: what it is called on the command line.
+        asks: the question.
+        cases: makes them, and holds what they share (servers, a filled Redis) while they take turns.
+        goals: what is to be reached.
+        charts: what is plotted.
+        notes: what a reader of the figures has to know: how they were taken, and why a goal is out of reach.
+    """
+
+    number: int
+    name: str
+    asks: str
+    cases: Callable[[Scale], AbstractContextManager[Sequence[Case]]]
+    goals: Sequence[Goal]
+    charts: Sequence[Chart] = ()
+    notes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was measured for a question."""
+
+    question: Question
+    turns: Mapping[str, Sequence[Figures]]
+    """By case, in the order in which they were taken."""
+    missing: Mapping[str, str]
+    """Cases that could not be measured, and why."""
+    seconds: float
+    """How long it took."""
+
+    def spreads(self) -> dict[Figure, Spread]:
+        """Every figure over all rounds."""
+        return {
+            Figure(case, name): spread([turn[name] for turn in turns])
+            for case, turns in self.turns.items()
+            for name in (turns[0] if turns else ())
+        }
+
+    def verdicts(self, *, cores: int) -> list[Verdict]:
+        """How the goals fared."""
+        figures = self.spreads()
+        return [goal.judged(figures, cores=cores) for goal in self.question.goals]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median of some values, and their ends."""
+    return Spread(median(values), min(values), max(values))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that so many percent of the *sorted* values do not exceed (nearest rank)."""
+    return values[max(0, -(-len(values) * percent // 100).__trunc__() - 1)] if values else float("nan")
+
+
+ROUNDS: Final = 3
+"""The fewest rounds of which a median is taken."""

@@ -1,0 +1,163 @@
+"""P4: how long does an event take from its producer through Redis to its reader?"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+import httpx2
+
+from benchmarks.clients import WAIT, read, reading, stream_of
+from benchmarks.model import Case, Chart, Figure, Goal, Question
+from benchmarks.processes import BenchmarkError, job_started, module, penstock, serving
+from benchmarks.redis_server import redis_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from benchmarks.model import Scale
+    from benchmarks.processes import Server
+    from benchmarks.redis_server import Redis
+
+RATE: Final = 20
+"""Events a second of each run."""
+MANY: Final = 100
+SECONDS: Final = {1: 3.0, MANY: 2.0}
+"""What is measured, by the number of runs."""
+WARM_UP: Final = 0.5
+SPARE: Final = 0.5
+"""Seconds for which a producer that cannot be cancelled goes on after that."""
+FOREVER: Final = 120.0
+"""Seconds for which one that can be would."""
+LEAST: Final = 0.9
+"""The share of the events of the measured time that must have come; fewer means that something is wrong."""
+
+SAME, OTHER = "penstock, same server", "penstock, other server"
+PREDECESSOR, FLOOR = "predecessor's design", "floor: XADD, XREAD BLOCK, send"
+ASSISTANT = "assistant-stream, Redis"
+
+
+def named(case: str, runs: int) -> str:
+    """A case, with its size."""
+    return f"{case}, {runs} run{'s' if runs > 1 else ''}"
+
+
+def _figures(seen: Mapping[str, float], *, runs: int, seconds: float) -> dict[str, float]:
+    expected = RATE * runs * seconds
+    if seen["events"] < LEAST * expected:
+        raise BenchmarkError(f"{seen['events']} events of {expected:g} in the measured time")
+    figures = {f"{name} ms": seen[name] for name in ("p50", "p99", "max")}
+    return figures | {"events": seen["events"], "generator busy": seen["busy"]}
+
+
+@contextmanager
+def _started(url: str, bodies: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """The ids of runs that go on while the block lasts, and are cancelled then."""
+    with httpx2.Client(timeout=WAIT) as client:
+        ids = [str(client.post(url, json=body).raise_for_status().json()["id"]) for body in bodies]
+        yield ids
+        for run_id in ids:
+            client.post(f"{url}/{run_id}/cancel", json={}).raise_for_status()
+
+
+def _inputs(runs: int) -> list[dict[str, Any]]:
+    """What each run is started with; their ticks are spread evenly."""
+    return [{"rate": RATE, "seconds": FOREVER, "phase": number / runs / RATE} for number in range(runs)]
+
+
+def penstock_latency(owner: Server, follower: Server, *, runs: int, seconds: float) -> dict[str, float]:
+    """Runs on one server, and a reader of each on another, or on the same."""
+    bodies = [{"producer": "ticks", "input": given} for given in _inputs(runs)]
+    with _started(f"{owner.url}/v1/runs", bodies) as ids:
+        urls = [stream_of(follower, run_id) for run_id in ids]
+        return _figures(read(urls, readers=runs, seconds=seconds, warm_up=WARM_UP), runs=runs, seconds=seconds)
+
+
+def _predecessor(server: Server, *, runs: int, seconds: float) -> dict[str, float]:
+    bodies = [{"producer": "ticks", **given} for given in _inputs(runs)]
+    with _started(f"{server.url}/runs", bodies) as ids:
+        urls = [f"{server.url}/runs/{run_id}/stream" for run_id in ids]
+        return _figures(read(urls, readers=runs, seconds=seconds, warm_up=WARM_UP), runs=runs, seconds=seconds)
+
+
+def _assistant(server: Server, *, seconds: float) -> dict[str, float]:
+    query = f"rate={RATE}&seconds={WARM_UP + seconds + SPARE}"
+    seen = read(f"{server.url}/runs/{uuid4()}?{query}", method="POST", seconds=seconds, warm_up=WARM_UP)
+    return _figures(seen, runs=1, seconds=seconds)
+
+
+def _floor(server: Server, redis: Redis, *, runs: int, seconds: float) -> dict[str, float]:
+    names = [str(uuid4()) for _ in range(runs)]
+    load = reading([f"{server.url}/{name}" for name in names], readers=runs, seconds=seconds, warm_up=WARM_UP)
+    length = WARM_UP + seconds + SPARE
+    producer = job_started(module("jobs.ticking", port=redis.port, names=names, rate=RATE, seconds=length))
+    seen = load.result()
+    producer.result()
+    return _figures(seen, runs=runs, seconds=seconds)
+
+
+@contextmanager
+def cases(scale: Scale) -> Iterator[Sequence[Case]]:
+    """All servers share a Redis; those that do not have their turn are idle."""
+    with (
+        redis_server() as redis,
+        serving(penstock(log=redis.url)) as owner,
+        serving(penstock(log=redis.url)) as other,
+        serving(module("servers.predecessor", url=redis.url)) as predecessor,
+        serving(module("servers.assistant", url=redis.url)) as assistant,
+        serving(module("servers.floor", port=redis.port)) as floor,
+    ):
+        found: list[Case] = []
+        for runs in (1, MANY):
+            much: dict[str, Any] = {"runs": runs, "seconds": scale.seconds(SECONDS[runs])}
+            found += [
+                Case(named(SAME, runs), partial(penstock_latency, owner, owner, **much)),
+                Case(named(OTHER, runs), partial(penstock_latency, owner, other, **much)),
+                Case(named(PREDECESSOR, runs), partial(_predecessor, predecessor, **much)),
+                Case(named(FLOOR, runs), partial(_floor, floor, redis, **much)),
+            ]
+        found.append(Case(named(ASSISTANT, 1), partial(_assistant, assistant, seconds=scale.seconds(SECONDS[1]))))
+        yield found
+
+
+def _goals() -> Iterator[Goal]:
+    for runs in (1, MANY):
+        below = Figure(named(PREDECESSOR, runs), "p50 ms")
+        for case in (SAME, OTHER):
+            size = named(case.removeprefix("penstock, "), runs)
+            of = Figure(named(case, runs), "p50 ms")
+            yield Goal(f"{size}: the predecessor's p50 to penstock's", below, of, at_least=100)
+            for name in ("p50", "p99"):
+                of, to = Figure(named(case, runs), f"{name} ms"), Figure(named(FLOOR, runs), f"{name} ms")
+                yield Goal(f"{size}: {name}, to the floor's", of, to, at_most=4)
+
+
+QUESTION = Question(
+    number=4,
+    name="latency",
+    asks="producer to HTTP client at 20 events/s through Redis, 1 run and 100 runs",
+    cases=cases,
+    goals=[*_goals()],
+    charts=[
+        Chart("Producer to reader, median", "p50 ms", log=True),
+        Chart("Producer to reader, 99th percentile", "p99 ms", log=True),
+    ],
+    notes="""\
+Each event carries the time at which its producer made it, on the clock that all processes of the machine share; its
+latency is what that clock shows more when the load generator has read it. 100 runs have 100 readers, one each, and
+tick at times that are spread evenly over the twentieth of a second. *Other server* is a second `penstock serve` on the
+same Redis: the run is on one, its reader on the other. With one run there are so few events that p99 is the slowest.
+
+**The floor** is the least that a way through Redis takes with a Hypercorn send at its end: a process that does nothing
+but XADD, one after the other, over one plain socket; and a bare ASGI application (no framework) on Hypercorn's trio
+worker, in which each request has a connection to Redis of its own, a plain Trio socket, on which it does XREAD BLOCK,
+and sends each entry at once. hiredis parses the replies. There is no pool, no batching, no fence and no expiry, nothing
+is retried, and one hundred readers cost one hundred connections.
+
+The predecessor's design flushes each run's buffer every half a second, or at 50 chunks, and its readers poll ten times
+a second. assistant-stream has its default settings (its readers poll ten times a second, too); it answers the request
+that starts a run from the same store that others resume from.
+""",
+)

@@ -1,0 +1,114 @@
+"""The answers, to read: on a terminal, as JSON, and as a page's section."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from benchmarks.model import Figure, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from benchmarks.model import Answer, Spread, Verdict
+
+STYLES = {Outcome.REACHED: "green", Outcome.MISSED: "bold red", Outcome.REPORTED: "yellow", Outcome.UNKNOWN: "yellow"}
+
+
+def tables(answer: Answer, *, cores: int) -> list[Table]:
+    """What was measured for a question, and how its goals fared."""
+    question = answer.question
+    figures = Table(title=f"P{question.number} {question.name}: {question.asks}", title_justify="left", expand=False)
+    names = _names(answer)
+    figures.add_column("case")
+    for name in names:
+        figures.add_column(name, justify="right")
+    for case, cells in _rows(answer, names):
+        figures.add_row(case, *cells)
+    goals = Table(title_justify="left", box=None)
+    for column in ("", "is", "to reach", ""):
+        goals.add_column(column)
+    for verdict in answer.verdicts(cores=cores):
+        style = STYLES[verdict.outcome]
+        goals.add_row(verdict.says, shown_value(verdict), verdict.target, f"[{style}]{verdict.outcome.value}[/]")
+    return [figures, goals] if question.goals else [figures]
+
+
+def as_json(answers: Sequence[Answer], machine: Mapping[str, str], *, rounds: int, cores: int) -> str:
+    """Everything, for programs."""
+    questions: dict[str, Any] = {}
+    for answer in answers:
+        spreads = answer.spreads()
+        questions[answer.question.name] = {
+            "number": answer.question.number,
+            "asks": answer.question.asks,
+            "seconds": round(answer.seconds, 1),
+            "figures": {
+                case: {
+                    name: {**spreads[Figure(case, name)]._asdict(), "turns": [turn[name] for turn in turns]}
+                    for name in turns[0]
+                }
+                for case, turns in answer.turns.items()
+            },
+            "missing": dict(answer.missing),
+            "goals": [
+                {**verdict._asdict(), "outcome": verdict.outcome.name.lower()}
+                for verdict in answer.verdicts(cores=cores)
+            ],
+        }
+    return json.dumps({"machine": dict(machine), "rounds": rounds, "questions": questions}, indent=1) + "\n"
+
+
+def summary(answers: Sequence[Answer], *, cores: int) -> list[str]:
+    """The goals of all questions as a table in Markdown."""
+    lines = ["| # | question | compared | is | to reach | |", "|---|---|---|---|---|---|"]
+    for answer in answers:
+        number, name = f"P{answer.question.number}", f"[{answer.question.name}](#{answer.question.name})"
+        for verdict in answer.verdicts(cores=cores):
+            result = f"**{verdict.outcome.value}**" if verdict.outcome is Outcome.MISSED else verdict.outcome.value
+            lines.append(
+                f"| {number} | {name} | {verdict.says} | {shown_value(verdict)} | {verdict.target} | {result} |"
+            )
+            number = name = ""
+    return lines
+
+
+def section(answer: Answer, plots: Sequence[str]) -> list[str]:
+    """A question's section of the page, in Markdown."""
+    names = _names(answer)
+    lines = [f"## {answer.question.name}", "", f"{answer.question.asks}", ""]
+    lines += [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {case} | {' | '.join(cells)} |" for case, cells in _rows(answer, names)]
+    lines += ["", *([answer.question.notes, ""] if answer.question.notes else [])]
+    return lines + [line for plot in plots for line in (f"![{answer.question.asks}]({plot})", "")]
+
+
+def shown(value: float) -> str:
+    """A figure with three digits that count."""
+    if value != value:  # noqa: PLR0124  (not a number)
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def shown_value(verdict: Verdict) -> str:
+    """What a goal was judged by."""
+    return "–" if verdict.value is None else shown(verdict.value) + (" ×" if "×" in verdict.target else "")
+
+
+def _names(answer: Answer) -> list[str]:
+    """The figures that any case has, in the order in which they come."""
+    return list(dict.fromkeys(name for turns in answer.turns.values() for turn in turns[:1] for name in turn))
+
+
+def _rows(answer: Answer, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    spreads = answer.spreads()
+    rows = [(case, [_cell(spreads.get(Figure(case, name))) for name in names]) for case in answer.turns]
+    return rows + [(f"{case} ({why})", ["–"] * len(names)) for case, why in answer.missing.items()]
+
+
+def _cell(spread: Spread | None) -> str:
+    return "" if spread is None else shown(spread.median)

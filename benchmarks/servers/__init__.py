@@ -1,0 +1,1 @@
+"""What is measured over HTTP: penstock's producers, and what one would take instead of penstock."""
