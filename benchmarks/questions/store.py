@@ -107,7 +107,7 @@ QUESTION = Question(
 - {PROGRAM} is a program in C that sends the same prepared bytes again and again: Redis' own share of the work, without
   that of any client that has something to say.
 - What bounds penstock is the CPU of its one thread of Python, beside which Redis works: a producer's step, the event,
-  its encoding, its place in the outbox, the tail and the append. redis-py alone takes more than that for each command. So
+  its encoding, its place in the outbox, the tail and the append. redis-py alone takes more than that for each command:
   six times its rate would leave a sixth of its time per event for everything. With {MANY} runs the window is full
   of few events of each, and Redis and Python take turns rather than work at the same time.
 - Every turn begins with an empty Redis. What it costs is the CPU of its whole process, background work included.

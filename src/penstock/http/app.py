@@ -46,7 +46,7 @@ from penstock.supervisor import Supervisor, open_supervisor
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from penstock.follower import Follower
     from penstock.log import EventLog
@@ -213,7 +213,7 @@ def create_app(
             Route("/", index, methods=["GET"]),
             Route("/v1/runs", start_or_list_runs, methods=["GET", "POST"]),  # one route, or Allow would name one method
             Route("/v1/runs/{run_id}", get_run, methods=["GET"]),
-            Route("/v1/runs/{run_id}/stream", stream_run, methods=["GET", "POST"]),
+            Route("/v1/runs/{run_id}/stream", _StreamRun(), methods=["GET", "POST"], name="stream_run"),
             Route("/v1/runs/{run_id}/cancel", cancel_run, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/readyz", readyz, methods=["GET"]),
@@ -291,6 +291,14 @@ async def stream_run(request: Request) -> Response:
     run_id = requests.run_id(request.path_params)
     follower = service.supervisor.follow(run_id, wanted.after, last=wanted.last)
     return _stream(service, run_id, follower, pings=wanted.include_pings)
+
+
+class _StreamRun:
+    """`stream_run` as an application of its own: around a function Starlette handles errors, and each send, twice."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await stream_run(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 async def cancel_run(request: Request) -> Response:

@@ -102,24 +102,20 @@ class Sends:
     """The sends of one server's connections that are under way, and when they must be over."""
 
     def __init__(self) -> None:
-        self._deadline = math.inf
+        self.deadline = math.inf
+        """When they must be over. From then on one may have been cut off, and nothing may follow that."""
         self._scopes: set[trio.CancelScope] = set()
-
-    @property
-    def over(self) -> bool:
-        """Whether they must be by now: one may have been cut off, and nothing may follow that."""
-        return trio.current_time() >= self._deadline
 
     def end_by(self, deadline: float) -> None:
         """From `deadline` on, on Trio's clock, no send may go on. It moves to the front, never back."""
-        self._deadline = min(self._deadline, deadline)
+        self.deadline = min(self.deadline, deadline)
         for scope in self._scopes:
-            scope.deadline = self._deadline
+            scope.deadline = self.deadline
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
         """A send: whole, whatever is cancelled around it, until they must be over."""
-        with trio.CancelScope(shield=True, deadline=self._deadline) as scope:
+        with trio.CancelScope(shield=True, deadline=self.deadline) as scope:
             self._scopes.add(scope)
             try:
                 yield
@@ -192,12 +188,15 @@ class Connection(TCPServer):
         """
         if isinstance(event, RawData):
             try:
-                if rest := self._at_once(event.data):
+                now = trio.current_time()
+                rest = event.data if now >= self._sends.deadline else self._at_once(event.data)
+                if rest:
                     await self._in_turn(rest)
+                    now = trio.current_time()
                 elif self._sent_at_once == AT_ONCE:
                     self._sent_at_once = 0
                     await trio.lowlevel.cancel_shielded_checkpoint()
-                self._last_sent = trio.current_time()
+                self._last_sent = now
             except (*GONE, OSError):
                 self._lose()
                 await trio.lowlevel.cancel_shielded_checkpoint()  # whoever sends on all the same starves nobody
@@ -213,7 +212,7 @@ class Connection(TCPServer):
         Hypercorn 0.18.0 lets every other task run, twice, whenever it sends. With a thousand readers of one run, each
         of whom is to be sent one event, that is most of the work.
         """
-        if self._socket is None or self.send_lock.locked() or self._sends.over:
+        if self._socket is None or self.send_lock.locked():
             return data
         try:
             sent = os.write(self._socket.fileno(), data)
