@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+import httpx2
+import psutil
+import redis
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,6 +23,12 @@ from benchmarks.processes import BenchmarkError
 from benchmarks.questions import questions
 from benchmarks.report import shown, tables
 from benchmarks.running import answered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FAILURES = (BenchmarkError, OSError, httpx2.HTTPError, psutil.Error, redis.RedisError)
+"""What a server or a job that has ended, or a full disk, comes as."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +59,11 @@ def main(names: tuple[str, ...], *, rounds: int, quick: bool, output: Path, publ
     if publish and (names or quick):
         raise click.UsageError("--publish is for a run of all questions at full length")
     chosen = [questions()[name] for name in dict.fromkeys(names)] or [*questions().values()]
-    machine, scale, began = described(), Scale(quick=quick), time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it leaves nothing behind either
+    scale, began = Scale(quick=quick), time.monotonic()
+    with _told("getting ready"):
+        machine = described()
+        output.mkdir(parents=True, exist_ok=True)
     answers: list[Answer] = []
     columns = (
         TextColumn("{task.description}"),
@@ -64,22 +80,30 @@ def main(names: tuple[str, ...], *, rounds: int, quick: bool, output: Path, publ
                 if not console.is_terminal:
                     console.print(f"{time.monotonic() - began:5.0f} s  {name}: {words}", highlight=False)
 
-            try:
+            with _told(question.name):
                 answer = answered(question, scale, rounds=1 if quick else rounds, say=say)
-            except BenchmarkError as error:
-                raise click.ClickException(f"{question.name}: {error}") from error
             answers.append(answer)
             for table in tables(answer, cores=cores()):
                 progress.console.print(table)
             progress.advance(bar)
+            with _told("what was measured"):  # each time, so that what fails later takes nothing with it
+                written(output, answers, machine, rounds=1 if quick else rounds, cores=cores())
     if publish:
         click.echo(f"{published(answers, machine, rounds=rounds, cores=cores())} is written")
     else:
-        written(output, answers, machine, rounds=rounds, cores=cores())
         click.echo(f"{output}/results.json and the plots beside it are written")
     outcomes = [verdict.outcome for answer in answers for verdict in answer.verdicts(cores=cores())]
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome.value}" for outcome in Outcome)
     click.echo(f"{len(answers)} questions in {shown(time.monotonic() - began)} s: {counts}")
+
+
+@contextmanager
+def _told(of: str) -> Iterator[None]:
+    """What fails here is told in a line, and not as a traceback."""
+    try:
+        yield
+    except FAILURES as error:
+        raise click.ClickException(f"{of}: {error}") from error
 
 
 if __name__ == "__main__":

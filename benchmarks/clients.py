@@ -75,12 +75,18 @@ def starting(producer: str, **given: Any) -> dict[str, Any]:
 
 @contextmanager
 def held(urls: Sequence[str] | str, *, readers: int, **given: Any) -> Iterator[None]:
-    """So many connections, while the block lasts."""
-    load = reading(urls, readers=readers, hold=True, **given)
+    """So many connections, while the block lasts.
+
+    Raises:
+        BenchmarkError: not all of them were still there at its end.
+    """
+    load, left = reading(urls, readers=readers, hold=True, **given), 0.0
     try:
         yield
     finally:
-        load.result()
+        left = load.result()["reading"]
+    if left < readers:
+        raise BenchmarkError(f"{readers - left:g} of {readers} connections to {urls} were lost")
 
 
 def rate(server: Server, url: str, *, events: int, **given: Any) -> dict[str, float]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
 from benchmarks.model import Figure
+from benchmarks.report import shown
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 OURS = "#1f6f8b"
 OTHERS = "#b0b7bd"
+NUMBERS = StrMethodFormatter("{x:,g}")
 
 
 def plotted(answer: Answer, folder: Path) -> list[str]:
@@ -46,11 +50,21 @@ def _bars(axes: Axes, chart: Chart, spreads: Mapping[Figure, Spread]) -> None:
     ends = [[s.median - s.lowest for _, s in rows], [s.highest - s.median for _, s in rows]]
     colours = [OURS if name.startswith("penstock") else OTHERS for name in names]
     bars = axes.barh(names, values, xerr=ends, color=colours, error_kw={"lw": 1, "capsize": 2})
-    axes.bar_label(bars, labels=[f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=4)
+    axes.bar_label(bars, labels=[shown(value) for value in values], padding=4)
     axes.set_xlabel(chart.figure)
     axes.margins(x=0.15)
-    if chart.log:
+    if chart.log and values:
         axes.set_xscale("log")
+        axes.set_xlim(*_decades(min(values), 2 * max(values)))  # with room for the last label
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(NUMBERS)
+
+
+def _decades(lowest: float, highest: float) -> tuple[float, float]:
+    """Where a logarithmic axis begins and ends: at whole decades, or a few per cent would look like all."""
+    return 10.0 ** math.floor(math.log10(lowest)), 10.0 ** math.ceil(math.log10(highest))
 
 
 def _lines(axes: Axes, chart: Chart, spreads: Mapping[Figure, Spread]) -> None:
@@ -64,11 +78,21 @@ def _lines(axes: Axes, chart: Chart, spreads: Mapping[Figure, Spread]) -> None:
         if not found:
             continue
         sizes = [size for size, _ in found]
-        (line,) = axes.plot(sizes, [spread.median for _, spread in found], marker="o", label=label)
+        colour = OURS if label.startswith("penstock") else OTHERS
+        axes.plot(sizes, [spread.median for _, spread in found], marker="o", label=label, color=colour)
         lowest, highest = [s.lowest for _, s in found], [s.highest for _, s in found]
-        axes.fill_between(sizes, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(sizes, lowest, highest, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(NUMBERS)
     axes.set_xlabel(chart.across)
     axes.set_ylabel(chart.figure)
-    axes.set_yscale("log") if chart.log else axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    if chart.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(NUMBERS)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(*_decades(*axes.get_ylim()))
+    else:
+        axes.margins(y=0.1)
+        axes.set_ylim(bottom=0)
+    if len(chart.series) > 1:
+        axes.legend(frameon=False)

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,11 +58,27 @@ class Server:
         return sum(float(each.memory_info().rss) for each in self._all())
 
     def _all(self) -> list[psutil.Process]:
+        """The process and its children.
+
+        Raises:
+            BenchmarkError: it has ended: what costs nothing any more is not cheap.
+        """
+        if not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE:
+            raise BenchmarkError(f"the server at {self.url} has ended")
         return [self.process, *self.process.children(recursive=True)]
 
 
 def cpu_of(process: psutil.Process) -> float:
-    """The seconds of CPU that a process has used."""
+    """The seconds of CPU that a process has used.
+
+    Raises:
+        BenchmarkError: it has ended.
+    """
+    if sys.platform == "linux":  # by its own clock, as clock_getcpuclockid(3) has it: /proc counts in 10 ms
+        try:
+            return time.clock_gettime((~process.pid << 3) | 2)
+        except OSError as error:
+            raise BenchmarkError(f"process {process.pid} has ended") from error
     times = process.cpu_times()
     return float(times.user + times.system)
 
@@ -73,12 +90,18 @@ def serving(argv: Sequence[str], *, cwd: Path | None = None) -> Iterator[Server]
     Raises:
         BenchmarkError: it printed no address in time. What it said instead is in the error.
     """
-    process = subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        argv,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,  # so that it is ended in its turn, and not by Ctrl-C
+    )
     assert process.stdout is not None
     said: deque[str] = deque(maxlen=LAST_LINES)
     reader = Thread(target=said.extend, args=(process.stdout,), daemon=True)
-    guard = Timer(READY_WITHIN, process.kill)
-    guard.start()
+    guard = _killing(process, READY_WITHIN)
     try:
         for line in process.stdout:
             said.append(line)
@@ -103,9 +126,19 @@ def end(process: subprocess.Popen[Any]) -> None:
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(ENDS_WITHIN)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # a second Ctrl-C, too
         process.kill()
         process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+
+
+def _killing(process: subprocess.Popen[Any], seconds: float) -> Timer:
+    """What kills it after so long, unless it is cancelled."""
+    guard = Timer(seconds, process.kill)
+    guard.daemon = True
+    guard.start()
+    return guard
 
 
 def module(name: str, **options: Any) -> list[str]:
@@ -157,9 +190,10 @@ class Job:
             BenchmarkError: it ended without.
         """
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return
+        with self._guarded():
+            for line in self.process.stdout:
+                if line.startswith(word):
+                    return
         self._end()
         raise BenchmarkError(f"{_shown(self.argv)} ended without a {word!r}")
 
@@ -175,17 +209,27 @@ class Job:
         result: dict[str, Any] = json.loads(lines[-1])
         return result
 
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """It is killed if this takes too long, or is interrupted."""
+        guard = _killing(self.process, JOB_WITHIN)
+        try:
+            yield
+        except BaseException:
+            self.process.kill()
+            self.errors.join()  # what it reads from is closed next
+            raise
+        finally:
+            guard.cancel()
+
     def _end(self) -> str:
         """Wait for its end, and return what it printed that was not read yet."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        guard = Timer(JOB_WITHIN, self.process.kill)
-        guard.start()
-        with self.process:
+        with self.process, self._guarded():
             self.process.stdin.close()
             out = self.process.stdout.read()
             self.errors.join()
-        guard.cancel()
         err = "".join(self.last)[-LAST_WORDS:]
         if self.process.returncode == -signal.SIGKILL:
             raise BenchmarkError(f"{_shown(self.argv)} took over {JOB_WITHIN:g} s, or was killed:\n{err}")
@@ -196,7 +240,8 @@ class Job:
 
 def job_started(argv: Sequence[str]) -> Job:
     """Start a job. Its standard input is closed when its result is waited for."""
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
     assert process.stderr is not None
     last: deque[str] = deque(maxlen=LAST_LINES)
     errors = Thread(target=last.extend, args=(process.stderr,), daemon=True)

@@ -129,7 +129,7 @@ def redis_server() -> Iterator[Redis]:
     argv = [redis_executable(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen([*argv, "--dir", folder], stdout=subprocess.PIPE, text=True) as process,
+        subprocess.Popen([*argv, "--dir", folder], stdout=subprocess.PIPE, text=True, process_group=0) as process,
     ):
         try:
             assert process.stdout is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from benchmarks.model import Figure, Outcome
@@ -20,13 +22,13 @@ STYLES = {Outcome.REACHED: "green", Outcome.MISSED: "bold red", Outcome.REPORTED
 def tables(answer: Answer, *, cores: int) -> list[Table]:
     """What was measured for a question, and how its goals fared."""
     question = answer.question
-    figures = Table(title=f"P{question.number} {question.name}: {question.asks}", title_justify="left", expand=False)
-    names = _names(answer)
-    figures.add_column("case")
-    for name in names:
-        figures.add_column(name, justify="right")
-    for case, cells in _rows(answer, names):
-        figures.add_row(case, *cells)
+    title = f"P{question.number} {question.name}: {question.asks}"
+    figures = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    head, *rows = _cells(answer)
+    for name in head:
+        figures.add_column(name, justify="right" if figures.columns else "left")
+    for cells in rows:
+        figures.add_row(*cells)
     goals = Table(title_justify="left", box=None)
     for column in ("", "is", "to reach", ""):
         goals.add_column(column)
@@ -58,7 +60,17 @@ def as_json(answers: Sequence[Answer], machine: Mapping[str, str], *, rounds: in
                 for verdict in answer.verdicts(cores=cores)
             ],
         }
-    return json.dumps({"machine": dict(machine), "rounds": rounds, "questions": questions}, indent=1) + "\n"
+    told = {"machine": dict(machine), "rounds": rounds, "questions": questions}
+    return json.dumps(_numbers(told), indent=1, allow_nan=False) + "\n"
+
+
+def _numbers(told: Any) -> Any:
+    """The same with None for what is not a number, which JSON cannot say."""
+    if isinstance(told, dict):
+        return {name: _numbers(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [_numbers(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told
 
 
 def summary(answers: Sequence[Answer], *, cores: int) -> list[str]:
@@ -77,10 +89,10 @@ def summary(answers: Sequence[Answer], *, cores: int) -> list[str]:
 
 def section(answer: Answer, plots: Sequence[str]) -> list[str]:
     """A question's section of the page, in Markdown."""
-    names = _names(answer)
+    (_, *head), *rows = _cells(answer)
     lines = [f"## {answer.question.name}", "", f"{answer.question.asks}", ""]
-    lines += [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {case} | {' | '.join(cells)} |" for case, cells in _rows(answer, names)]
+    lines += [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
     lines += ["", *([answer.question.notes, ""] if answer.question.notes else [])]
     return lines + [line for plot in plots for line in (f"![{answer.question.asks}]({plot})", "")]
 
@@ -104,10 +116,15 @@ def _names(answer: Answer) -> list[str]:
     return list(dict.fromkeys(name for turns in answer.turns.values() for turn in turns[:1] for name in turn))
 
 
-def _rows(answer: Answer, names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    spreads = answer.spreads()
-    rows = [(case, [_cell(spreads.get(Figure(case, name))) for name in names]) for case in answer.turns]
-    return rows + [(f"{case} ({why})", ["–"] * len(names)) for case, why in answer.missing.items()]
+def _cells(answer: Answer) -> list[list[str]]:
+    """The table of the figures, its head first: a row for each case or, if these are fewer, for each figure."""
+    spreads, names = answer.spreads(), _names(answer)
+    rows = [["case", *names]]
+    rows += [[case, *(_cell(spreads.get(Figure(case, name))) for name in names)] for case in answer.turns]
+    rows += [[f"{case} ({why})", *["–"] * len(names)] for case, why in answer.missing.items()]
+    if len(names) < len(rows):
+        return rows
+    return [["figure", *(row[0] for row in rows[1:])], *map(list, zip(*(row[1:] for row in rows), strict=True))]
 
 
 def _cell(spread: Spread | None) -> str:

@@ -60,6 +60,18 @@ def test_a_table_has_a_row_for_each_case_and_a_cell_for_each_figure(answer: Answ
     assert [cell.partition("]")[2] for cell in map(str, goals[3])] == ["MISS[/]", "MISS[/]", "not measured[/]"]
 
 
+def test_what_has_more_figures_than_cases_has_a_row_for_each_figure(answer: Answer) -> None:
+    few = replace(answer, turns={"one": [{"ms": 1.0, "events": 2.0}]}, missing={})
+    assert [[*column.cells] for column in tables(few, cores=2)[0].columns] == [["ms", "events"], ["1", "2"]]
+    assert section(few, [])[4:8] == ["| | one |", "|---|---:|", "| ms | 1 |", "| events | 2 |"]
+
+
+def test_what_is_not_a_number_is_null(answer: Answer) -> None:
+    told = as_json([replace(answer, turns={"one": [{"ms": math.nan}]})], MACHINE, rounds=1, cores=2)
+    assert json.loads(told)["questions"]["shown"]["figures"]["one"]["ms"]["turns"] == [None]
+    assert "NaN" not in told
+
+
 def test_a_question_without_goals_has_one_table(answer: Answer) -> None:
     assert len(tables(replace(answer, question=replace(answer.question, goals=())), cores=2)) == 1
 

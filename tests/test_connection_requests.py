@@ -10,7 +10,7 @@ import trio
 from h2.connection import ConnectionState
 
 import penstock.http.server
-from penstock.http import corrections
+from penstock.http import bodies, corrections
 from tests.connections import (
     SOON,
     Ending,
@@ -193,3 +193,65 @@ async def test_without_the_correction_it_falls_silent(monkeypatch: pytest.Monkey
         rest = await Wire(stream).rest()  # all that comes until the server closes it
         assert b"after" not in rest
         assert DONE.encode() not in rest
+
+
+# Requests without a body
+
+
+@pytest.fixture
+def looked_after(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests to whose end the response waits."""
+    seen: list[Any] = []
+
+    class Noted(bodies._Request):
+        def __init__(self, receive: Any) -> None:
+            super().__init__(receive)
+            seen.append(self)
+
+    monkeypatch.setattr(bodies, "_Request", Noted)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    "framing, waits",
+    [
+        ("x-content-length: 5\r\ncontent-type: a/b\r\n", 0),
+        ("content-length: 0\r\n", 1),
+        ("Content-Length: 0\r\n", 1),
+        ("transfer-encoding: chunked\r\n", 1),
+        ("TRANSFER-ENCODING: chunked\r\n", 1),
+    ],
+)
+async def test_only_a_request_of_http1_that_says_how_its_body_ends_is_waited_for(
+    looked_after: list[Any], framing: str, waits: int, version: str, method: str
+) -> None:
+    body = "0\r\n\r\n" if "chunked" in framing else ""
+    async with brief() as server, await server.wire() as wire:
+        request = f"{method} /nowhere HTTP/{version}\r\nhost: x\r\nconnection: close\r\n{framing}\r\n{body}"
+        await wire.stream.send_all(request.encode())
+        assert (await wire.rest()).startswith(b"HTTP/1.1 404")
+    assert len(looked_after) == waits
+
+
+@pytest.mark.parametrize("framing", ["content-length: 5", "transfer-encoding: chunked"])
+async def test_a_request_of_http1_whose_body_is_late_is_answered_and_the_answer_ends_when_that_has_come(
+    framing: str,
+) -> None:
+    async with brief() as server, await server.wire() as wire:
+        await wire.stream.send_all(f"POST /nowhere HTTP/1.1\r\nhost: x\r\n{framing}\r\n\r\n".encode())
+        head = (await wire.until(b"404", b"\r\n\r\n")).lower()
+        await wire.stream.send_all(b"5\r\nhello\r\n0\r\n\r\n" if "chunked" in framing else b"hello")
+        await wire.send("GET", "/healthz", connection="close")
+        assert (await wire.rest()).count(b"HTTP/1.1 ") == 2, head  # and the connection goes on
+
+
+async def test_every_request_of_http2_is_waited_for(looked_after: list[Any]) -> None:
+    async with brief() as server, joined(server) as (stream, _):
+        client = Http2(stream)
+        number = await client.get("/healthz")
+        while number not in client.over:
+            await client.receive()
+        assert len(looked_after) == 1
+        assert looked_after[0].over

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
 from penstock.log import Batch, News
-from penstock.log.fetcher import MISSING_GRACE, MISSING_PAUSE
+from penstock.log.fetcher import LOADED, MISSING_GRACE, MISSING_PAUSE
 from penstock.log.retries import LONGEST_PAUSE
 from penstock.log.tail import Tails
 from tests.committing import lose_last
@@ -84,6 +84,55 @@ async def test_one_fetch_serves_all_runs_that_have_moved_and_all_their_readers(a
         assert works.log.calls["fetch"] <= 4
         assert works.log.calls["read"] == 0
         assert seen == [[1, 2, 3]] * 200
+
+
+def moved(works: Reading, run_id: str, seq: int) -> None:
+    """Tell the process of it; those that are told of in one step come as one."""
+    wakeups: Any = works.wakeups.wakeups
+    wakeups.moved(run_id, seq)
+
+
+@pytest.mark.parametrize("runs", [1, 2, LOADED // 2, LOADED, 3 * LOADED])
+async def test_a_fetch_is_followed_by_the_part_of_the_spacing_that_its_runs_make(
+    autojump_clock: MockClock, runs: int
+) -> None:
+    async with reading(spacing=1.0) as works, AsyncExitStack() as readers:
+        for number in range(runs):
+            await works.run(run_id=f"r{number}")
+            await readers.enter_async_context(works.follow(run_id=f"r{number}"))
+        await wait_all_tasks_blocked()
+        began, fetches = trio.current_time(), []
+
+        async def note(call: str) -> None:
+            if call == "fetch":
+                fetches.append(trio.current_time() - began)
+
+        works.log.before = note
+        works.wakeups.deaf = True
+        for number in range(runs):
+            await works.append(1, 5, run_id=f"r{number}")  # however many entries each of them has
+        await wait_all_tasks_blocked()
+        works.wakeups.deaf = False
+        for number in range(runs):
+            moved(works, f"r{number}", 5)
+        await trio.sleep(0.01)
+        await works.append(6, 6, run_id="r0")
+        await trio.sleep(2)
+        assert fetches == [0, pytest.approx(min(1.0, runs / LOADED))]
+
+
+async def test_a_wake_up_that_needs_no_fetch_holds_back_none(autojump_clock: MockClock) -> None:
+    async with reading(spacing=1.0) as works, AsyncExitStack() as readers:
+        for number in range(LOADED):
+            await works.run(3, run_id=f"r{number}")
+            await readers.enter_async_context(works.follow(3, run_id=f"r{number}"))
+        for number in range(LOADED):
+            moved(works, f"r{number}", 3)
+        await wait_all_tasks_blocked()
+        assert works.log.calls["fetch"] == 0
+        await works.append(4, 4, run_id="r0")
+        await wait_all_tasks_blocked()
+        assert works.log.calls["fetch"] == 1
 
 
 async def test_d15_an_idle_reader_and_one_that_has_left_cost_no_calls(autojump_clock: MockClock) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import gc
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from penstock.log import Entry
 from penstock.log.ring import Ring
 from tests.logs import entries, entry, seqs
-
-if TYPE_CHECKING:
-    from penstock.log import Entry
 
 ALL = 1_000_000
 
@@ -112,6 +110,78 @@ def test_what_was_taken_does_not_change_with_the_ring() -> None:
     ring.trim(1, ALL)
     ring.extend(entries(4, 4))
     assert seqs(taken) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("trimmed", [0, 2, 4])
+@pytest.mark.parametrize("page", [1, 2, 5, ALL])
+def test_only_the_terminal_entry_is_handed_over_as_such_however_the_ring_is_read(trimmed: int, page: int) -> None:
+    ring = Ring()
+    ring.extend(entries(1, 5, terminal=True))
+    ring.trim(5 - trimmed, ALL)
+    cursor, taken = trimmed, []
+    while more := ring.after(cursor, max_entries=page, max_bytes=ALL):
+        taken += more
+        cursor = more[-1].seq
+    assert taken == entries(trimmed + 1, 5, terminal=True)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_terminal_entry_is_known_as_such_after_a_gap(size: int) -> None:
+    ring = ring_of(1, 5)
+    ring.extend(entries(10, 9 + size, terminal=True))
+    assert ring.after(9, max_entries=ALL, max_bytes=ALL) == entries(10, 9 + size, terminal=True)
+
+
+@pytest.mark.parametrize("lost", ["trimmed", "cleared", "a gap"])
+def test_what_follows_a_terminal_entry_that_is_gone_is_not_terminal(lost: str) -> None:
+    ring = Ring()
+    ring.extend(entries(1, 3, terminal=True))
+    if lost == "trimmed":
+        ring.trim(0, ALL)
+    elif lost == "cleared":
+        ring.clear()
+    first = 5 if lost == "a gap" else 4
+    ring.extend(entries(first, 6))
+    assert ring.after(first - 1, max_entries=ALL, max_bytes=ALL) == entries(first, 6)
+    assert ring.after(5, max_entries=ALL, max_bytes=ALL) == entries(6, 6)
+
+
+def test_a_terminal_entry_that_is_added_again_stays_what_it_was() -> None:
+    ring = ring_of(1, 2)
+    ring.extend(entries(1, 3, terminal=True))
+    ring.extend(entries(2, 3))
+    ring.extend(entries(1, 2, terminal=True))  # not that one
+    assert ring.after(0, max_entries=ALL, max_bytes=ALL) == entries(1, 3, terminal=True)
+
+
+def test_each_entry_keeps_its_timestamp_through_trims_and_gaps() -> None:
+    stamped = [Entry.of(seq, b"data: x\n\n", 10**12 + 7 * seq) for seq in range(1, 31)]
+    ring = Ring()
+    ring.extend(stamped[:20])
+    ring.trim(12, ALL)
+    assert ring.after(8, max_entries=ALL, max_bytes=ALL) == stamped[8:20]
+    ring.trim(ALL, sum(len(each.wire) for each in stamped[17:20]))
+    assert ring.after(17, max_entries=ALL, max_bytes=ALL) == stamped[17:20]
+    ring.extend(stamped[22:])
+    ring.extend(stamped[20:])
+    assert ring.after(22, max_entries=ALL, max_bytes=ALL) == stamped[22:]
+    assert ring.after(29, max_entries=ALL, max_bytes=ALL) == stamped[29:]
+
+
+def test_the_garbage_collector_has_as_much_to_look_at_however_many_entries_there_are() -> None:
+    def tracked(ring: Ring) -> int:
+        found, to_look_at = 0, [*gc.get_referents(ring)]
+        while to_look_at:
+            each = to_look_at.pop()
+            if gc.is_tracked(each) and not isinstance(each, type):
+                found += 1
+                to_look_at += gc.get_referents(each)
+        return found
+
+    small, large = ring_of(1, 1), ring_of(1, 1_000)
+    assert tracked(small) == tracked(large)
+    assert len(large.after(0, max_entries=ALL, max_bytes=ALL)) == 1_000  # and these are not kept
+    assert tracked(large) == tracked(small)
 
 
 class RingMachine(RuleBasedStateMachine):

@@ -1,7 +1,7 @@
 """Chunks on their way through a response, without a server: nothing is behind its `send`.
 
-The jobs `chunks_trio` and `chunks_asyncio` say what is between the source and `send`. They are two, since importing
-penstock imports trio-asyncio, and with that loaded `asyncio.run` runs on Trio.
+The jobs `chunks_trio` and `chunks_asyncio` say what is between the source and `send`. They are two, so that nothing of
+penstock's is in a process in which its peers run.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ MANY, FEW, SIZE = 5000, 100, 200
 WINDOWS, SECONDS, SHORT = 3, 20.0, 12.0
 OURS, BESIDE = f"penstock, {MANY:,} runs", f"penstock, {FEW} runs"
 LATER = f"p50, {WINDOWS}. window to 1."
-STALL = "stall, commits"
+STALL, WORST = "stall, commits", "longest stall, commits"
 SHARE = "share of the events due"
 
 
@@ -41,7 +41,8 @@ def _minute(left: list[Figures], redis: Redis, **given: Any) -> Figures:
     if not left:
         windows = _windows(redis, **given)
         later = windows[-1]["p50 ms"] / windows[0]["p50 ms"]
-        left += [window | {LATER: later} for window in windows]
+        worst = max(window[STALL] for window in windows)  # of the minute: a median of its thirds would hide it
+        left += [window | {LATER: later, WORST: worst} for window in windows]
     return left.pop(0)
 
 
@@ -63,7 +64,7 @@ QUESTION = Question(
     goals=[
         Goal("cores of Python", Figure(OURS, "Python cores"), at_most=0.7),
         Goal(f"p50 to that of {FEW} runs", Figure(OURS, "p50 ms"), Figure(BESIDE, "p50 ms"), at_most=8),
-        Goal("longest stall of the loop, in commits", Figure(OURS, STALL), at_most=50),
+        Goal("longest stall of the loop, in commits", Figure(OURS, WORST), at_most=50),
         Goal("steady for a minute: p50 of its last third to that of its first", Figure(OURS, LATER), at_most=1.5),
         Goal("acknowledged events per second, to those that are due", Figure(OURS, SHARE), at_least=0.99),
     ],

@@ -5,7 +5,7 @@
     POST /runs/ID/cancel        asks it to stop
 
 A run is a task that puts what its producer makes into a buffer, which is flushed every half a second, or at 50 chunks,
-by a pipeline of XADDs. A reader polls the run's stream in Redis ten times a second, always from its beginning on. A
+by a pipeline of XADDs. A reader polls the run's stream in Redis ten times a second, from its beginning on. A
 cancel is a key in Redis; producer and readers look at it as chunks come by, at most every half a second.
 
 Options: `url`, the Redis; `max_entries`, to how many a run's stream is trimmed.

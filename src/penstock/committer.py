@@ -188,7 +188,8 @@ class Committer:
         self._load = min(1.0, sum(len(batch.entries) for _, batches in parts for batch in batches) / LOADED)
         replies = iter(await self._append([batch for _, batches in parts for batch in batches]))
         for outbox, batches in parts:
-            for batch, reply in zip(batches, islice(replies, len(batches)), strict=True):
+            own = list(islice(replies, len(batches)))
+            for batch, reply in zip(batches, own, strict=True):
                 self._settle(outbox, batch, reply)
                 if reply.status is not AppendStatus.OK:
                     break  # what follows a batch that is not stored is not stored either

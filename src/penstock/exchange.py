@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import anyio
@@ -38,13 +39,12 @@ from penstock.groups import parted, raise_bare, raise_cancellation
 from penstock.observer import new_error_id, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starlette.types import Message, Receive, Scope, Send
 
     from penstock.answers import Answer
     from penstock.dialects import Dialect
     from penstock.observer import Observer
+    from penstock.timers import Timer, Timers
 
 MAX_SEND: Final = 64 * 1024
 """The most bytes in one `send`; a larger chunk goes out in pieces, and nothing gets in between them."""
@@ -58,20 +58,6 @@ _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceE
 """What `send` raises then: a server OSError (ASGI 2.4), a middleware with a memory stream in it the others."""
 
 Headers = Iterable[tuple[bytes, bytes]]
-
-
-class Alarm(Protocol):
-    """A call that is to come."""
-
-    def cancel(self) -> None:
-        """Let it not come."""
-
-
-class Clock(Protocol):
-    """What calls back at a time. With thousands of silent readers, a task that sleeps for each is a lot of memory."""
-
-    def at(self, when: float, callback: Callable[[], None]) -> Alarm:
-        """Call at this time of the event loop's clock, in seconds."""
 
 
 class Terms(Protocol):
@@ -100,8 +86,8 @@ class Exchange(ABC):
         self.head = scope["method"] == "HEAD"
         self.where = f"response to {scope['method']} {scope['path']}"
         self.detach = response.on_disconnect == "detach"
-        self.clock: Clock | None = None
-        """What calls the timer, if there is such a thing; otherwise the timer is a task that sleeps."""
+        self.clock: Timers | None = None
+        """What calls the timer. Without one it is a task that sleeps: with thousands of silent readers, much memory."""
         self.headers_at = anyio.current_time() + response.first_chunk_timeout
         self.started = False
         """The headers are sent, or being sent."""
@@ -121,7 +107,9 @@ class Exchange(ABC):
         """The timer is sending, and sets this when it has."""
         self._last: bytes | None = None
         """What the last message says, once that is settled."""
-        self._alarm: Alarm | None = None
+        self._alarm: Timer | None = None
+        self._context = copy_context()
+        """What the timer sends in: the request's variables, not those of whoever calls it."""
         self._send_scope: anyio.CancelScope | None = None
         """Of the send under way, if the source is to go on without the client."""
         self._group = anyio.create_task_group()
@@ -206,10 +194,11 @@ class Exchange(ABC):
         if self._silent or anyio.current_time() < self._due():
             self._set_alarm()
         else:
-            self._group.start_soon(self._answer_alarm)
+            self._context.run(self._group.start_soon, self._answer_alarm)
 
     async def _answer_alarm(self) -> None:
-        await self._speak()
+        if not self._silent and anyio.current_time() >= self._due():  # still
+            await self._speak()
         self._set_alarm()
 
     def _stop_alarm(self) -> None:

@@ -177,9 +177,14 @@ class Execution:
                 await self._iterate(make_source)
         except BaseException as raised:  # noqa: BLE001, ASYNC103  (becomes a record; what is not the run's own is raised)
             error = raised
-        outer = await self.leave(error)
-        if outer is not None:
-            raise outer
+        outer: BaseException | None = None
+        try:
+            outer = await self.leave(error)
+            if outer is not None:
+                raise outer
+        finally:
+            del error, outer  # with their tracebacks, which hold this frame: a circle, and all that the producer had
+            self._raised = self.task = None
 
     def limit(self, *, timeout: float | None, max_silence: float | None) -> None:
         """Set the run's deadline and its limit of silence, in seconds from now."""

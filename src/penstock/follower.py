@@ -172,7 +172,7 @@ class Follower:
         """A page from the log. If another one follows, that is read while this one is used."""
         ahead, self._ahead = self._ahead, None
         page = await ahead.page() if ahead is not None and ahead.after == self.cursor else None
-        if page is None:
+        if page is None or not page.entries:  # the log may have lost them for a moment
             page = await self._fetcher.read(tail, self.cursor)
         if self.cursor < page.oldest_seq - 1:
             raise CursorExpired(self.run_id, self.cursor, page.oldest_seq)

@@ -81,6 +81,7 @@ async def writing(execution: Execution, committer: Committer) -> AsyncIterator[R
         raise
     finally:
         await execution.leave(raised)  # noqa: ASYNC102  (it has its own shield, with a deadline)
+        raised = None  # its traceback holds this frame
     if cut_short and execution.cause is Cause.CANCEL:
         raise RunCancelled(execution.run.id, execution.words)
     if cut_short:

@@ -45,7 +45,7 @@ class Ahead:
     async def read(self, log: EventLog, run_id: str) -> None:
         """Read it."""
         try:
-            with suppress(LogUnavailable, RunNotFound):  # whoever asks then looks again, and hears why
+            with suppress(Exception):  # whoever asks then looks again, and hears what is wrong
                 self._page = await log.read(run_id, self.after)
         finally:
             self._over.set()
@@ -201,25 +201,32 @@ class Fetcher:
 
     async def run(self) -> None:
         """Do it, until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self._listen)
-            behind: dict[str, int] = {}
-            while True:
-                if behind.keys() <= self._missing.keys() and not self._moved:
-                    self._news = trio.Event()
-                    with trio.move_on_after(MISSING_PAUSE if behind else inf):
-                        await self._news.wait()
-                started = trio.current_time()
-                # A run that cannot be caught up with must not keep the news of the others waiting.
-                moved, self._moved = self._moved, {}
-                for run_id, seq in moved.items():
-                    tail = self._tails.get(run_id)
-                    if tail is not None and tail.last != seq:  # less: the log has lost something, and perhaps ended it
-                        behind[run_id] = tail.last
-                load = min(1.0, len(behind) / LOADED)
-                if behind:
-                    behind = await self._fetch(behind)
-                await trio.sleep_until(started + self._spacing * load)
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._listen)
+                await self._fetch_on()
+        finally:
+            self._nursery = None
+
+    async def _fetch_on(self) -> None:
+        """Bring what the tails lack, whenever a run has moved."""
+        behind: dict[str, int] = {}
+        while True:
+            if behind.keys() <= self._missing.keys() and not self._moved:
+                self._news = trio.Event()
+                with trio.move_on_after(MISSING_PAUSE if behind else inf):
+                    await self._news.wait()
+            started = trio.current_time()
+            # A run that cannot be caught up with must not keep the news of the others waiting.
+            moved, self._moved = self._moved, {}
+            for run_id, seq in moved.items():
+                tail = self._tails.get(run_id)
+                if tail is not None and tail.last != seq:  # less: the log has lost something, and perhaps ended it
+                    behind[run_id] = tail.last
+            load = min(1.0, len(behind) / LOADED)
+            if behind:
+                behind = await self._fetch(behind)
+            await trio.sleep_until(started + self._spacing * load)
 
     async def _listen(self) -> None:
         """Take what the wake-ups tell, at once."""
