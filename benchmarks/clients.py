@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WAIT: Final = 120.0
 """Seconds that a run may take to its end."""
+ENOUGH: Final = 0.5
+"""Seconds that a rate is measured for, at least."""
 LOOK: Final = 0.02
 """Seconds between two looks at a run."""
 
@@ -90,17 +92,19 @@ def held(urls: Sequence[str] | str, *, readers: int, **given: Any) -> Iterator[N
 
 
 def rate(server: Server, url: str, *, events: int, **given: Any) -> dict[str, float]:
-    """Read a stream to its end, at full speed.
+    """Read a stream to its end, at full speed, again and again until that has taken `ENOUGH`.
 
     Raises:
         BenchmarkError: an event is missing.
     """
-    before = server.cpu()
-    seen = read(url, **given)
-    if seen["events"] < events:
-        raise BenchmarkError(f"{url}: {seen['events']} events of {events}")
+    before, total, seconds, busy = server.cpu(), 0.0, 0.0, 0.0
+    while seconds < ENOUGH:
+        seen = read(url, **given)
+        if seen["events"] < events:
+            raise BenchmarkError(f"{url}: {seen['events']} events of {events}")
+        total, seconds, busy = total + seen["events"], seconds + seen["seconds"], max(busy, seen["busy"])
     return {
-        "events/s": seen["events"] / seen["seconds"],
-        "µs CPU/event": (server.cpu() - before) / seen["events"] * 1e6,
-        "generator busy": seen["busy"],
+        "events/s": total / seconds,
+        "µs CPU/event": (server.cpu() - before) / total * 1e6,
+        "generator busy": busy,
     }

@@ -48,7 +48,7 @@ async def main(given: Mapping[str, Any]) -> dict[str, float]:
     pool = BlockingConnectionPool.from_url(url, max_connections=given["connections"], timeout=None)
     async with Redis(connection_pool=pool) as client:
         await stored(client, "warm", runs=runs, count=max(WARM_UP, runs * PIPED), size=size)
-        wall, busy, redis = time.monotonic(), time.process_time(), cpu_at(url)
+        redis, busy, wall = cpu_at(url), time.process_time(), time.monotonic()
         await stored(client, "run", runs=runs, count=given["count"], size=size)
         wall, busy, redis = time.monotonic() - wall, time.process_time() - busy, cpu_at(url) - redis
     count = given["count"] // runs * runs

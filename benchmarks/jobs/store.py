@@ -46,7 +46,7 @@ async def stored(supervisor: Supervisor, url: str, *, runs: int, count: int, siz
     """Store so many events in so many runs."""
     each, data, go = count // runs, "x" * (size - FRAME), trio.Event()
     started = [await supervisor.start(burst, go, each, data) for _ in range(runs)]
-    wall, busy, redis = time.monotonic(), time.process_time(), cpu_at(url)
+    redis, busy, wall = cpu_at(url), time.process_time(), time.monotonic()
     go.set()
     for run in started:
         ended = await supervisor.wait(run.id)

@@ -73,7 +73,7 @@ def _windows(redis: Redis, *, runs: int, rate: int, windows: int, seconds: float
 
 def _goals(kind: str, names: dict[int, str]) -> Iterator[Goal]:
     for size, name in names.items():
-        if size > BASE:
+        if size != BASE:
             yield Goal(f"{kind} {size:,} to {BASE}", Figure(name, COST), Figure(names[BASE], COST), at_most=1.3)
 
 
@@ -97,13 +97,15 @@ QUESTION = Question(
         _chart("Storing an event a second for each run", "runs", LIVE),
     ],
     notes=f"""\
-- Storing is `store` with fewer events, and with as many events under way for each run, however many there are. What is
-  judged is Python's CPU; that of Redis stands beside it.
+- Storing is `store` with fewer events, and with as many events under way for each run, however many there are (in
+  `store` it is as many for all together, so that with 1,000 runs each append would hold two of each). What is judged
+  is Python's CPU; that of Redis stands beside it.
 - Reading is `fan_out`: the CPU of the server by the events that arrived, each of which counts once for every reader.
-  What the making of an event costs is shared by its readers: one reader bears it alone, and is not judged.
+  What the making of an event costs is shared by its readers, and one bears it alone: that goal cannot be reached.
 - Runs alive are `many_runs`: {WINDOWS} windows of {SECONDS:g} s in a row, one for each round. With few runs, what a
   process does in any case (looking for cancel requests and for leases that have run out) would count as the cost of
-  their few events: what it takes with {BASE} silent runs is subtracted everywhere. That makes the figure at {BASE} runs
-  smaller, and the goal harder. Their events come one by one, each in an append of its own; more runs share appends.
+  their few events: what it takes with {BASE} silent runs is subtracted everywhere. That makes the figure at {BASE}
+  runs smaller, and the goal harder. A single run makes too few events in this time to say what one costs. Their
+  events come one by one, each in an append of its own; more runs share appends.
 """,
 )

@@ -39,7 +39,7 @@ OURS: Final = {
     ): f"penstock, {readers or 'no':{'' if not readers else ','}} readers of {runs:,} run{'s' * (runs > 1)}"
     for readers, runs in ((0, 1), (SOME, 1), (MANY, 1), (SOME, SOME), (0, MANY), (MANY, MANY))
 }
-PREDECESSOR: Final = f"the predecessor's design, {SOME} readers of 1 run"
+PREDECESSOR: Final = f"predecessor's design, {SOME} readers of 1 run"
 ASSISTANT: Final = f"assistant-stream, {SOME} readers of 1 run"
 
 
@@ -158,6 +158,7 @@ QUESTION = Question(
         *(_few(key) for key in OURS),
         _flat(COMMANDS, (SOME, 1), (0, 1)),
         _flat(COMMANDS, (MANY, 1), (0, 1)),
+        _flat(COMMANDS, (MANY, MANY), (0, MANY)),
         _flat(CONNECTIONS, (MANY, 1), (0, 1)),
         _flat(CONNECTIONS, (MANY, 1), (SOME, 1)),
         _flat(CONNECTIONS, (MANY, MANY), (0, MANY)),

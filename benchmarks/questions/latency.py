@@ -124,14 +124,12 @@ def cases(scale: Scale) -> Iterator[Sequence[Case]]:
 
 def _goals() -> Iterator[Goal]:
     for runs in (1, MANY):
-        below = Figure(named(PREDECESSOR, runs), "p50 ms")
         for case in (SAME, OTHER):
             size = named(case.removeprefix("penstock, "), runs)
-            of = Figure(named(case, runs), "p50 ms")
-            yield Goal(f"{size}: the predecessor's p50 to penstock's", below, of, at_least=100)
             for name in ("p50", "p99"):
-                of, to = Figure(named(case, runs), f"{name} ms"), Figure(named(FLOOR, runs), f"{name} ms")
-                yield Goal(f"{size}: {name}, to the floor's", of, to, at_most=4)
+                predecessor, of, floor = (Figure(named(of, runs), f"{name} ms") for of in (PREDECESSOR, case, FLOOR))
+                yield Goal(f"{size}: the predecessor's {name} to penstock's", predecessor, of, at_least=100)
+                yield Goal(f"{size}: {name}, to the floor's", of, floor, at_most=4)
 
 
 QUESTION = Question(

@@ -62,6 +62,12 @@ QUESTION = Question(
             Figure(SSE_STARLETTE, "events/s"),
             at_least=1,
         ),
+        Goal(
+            "a source without a run, to uvicorn + sse-starlette",
+            Figure(DIRECT, "events/s"),
+            Figure(SSE_STARLETTE, "events/s"),
+            at_least=1,
+        ),
     ],
     charts=[Chart("Live events to one reader", "events/s")],
     notes=NOTES,

@@ -62,4 +62,13 @@ QUESTION = Question(
         _faster("Redis, to bare paging", REDIS, PAGING, 0.6),
     ],
     charts=[Chart("Replay to one client", "events/s")],
+    notes=f"""\
+- The run has ended, and lies in the log; its peers have what they send at hand, too, but for sse-starlette, which
+  makes each event when it sends it, as it always does. A turn reads again and again for half a second at least.
+- penstock joins what is ready, up to 64 KiB in one send; the plain response joins {JOINED} events.
+- At such rates the load generator is not idle (*generator busy*): what `load` shows for one connection is what can be
+  seen.
+- Bare paging is the client's whole time with Redis: XRANGE of 1,000 at a time, hiredis, nothing done with the events.
+  Its CPU is the client's, that of the others the server's.
+""",
 )

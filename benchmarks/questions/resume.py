@@ -28,7 +28,7 @@ RESUMES, WATCHED = 300, 200
 SLOW_RESUMES, SLOW_WATCHED = 50, 10
 P50, COMMANDS = "p50 ms", "commands"
 OURS = {size: f"penstock, {size:,} entries" for size in SIZES}
-PREDECESSOR = f"the predecessor's design, {SIZES[1]:,} entries"
+PREDECESSOR = f"predecessor's design, {SIZES[1]:,} entries"
 
 
 def resumed(url: str, redis: Redis, *, times: int, watched: int) -> Figures:
@@ -117,6 +117,7 @@ QUESTION = Question(
   there, one after the other over one connection that is kept alive. The run has ended, so the stream ends by itself.
 - The server that answers is not the one that ran the runs: nothing of them is in its memory, so what it sends comes
   from Redis.
+- A difference of 30 % counts as the same time: so much two turns of one case may differ.
 - What Redis is asked is told by its `MONITOR`, over resumes that are not timed, and rounded to a tenth: the server also
   looks for cancels and lost runs now and then. What a script does within Redis is not counted.
 - The floor is a round trip over HTTP and two to Redis: a reader subscribes to a run before it looks at it, lest it miss

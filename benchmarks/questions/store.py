@@ -97,19 +97,21 @@ QUESTION = Question(
     charts=[Chart("Stored events", "events/s")],
     notes=f"""\
 - penstock: a supervisor in a process without HTTP. Producers yield events one by one as fast as they are allowed to;
-  `max_pending_bytes` and `max_process_pending_bytes` are what {WINDOW:,} events take, and there are no other settings.
-  The clock runs from the moment at which all producers may begin until the last run has ended, which Redis acknowledges
-  after all of its events. 200 bytes is the size of the field `data`.
-- redis-py: asyncio with hiredis, pipelines of {PIPED} XADDs without a transaction, each awaited before the next one of
-  its run, with the same three fields, and ids of its own. {MANY} runs share {CONNECTIONS[MANY]} connections, so that as
-  many events are under way. It does less: no epoch is checked, nothing trimmed, no lease renewed, and nobody told.
+  `max_pending_bytes` and `max_process_pending_bytes` are what {WINDOW:,} events take, and there are no other
+  settings. The clock runs from the moment at which all producers may begin until the last run has ended, which Redis
+  acknowledges after all of its events. 200 bytes is the size of the field `data`.
+- redis-py: asyncio with hiredis, pipelines of {PIPED} XADDs without a transaction, each awaited before the next one
+  of its run, with the same three fields, and ids of its own. {MANY} runs share {CONNECTIONS[MANY]} connections, so
+  that as many events are under way. It does less: no epoch is checked, nothing trimmed, no lease renewed, and nobody
+  told.
 - The same through trio-asyncio is what penstock would do if it sent each event as a command of its own.
-- {PROGRAM} is a program in C that sends the same prepared bytes again and again: Redis' own share of the work, without
-  that of any client that has something to say.
+- {PROGRAM} is a program in C that sends the same prepared bytes again and again: Redis' own share of the work,
+  without that of any client that has something to say. With the same pipelines as redis-py's it is what penstock is
+  judged by; longer ones, and more connections, show how far Redis goes.
 - What bounds penstock is the CPU of its one thread of Python, beside which Redis works: a producer's step, the event,
-  its encoding, its place in the outbox, the tail and the append. redis-py alone takes more than that for each command:
-  six times its rate would leave a sixth of its time per event for everything. With {MANY} runs the window is full
-  of few events of each, and Redis and Python take turns rather than work at the same time.
+  its encoding, its place in the outbox, the tail and the append. redis-py alone takes more than that for each
+  command: six times its rate would leave a sixth of its time per event for everything. With {MANY} runs the window is
+  full of few events of each, and Redis and Python take turns rather than work at the same time.
 - Every turn begins with an empty Redis. What it costs is the CPU of its whole process, background work included.
 """,
 )
