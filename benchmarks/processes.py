@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread, Timer
 from typing import TYPE_CHECKING, Any, Final
@@ -125,12 +125,11 @@ def end(process: subprocess.Popen[Any]) -> None:
     """Ask a process to end, and see to it that it does."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(ENDS_WITHIN)
-    except BaseException as error:  # a second Ctrl-C, too
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ENDS_WITHIN)
+    finally:  # a second Ctrl-C, too
         process.kill()
         process.wait()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
 
 
 def _killing(process: subprocess.Popen[Any], seconds: float) -> Timer:
