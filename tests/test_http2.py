@@ -11,6 +11,7 @@ import h2.events
 import httpx2
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.serving import PRODUCERS, Tap, eventually, serving
 from tests.wire import DONE, Block, block_of, blocks_of, ids
@@ -151,6 +152,7 @@ async def test_a_connection_that_is_lost_ends_all_of_its_readers_and_none_of_the
     async with serving() as server:
         services = server.service.supervisor._services
         run_ids = [await server.start("silent") for _ in range(5)]
+        await wait_all_tasks_blocked()  # an answer is with its client before its task is over
         before = server.tasks()
         async with connected(server) as streams:
             for run_id in run_ids:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from penstock import ConfigurationError, create_app, serve
 from penstock.cli import serving as serve_command
@@ -116,6 +117,7 @@ async def test_a_client_that_stops_reading_is_given_up_and_its_run_and_other_rea
         tap.feed(*["x" * 10_000] * 1000)  # more than the sockets of both sides hold
         async with server.reading(run_id) as reader:
             await reader.take(1000)
+            await wait_all_tasks_blocked()  # an answer is with its client before its task is over
             before = server.tasks()
             async with stalled(server, f"/v1/runs/{run_id}/stream"):
                 await eventually(lambda: readers(server, run_id) == [2])
