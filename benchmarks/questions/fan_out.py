@@ -178,5 +178,8 @@ and counts those that came up to three seconds late: below 1, the server did not
 it shares a process with. Then p50 and p99 are those of fewer events. A delivery's floor is a write by the server and
 a read by the client, for each reader, one after the other: [load](#load) shows them without any server around them.
 The CPU is the server's alone, of the same seconds.
+
+What is missed to Node is CPU for each delivery: Trio's scheduler, Hypercorn and Starlette take it, in Python, and the
+write itself is some of it.
 """,
 )

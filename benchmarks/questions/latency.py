@@ -157,5 +157,8 @@ is retried, and one hundred readers cost one hundred connections.
 The predecessor's design flushes each run's buffer every half a second, or at 50 chunks, and its readers poll ten times
 a second. assistant-stream has its default settings (its readers poll ten times a second, too); it answers the request
 that starts a run from the same store that others resume from.
+
+With 100 runs the floor is lower than with one, since nothing falls asleep between two events. What penstock adds to it
+is its own work for each event in the one thread that all runs share: while one is stored, the next ones wait for that.
 """,
 )

@@ -79,5 +79,7 @@ QUESTION = Question(
   one round trip with all that had come by then. Beside it stands the longest pause of Python's garbage collector.
 - Bytes of Redis per event are all that it uses at the end of the window, the runs' records, the connections and the
   blocks that Redis reserves included, by all events stored until then: the more events a run has, the fewer.
+- The longest stall of a minute is the garbage collector's, if it looks at everything in that minute at all (*longest
+  GC*). With Python's own thresholds it did so every few seconds, for a third of a second.
 """,
 )
