@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,55 +14,17 @@ from starlette.responses import StreamingResponse
 
 from benchmarks.jobs.chunks import bare, is_cancelled, measured
 from benchmarks.processes import options
+from benchmarks.servers.predecessor import until_cancelled, with_pings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import ASGIApp, Send
 
-PING: Final = b": ping\n\n"
-
 
 def predecessor(chunks: AsyncGenerator[bytes]) -> ASGIApp:
     """Wrapper around wrapper, as plainly as possible."""
-    return ResponseWithStatus(kept_alive(watched(chunks)), media_type="text/event-stream")
-
-
-async def watched(chunks: AsyncGenerator[bytes], interval: float = 0.5) -> AsyncGenerator[bytes]:
-    """Look at the status when a chunk comes, if the last look is that long ago."""
-    looked = time.monotonic()
-    async for chunk in chunks:
-        if (now := time.monotonic()) - looked >= interval:
-            looked = now
-            if await is_cancelled():
-                return
-        yield chunk
-
-
-async def kept_alive(chunks: AsyncGenerator[bytes], interval: float = 30.0) -> AsyncGenerator[bytes]:
-    """A task fills a queue; whoever has waited that long for it pings."""
-    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-    async def fill() -> None:
-        try:
-            async for chunk in chunks:
-                await queue.put(chunk)
-        finally:
-            await queue.put(None)
-
-    task = asyncio.create_task(fill())
-    try:
-        while True:
-            try:
-                chunk = await asyncio.wait_for(queue.get(), interval)
-            except TimeoutError:
-                yield PING
-                continue
-            if chunk is None:
-                return
-            yield chunk
-    finally:
-        task.cancel()
+    return ResponseWithStatus(with_pings(until_cancelled(chunks, is_cancelled)), media_type="text/event-stream")
 
 
 class ResponseWithStatus(StreamingResponse):
