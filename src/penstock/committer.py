@@ -77,6 +77,7 @@ class Committer:
         self._wake = trio.Event()
         self._size = 0
         self._load = 1.0
+        """The part of the spacing that the last commit makes the next one wait."""
         self._room = trio.lowlevel.ParkingLot()
         self._lost: dict[Outbox, None] = {}
         """Runs of which the log has lost something."""

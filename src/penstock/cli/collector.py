@@ -1,8 +1,8 @@
 """Python's garbage collector in a process that serves.
 
 It looks for cycles whenever 700 more objects were made than were let go, and that many are made whenever a thousand
-readers are woken: with its default it takes a quarter of the time of a large fan-out, and finds nothing. Now and then
-it looks at every object there is, and everything waits.
+readers are woken: with its default it takes about a quarter of the time of a large fan-out. Now and then it looks at
+every object there is, and everything waits.
 """
 
 from __future__ import annotations
