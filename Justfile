@@ -9,20 +9,20 @@ bin := venv / "bin"
 default:
     @{{just_executable()}} --list --unsorted
 
-# install penstock and GROUP's tools into .venv (done again only after pyproject.toml changed)
+# install penstock, and GROUP's tools, into .venv (done again only after pyproject.toml changed)
 setup GROUP="check":
     @[ -x {{bin}}/python ] || python3 -m venv {{venv}}
     @stamp={{venv}}/.installed-{{GROUP}}; \
     if ! cmp -s pyproject.toml "$stamp"; then \
         echo "installing penstock with what '{{GROUP}}' needs into {{venv}} ..."; \
         {{bin}}/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'; \
-        if [ {{GROUP}} = demo ]; then {{bin}}/python -m pip install -q -e '.[demo]'; \
-        else {{bin}}/python -m pip install -q -e '.[demo]' --group {{GROUP}}; fi; \
+        if [ {{GROUP}} = penstock ]; then {{bin}}/python -m pip install -q -e .; \
+        else {{bin}}/python -m pip install -q -e . --group {{GROUP}}; fi; \
         cp pyproject.toml "$stamp"; \
     fi
 
 # the main job: a real command's output over HTTP, cut twice, resumed, compared; then a cancel
-demo *ARGS: (setup "demo")
+demo *ARGS: (setup "penstock")
     @{{bin}}/penstock demo {{ARGS}}
 
 [private]
@@ -72,7 +72,7 @@ fmt: (setup "check")
     {{bin}}/ruff format .
 
 # a server that stays up, for curl and a browser
-serve *ARGS: (setup "demo")
+serve *ARGS: (setup "penstock")
     {{bin}}/penstock serve --producers examples/agent.py:producers {{ARGS}}
 
 # write the pages of docs/ that are tables of the code

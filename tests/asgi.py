@@ -13,7 +13,7 @@ import anyio.lowlevel
 import pytest
 from trio.testing import MockClock
 
-from penstock.observer import LoggingObserver
+from penstock.notes import LoggingObserver
 from penstock.response import EventStreamResponse
 from penstock.sse import Decoder, Message
 

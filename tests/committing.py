@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from penstock.log import Entry
     from penstock.log.memory import MemoryLog
     from penstock.log.tail import Tail
+    from penstock.observer import Commit
 
 MIB = 1024 * 1024
 GUARD = 20_000
@@ -73,6 +74,7 @@ class Works:
             max_entries=int(knobs.get("tail_entries", 100_000)), max_bytes=100 * MIB, max_process_bytes=1000 * MIB
         )
         self.warnings: list[str] = []
+        self.commits: list[Commit] = []
         self.owners: dict[str, Owner] = {}
         self.committer = Committer(
             log,
@@ -82,6 +84,7 @@ class Works:
             max_pending_bytes=int(knobs.get("max_pending_bytes", MIB)),
             max_process_pending_bytes=int(knobs.get("max_process_pending_bytes", 64 * MIB)),
             on_warning=self.warnings.append,
+            on_commit=self.commits.append,
         )
         self.start = trio.current_time()
 

@@ -80,13 +80,13 @@ async def misbehave(stream: trio.abc.Stream, random: Random, paths: Sequence[str
 
 def http1_words(random: Random, paths: Sequence[str]) -> bytes:
     path = random.choice(paths)
-    head = f"{{}} {path} HTTP/1.1\r\nhost: x\r\n"
+    head = f"{{}} {path} HTTP/1.1\r\nhost: localhost\r\n"
     upgrade = "connection: upgrade\r\nupgrade: {}\r\n\r\n"
     websocket = "sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
     words = random.choice(
         [
             head.format("GET") + "\r\n",
-            "".join(f"GET {each} HTTP/1.1\r\nhost: x\r\n\r\n" for each in random.choices(paths, k=4)),
+            "".join(f"GET {each} HTTP/1.1\r\nhost: localhost\r\n\r\n" for each in random.choices(paths, k=4)),
             head.format("POST") + "transfer-encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n",
             head.format("POST") + "content-length: 1000\r\n\r\n{",
             head.format("GET") + upgrade.format("h2c"),

@@ -12,6 +12,7 @@ from penstock.follower import Follower
 from penstock.log import AppendStatus, News
 from penstock.log.fetcher import Fetcher
 from penstock.log.tail import Tails
+from penstock.readers import Readers
 from penstock.sse import Decoder
 from tests.logs import LEASE, Unreliable, batch, record
 
@@ -58,6 +59,7 @@ class Reading:
         self.cancels: list[float] = []
         self.reconnects: list[float] = []
         self.wakeups: Lossy
+        self.readers = Readers(most=10_000, most_of_a_run=10_000)
         self.fetcher = Fetcher(
             log,
             tails,
@@ -81,7 +83,7 @@ class Reading:
         assert replies[0].status is AppendStatus.OK
 
     def follow(self, after: int = 0, *, run_id: str = "r", last: int | None = None) -> Follower:
-        return Follower(self.fetcher, run_id, after=after, last=last)
+        return Follower(self.fetcher, run_id, readers=self.readers, after=after, last=last)
 
     def left_behind(self) -> list[Any]:
         """What readers have left behind in this process and in the log."""

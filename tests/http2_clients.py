@@ -33,7 +33,7 @@ class Http2(Streams):
     def begin(self, method: str, path: str, *headers: tuple[str, str], ends: bool = False) -> int:
         """Begin a request, which `ends` with this or has a body; all of it is still to be sent. The stream's number."""
         number = self.h2.get_next_available_stream_id()
-        pseudo = {":method": method, ":path": path, ":scheme": "http", ":authority": "x"}
+        pseudo = {":method": method, ":path": path, ":scheme": "http", ":authority": "localhost"}
         self.h2.send_headers(number, [*pseudo.items(), *headers], end_stream=ends)
         self.bodies[number] = b""
         return number

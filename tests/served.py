@@ -21,7 +21,7 @@ from tests.serving import PRODUCERS, quiet_config
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from penstock.supervisor import StuckRun
+    from penstock.services import StuckRun
 
 
 async def stubborn(_input: Any) -> AsyncIterator[Event]:

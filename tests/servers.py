@@ -45,7 +45,7 @@ class Server:
     def connect(self, path: str) -> socket.socket:
         """A socket on which a GET request was sent."""
         connection = socket.create_connection(self.address, timeout=TIMEOUT)
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         return connection
 
     def wait_for(self, name: str) -> None:

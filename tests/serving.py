@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
-    from penstock.http.app import Service
+    from penstock.http.service import Service
 
 GUARD: Final = 60.0
 """Seconds after which a test on a socket has hung. No test comes near it."""

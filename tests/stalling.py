@@ -24,7 +24,7 @@ async def stalled(server: Client, path: str, tls: SSLContext | None = None) -> A
     if tls is not None:
         stream = trio.SSLStream(stream, tls, server_hostname="127.0.0.1", https_compatible=True)
     async with stream:
-        await stream.send_all(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        await stream.send_all(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
         assert await stream.receive_some(12) == b"HTTP/1.1 200"
         yield stream
 

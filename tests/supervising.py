@@ -18,7 +18,7 @@ import trio
 from penstock.dialects import DONE
 from penstock.errors import LogUnavailable
 from penstock.log.memory import MemoryLog
-from penstock.observer import LoggingObserver
+from penstock.notes import LoggingObserver
 from penstock.sse import Decoder, Event
 from penstock.supervisor import Supervisor, open_supervisor
 

@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from penstock.cancellation import MAX_BACKOFF, cancel_when
 from penstock.errors import ConfigurationError, RunCancelled
-from penstock.observer import LoggingObserver
+from penstock.notes import LoggingObserver
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

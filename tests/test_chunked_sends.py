@@ -84,7 +84,11 @@ async def saying(kind: type[Requests] | None) -> AsyncIterator[tuple[Server, Say
 
 
 def asked(target: str, method: str = "GET", version: str = "1.1", **headers: str) -> bytes:
-    lines = [f"{method} {target} HTTP/{version}", "host: x", *(f"{name}: {value}" for name, value in headers.items())]
+    lines = [
+        f"{method} {target} HTTP/{version}",
+        "host: localhost",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
     return "\r\n".join([*lines, "", ""]).encode()
 
 

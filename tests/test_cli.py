@@ -229,13 +229,13 @@ def test_a_wrong_variable_is_refused_by_the_options_name() -> None:
 
 
 def test_an_address_for_everybody_is_taken_when_one_insists() -> None:
-    (sock,) = listen(["0.0.0.0:0"], insecure=True)
+    (sock,) = listen(["0.0.0.0:0"], anywhere=True)
     with sock:
         assert sock.getsockname()[0] == "0.0.0.0"  # noqa: S104  (that is the point)
 
 
 def test_ipv6_loopback_needs_no_insistence() -> None:
-    (sock,) = listen(["[::1]:0"], insecure=False)
+    (sock,) = listen(["[::1]:0"], anywhere=False)
     with sock:
         assert sock.getsockname()[0] == "::1"
 
@@ -288,7 +288,7 @@ async def test_serve_says_where_it_is_and_its_curl_line_works_and_sigterm_ends_i
         said = "".join(block.json["content"] for block in blocks[1:-2])
         assert said.startswith('You said: "hello".')
         assert blocks[-1].data == DONE
-        assert "<option>agent</option>" in (await client.get(url)).text
+        assert "agent" in (await client.get(f"{url}/v1/producers")).json()["producers"]
 
         program.process.terminate()
         assert await program.end() == 0
@@ -460,7 +460,7 @@ def test_exec_refuses_with_what_to_do(args: tuple[str, ...], words: str) -> None
 # The page
 
 
-async def test_the_page_escapes_names_and_loads_nothing_from_elsewhere() -> None:
+async def test_the_page_holds_no_names_and_loads_nothing_from_elsewhere() -> None:
     app = library.create_app({"<script>alert(1)</script>": trio.sleep})
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -472,7 +472,7 @@ async def test_the_page_escapes_names_and_loads_nothing_from_elsewhere() -> None
         assert policy.startswith("default-src 'none'; ")
         assert page.text.count(f'nonce="{nonce}"') == 2
         assert page.text.count("<script") == page.text.count("<style") == 1
-        assert "<option>&lt;script&gt;alert(1)&lt;/script&gt;</option>" in page.text
+        assert "alert(1)" not in page.text
         assert "{{" not in page.text
         assert "//" not in page.text.partition("<script")[0]
     assert pages[0].headers["content-security-policy"] != pages[1].headers["content-security-policy"]

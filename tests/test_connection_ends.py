@@ -230,7 +230,7 @@ class Detached:
 
 
 async def gone_from_http1(stream: trio.SocketStream, how: str) -> None:
-    await stream.send_all(b"GET /detached HTTP/1.1\r\nhost: x\r\n\r\n")
+    await stream.send_all(b"GET /detached HTTP/1.1\r\nhost: localhost\r\n\r\n")
     await Wire(stream).until(b"\r\n\r\n")
     await wait_all_tasks_blocked(0.01)
     if how == "reset":

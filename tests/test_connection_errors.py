@@ -31,7 +31,7 @@ async def path_that_is_not_ascii(client: Http2) -> None:
 
 async def connect_without_a_path(client: Http2) -> None:
     number = client.h2.get_next_available_stream_id()
-    client.h2.send_headers(number, [(":method", "CONNECT"), (":authority", "x")])
+    client.h2.send_headers(number, [(":method", "CONNECT"), (":authority", "localhost")])
     await client.send()
 
 

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 
 async def send_two(stream: trio.SocketStream, one: str, other: str) -> None:
-    await stream.send_all(b"".join(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode() for path in (one, other)))
+    await stream.send_all(
+        b"".join(b"GET %b HTTP/1.1\r\nhost: localhost\r\n\r\n" % path.encode() for path in (one, other))
+    )
 
 
 async def test_two_requests_that_come_at_once_are_answered_in_their_order() -> None:
@@ -204,8 +206,8 @@ def looked_after(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
 
     class Noted(bodies._Request):
-        def __init__(self, receive: Any) -> None:
-            super().__init__(receive)
+        def __init__(self, receive: Any, timeout: float, *, cut_off: bool) -> None:
+            super().__init__(receive, timeout, cut_off=cut_off)
             seen.append(self)
 
     monkeypatch.setattr(bodies, "_Request", Noted)
@@ -229,7 +231,7 @@ async def test_only_a_request_of_http1_that_says_how_its_body_ends_is_waited_for
 ) -> None:
     body = "0\r\n\r\n" if "chunked" in framing else ""
     async with brief() as server, await server.wire() as wire:
-        request = f"{method} /nowhere HTTP/{version}\r\nhost: x\r\nconnection: close\r\n{framing}\r\n{body}"
+        request = f"{method} /nowhere HTTP/{version}\r\nhost: localhost\r\nconnection: close\r\n{framing}\r\n{body}"
         await wire.stream.send_all(request.encode())
         assert (await wire.rest()).startswith(b"HTTP/1.1 404")
     assert len(looked_after) == waits
@@ -240,7 +242,7 @@ async def test_a_request_of_http1_whose_body_is_late_is_answered_and_the_answer_
     framing: str,
 ) -> None:
     async with brief() as server, await server.wire() as wire:
-        await wire.stream.send_all(f"POST /nowhere HTTP/1.1\r\nhost: x\r\n{framing}\r\n\r\n".encode())
+        await wire.stream.send_all(f"POST /nowhere HTTP/1.1\r\nhost: localhost\r\n{framing}\r\n\r\n".encode())
         head = (await wire.until(b"404", b"\r\n\r\n")).lower()
         await wire.stream.send_all(b"5\r\nhello\r\n0\r\n\r\n" if "chunked" in framing else b"hello")
         await wire.send("GET", "/healthz", connection="close")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from penstock.demo.checks import Cut, Reading, Received, difference, id_fault, judge_cancel, judge_reading
-from tests.command_line import environment, penstock
+from tests.command_line import penstock
 
 WRITTEN = ["Listing '/lib'...", *(f"Compiling '/lib/{number}.py'..." for number in range(20))]
 COMPILED = 20
@@ -77,21 +74,6 @@ async def test_a_port_in_use_fails_with_the_servers_words() -> None:
             assert await program.end() == 1
             assert "the demo FAILED: the server did not start; it said:" in program.lines
             await program.until("Address already in use")
-
-
-def test_without_httpx2_it_says_what_to_install() -> None:
-    program = "import sys; sys.modules['httpx2'] = None; from penstock.cli import main; main(['demo'])"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        cwd=tempfile.gettempdir(),
-    )
-    assert done.returncode == 1
-    assert 'pip install "penstock[demo]"' in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_whole_reading_holds() -> None:

@@ -216,7 +216,7 @@ async def test_metadata_stay_as_they_were_when_the_run_started() -> None:
 
 
 async def test_an_observer_without_all_hooks_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="LoggingObserver"):
+    with pytest.raises(ConfigurationError, match="NullObserver"):
         async with open_supervisor(MemoryLog(), observer=object()):  # type: ignore[arg-type]
             pass
 

@@ -36,7 +36,7 @@ class Streams:
     async def get(self, path: str, **headers: str) -> int:
         """Ask; the stream's number."""
         number = self.h2.get_next_available_stream_id()
-        pseudo = {":method": "GET", ":path": path, ":scheme": "http", ":authority": "x"}
+        pseudo = {":method": "GET", ":path": path, ":scheme": "http", ":authority": "localhost"}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.h2.send_headers(number, [*(pseudo | named).items()], end_stream=True)
         self.bodies[number] = b""

@@ -290,7 +290,7 @@ async def test_without_the_correction_a_failed_response_is_kept_and_its_stream_n
 async def test_a_failed_response_to_a_request_that_is_still_being_sent_says_its_last_words_once() -> None:
     async with brief() as server, await server.wire() as wire:
         with_direct(server, ValueError("in the middle")).set()
-        await wire.stream.send_all(b"POST /direct HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n123")
+        await wire.stream.send_all(b"POST /direct HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n123")
         await wire.until(b"event: error\n", b"data: [DONE]\n\n")
         await wait_all_tasks_blocked(0.01)
         server.shutdown.set()

@@ -209,7 +209,7 @@ async def test_a_member_of_a_start_that_is_wrong_is_named_and_nothing_is_started
 
 @pytest.mark.parametrize("member", ["timeout", "max_silence"])
 async def test_a_number_of_seconds_that_no_clock_has_is_refused_and_a_very_large_one_is_not(member: str) -> None:
-    async with serving() as server:
+    async with serving(max_duration=0) as server:
         body = f'{{"producer": "count", "input": 1, "{member}": %s}}'
         refused(await post(server, (body % ("9" * 400)).encode()), "BAD_REQUEST")
         assert (await post(server, (body % "1e300").encode())).status_code == 201

@@ -115,11 +115,11 @@ HEADS = st.sampled_from(
         b"",
         b"GET ",
         b"GET /v1/runs HTTP/1.1\r\n",
-        b"POST /v1/runs HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n",
-        b"GET /v1/runs/there/stream HTTP/1.1\r\nhost: x\r\n",
+        b"POST /v1/runs HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"GET /v1/runs/there/stream HTTP/1.1\r\nhost: localhost\r\n",
         b"POST /v1/runs/there/stream HTTP/1.0\r\ncontent-length: 5\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET /%00%FF%E2%28 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /%00%FF%E2%28 HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"GET http://x/v1/runs HTTP/1.1\r\nhost: y\r\n\r\n",
     ]
 )

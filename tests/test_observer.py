@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from penstock.observer import LoggingObserver, Observer, new_error_id, tell
+from penstock.notes import LoggingObserver
+from penstock.observer import Observer, new_error_id, tell
 from penstock.runs import Ending, Run, RunStatus
 
 RUN = Run("r-1", "agent")
@@ -68,7 +69,7 @@ def test_the_logging_observer_writes_a_line_for_everything(caplog: pytest.LogCap
     observer.warning("cannot commit: 100 % gone")
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("DEBUG", "run r-1 started: agent"),
-        ("INFO", "run r-1 ended failed (timeout) after 9 entries"),
+        ("INFO", "run r-1 ended failed (timeout) after 9 entries, 1.000 s"),
         ("WARNING", "run r-1 was taken over by another owner"),
         ("WARNING", "run r-1 was cancelled 10 s ago and has not let go; it stands here:\n  File x, line 1"),
         ("ERROR", "run r-1: broke [err-7]"),

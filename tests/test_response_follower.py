@@ -58,7 +58,7 @@ def test_a_reader_of_a_run_is_a_body_source() -> None:
     from penstock.follower import Follower as RealFollower  # noqa: PLC0415  (the response itself never imports it)
 
     assert isinstance(Follower(), BodySource)
-    assert isinstance(RealFollower(None, "run-1"), BodySource)  # type: ignore[arg-type]
+    assert isinstance(RealFollower(None, "run-1", readers=None), BodySource)  # type: ignore[arg-type]
 
 
 @on_both

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from penstock.log import Appended, Batch
-    from penstock.supervisor import StuckRun
+    from penstock.services import StuckRun
 
 RETRY = Block(retry="1000")
 

@@ -82,7 +82,7 @@ async def test_a_signal_without_runs_ends_the_server_at_once() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_during_the_last_wait_ends_that_as_well(number: signal.Signals) -> None:
     async with serving_process(drain_timeout=3600.0) as server, await server.wire() as wire:
-        await wire.stream.send_all(b"POST /v1/runs HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        await wire.stream.send_all(b"POST /v1/runs HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
         await server.client.get("/healthz")  # and by then the half of a request has been seen
         server.signal(number)
         await does_not_accept(server)

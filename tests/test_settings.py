@@ -12,9 +12,12 @@ from penstock.errors import ConfigurationError
 from penstock.settings import Settings, check_duration
 
 ABOVE_ZERO = ["lease", "cancel_check_interval", "finalize_timeout", "outage_limit"]
-FROM_ZERO = ["flush_interval", "commit_spacing", "cancel_grace", "drain_timeout"]
+FROM_ZERO = ["flush_interval", "commit_spacing", "cancel_grace", "drain_timeout", "max_duration"]
 WHOLE = [
     "flush_size",
+    "max_runs",
+    "max_readers",
+    "max_readers_per_run",
     "max_event_bytes",
     "max_pending_bytes",
     "max_process_pending_bytes",
@@ -22,7 +25,7 @@ WHOLE = [
     "tail_bytes",
     "max_process_tail_bytes",
 ]
-NUMBERS = [*ABOVE_ZERO, *FROM_ZERO, *WHOLE]
+NUMBERS = [*ABOVE_ZERO, *FROM_ZERO, *WHOLE, "max_metadata_bytes"]
 
 
 def test_the_defaults_are_those_of_the_documentation() -> None:
@@ -35,6 +38,11 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "flush_interval": 0.0,
         "flush_size": 512,
         "commit_spacing": 0.002,
+        "max_runs": 10_000,
+        "max_duration": 86_400.0,
+        "max_metadata_bytes": 16 * 1024,
+        "max_readers": 10_000,
+        "max_readers_per_run": 5_000,
         "max_event_bytes": mib,
         "max_pending_bytes": mib,
         "max_process_pending_bytes": 64 * mib,
@@ -74,10 +82,16 @@ def test_a_duration_may_be_zero_and_not_below(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_size_is_at_least_one_and_whole(name: str) -> None:
     assert getattr(Settings.of({name: 1}), name) == 1
-    with pytest.raises(ConfigurationError, match=f"{name} is at least 1 (bytes|entries), not 0"):
+    with pytest.raises(ConfigurationError, match=f"{name} is at least 1 (bytes|entries|runs|readers), not 0"):
         Settings.of({name: 0})
     with pytest.raises(ConfigurationError, match=f"{name} is a whole number, not 1.0"):
         Settings.of({name: 1.0})
+
+
+def test_metadata_may_at_least_be_empty() -> None:
+    assert Settings.of({"max_metadata_bytes": len("{}")}).max_metadata_bytes == 2
+    with pytest.raises(ConfigurationError, match="max_metadata_bytes is at least 2 bytes, not 1"):
+        Settings.of({"max_metadata_bytes": 1})
 
 
 @pytest.mark.parametrize("value", [True, None, "1", math.nan, math.inf, -math.inf, [1]])

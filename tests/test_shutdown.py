@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Config
 
-    from penstock.supervisor import StuckRun
+    from penstock.services import StuckRun
 
 LONG = 30.0
 """Seconds that nobody here waits for."""
@@ -221,7 +221,7 @@ def open_files(pid: int) -> set[str]:
 async def test_what_a_producer_starts_does_not_keep_the_address(inherited: bool) -> None:
     config = quiet_config()
     if inherited:
-        (sock,) = listen(["127.0.0.1:0"], insecure=False)
+        (sock,) = listen(["127.0.0.1:0"], anywhere=False)
         sock.set_inheritable(True)
         config.bind = [f"fd://{sock.detach()}"]
     async with serving(config=config) as server:

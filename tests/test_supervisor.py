@@ -15,7 +15,7 @@ from penstock.errors import (
     RunNotFound,
 )
 from penstock.log.memory import MemoryLog
-from penstock.observer import LoggingObserver
+from penstock.notes import LoggingObserver
 from penstock.supervisor import open_supervisor
 from tests.supervising import (
     FIRST,

@@ -47,7 +47,7 @@ async def test_a_request_that_offers_an_upgrade_to_http2_is_answered_over_http1(
 
 async def test_a_connect_that_offers_an_upgrade_to_http2_ends_with_its_client() -> None:
     async with unharmed() as server, joined(server) as (stream, task):
-        await stream.send_all(b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+        await stream.send_all(b"CONNECT x:1 HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 4")
         await stream.aclose()
         await is_over_soon(task, server)
@@ -56,7 +56,9 @@ async def test_a_connect_that_offers_an_upgrade_to_http2_ends_with_its_client() 
 async def test_without_the_correction_that_connect_never_ends() -> None:
     with as_it_is("H11Protocol"):
         async with brief() as server, joined(server) as (stream, task):
-            await stream.send_all(b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+            await stream.send_all(
+                b"CONNECT x:1 HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+            )
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 101")
             await wait_all_tasks_blocked(0.01)
             await stream.aclose()

@@ -86,7 +86,7 @@ async def test_the_second_signal_to_the_parent_interrupts_and_the_fourth_kills_w
             await reader.take(1)
             with stopped(still):
                 await eventually(lambda: state_of(still) == "T")
-                await half.stream.send_all(b"POST /v1/runs HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+                await half.stream.send_all(b"POST /v1/runs HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
                 workers.signal(SIGTERM)
                 await workers.is_draining()
                 await nothing_comes(reader)

@@ -113,7 +113,7 @@ class Reader:
     async def ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> None:
         """Send the request, and wait for the headers of the answer."""
         length = {"content-length": str(len(body))} if body else {}
-        request = h11.Request(method=method, target=path, headers=[*{"host": "x", **length, **headers}.items()])
+        request = h11.Request(method=method, target=path, headers=[*{"host": "localhost", **length, **headers}.items()])
         sent = [self._http.send(request), self._http.send(h11.Data(data=body)), self._http.send(h11.EndOfMessage())]
         await self.wire.stream.send_all(b"".join(each or b"" for each in sent))
         response = await self._event()

@@ -8,13 +8,24 @@ words, too.
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from penstock.errors import PenstockError, StreamInterrupted, StreamRejected, encodable, words_for_clients
 from penstock.runs import CAUSES, Cause
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from penstock.dialects import Dialect
+
+
+_COME_AGAIN: Final = (b"retry-after", b"1")
+_HEADERS: Final[Mapping[int, Sequence[tuple[bytes, bytes]]]] = {
+    HTTPStatus.UNAUTHORIZED: [(b"www-authenticate", b"Bearer")],  # RFC 6750, 3
+    HTTPStatus.TOO_MANY_REQUESTS: [_COME_AGAIN],
+    HTTPStatus.SERVICE_UNAVAILABLE: [_COME_AGAIN],
+}
+"""What goes with a status."""
 
 
 class Answer(NamedTuple):
@@ -29,8 +40,7 @@ class Answer(NamedTuple):
         """The headers and the body, in a dialect's spelling."""
         media_type, body = dialect.error_body(self.status, self.code, self.words, self.members)
         headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
-        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            headers.append((b"retry-after", b"1"))
+        headers += _HEADERS.get(self.status, ())
         return headers, body
 
 

@@ -27,7 +27,8 @@ import trio
 
 from penstock.errors import ConfigurationError, RunCancelled
 from penstock.groups import is_cancellation, raise_bare
-from penstock.observer import LoggingObserver, Observer, tell
+from penstock.notes import LoggingObserver
+from penstock.observer import Observer, tell
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -27,6 +27,7 @@ import trio
 from penstock.errors import RunEnded
 from penstock.log import AppendStatus
 from penstock.log.retries import WARNING_INTERVAL, patiently
+from penstock.observer import Commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class Committer:
         max_pending_bytes: what one run may have pending before `room()` waits.
         max_process_pending_bytes: the same for all runs together.
         on_warning: told when the log cannot be reached.
+        on_commit: told of what the log has acknowledged.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Committer:
         max_pending_bytes: int,
         max_process_pending_bytes: int,
         on_warning: Callable[[str], None],
+        on_commit: Callable[[Commit], None],
     ) -> None:
         self._log = log
         self._flush_interval = flush_interval
@@ -72,6 +75,7 @@ class Committer:
         self._max_pending = max_pending_bytes
         self._max_process_pending = max_process_pending_bytes
         self._on_warning = on_warning
+        self._on_commit = on_commit
         self._dirty: dict[Outbox, None] = {}
         self._urgent = False
         self._wake = trio.Event()
@@ -187,29 +191,36 @@ class Committer:
     async def _commit(self, outboxes: list[Outbox]) -> None:
         parts = [(outbox, outbox.batches()) for outbox in outboxes]
         self._load = min(1.0, sum(len(batch.entries) for _, batches in parts for batch in batches) / LOADED)
+        began = trio.current_time()
+        runs = entries = size = 0
         replies = iter(await self._append([batch for _, batches in parts for batch in batches]))
         for outbox, batches in parts:
             own = list(islice(replies, len(batches)))
+            before = outbox.stored
             for batch, reply in zip(batches, own, strict=True):
-                self._settle(outbox, batch, reply)
+                size += self._settle(outbox, batch, reply)
                 if reply.status is not AppendStatus.OK:
                     break  # what follows a batch that is not stored is not stored either
             else:
                 if outbox.entries:
                     self._mark(outbox, urgent=True)
+            runs += outbox.stored > before
+            entries += outbox.stored - before
         self._room.unpark_all()
+        if entries:
+            self._on_commit(Commit(runs, entries, size, trio.current_time() - began))
 
     async def _append(self, batches: list[Batch]) -> Sequence[Appended]:
         """Append, again and again while the log cannot be reached: a batch sent twice is stored once."""
         return await patiently(partial(self._log.append, batches), what="commit", on_warning=self._on_warning)
 
-    def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> None:
-        """Act on the reply to one batch."""
+    def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
+        """Act on the reply to one batch; the bytes of it that are stored."""
         if outbox.abandoned:  # while the append was under way
-            return
+            return 0
         match reply.status:
             case AppendStatus.OK:
-                self._acknowledge(outbox, batch, reply)
+                return self._acknowledge(outbox, batch, reply)
             case AppendStatus.CANCELLED:
                 self._size -= outbox.reopen()
                 outbox.owner.completion_refused(reply.cancel)
@@ -221,14 +232,16 @@ class Committer:
                 self._refuse(outbox, reply)
             case AppendStatus.FENCED | AppendStatus.ENDED:
                 self.abandon(outbox)
+        return 0
 
-    def _acknowledge(self, outbox: Outbox, batch: Batch, reply: Appended) -> None:
-        self._size -= outbox.acknowledge(batch.entries)
+    def _acknowledge(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
+        stored = outbox.acknowledge(batch.entries)
+        self._size -= stored
         if batch.ending is not None:
             outbox.owner.run_settled()
-            return
-        if reply.cancelled:
+        elif reply.cancelled:
             outbox.owner.cancel_on_record(reply.cancel)
+        return stored
 
     def _refuse(self, outbox: Outbox, reply: Appended) -> None:
         """Give up a run that the log cannot hold."""

@@ -8,6 +8,13 @@ PenstockError
 ├── RunEnded                409   the run takes no more entries
 ├── RunCancelled            409   the run was cancelled, and this body with it
 ├── IdempotencyConflict     422   the key was used before, for another request
+├── NotAuthenticated        401   nobody knows who is asking
+├── NotAllowed              403   ... and whoever it is may not do this
+├── MetadataTooLarge        413   over the limit `max_metadata_bytes` (also a ValueError)
+├── DurationTooLong         400   a timeout over the limit `max_duration` (also a ValueError)
+├── TooManyRuns             503   this process has as many runs as it may
+├── TooManyReaders          503   this process has as many readers as it may
+│   └── TooManyReadersOfRun 429   ... or has as many of this run
 ├── CursorExpired           410   trimmed: the log no longer has what follows the cursor
 ├── ReaderReleased          503   this process serves this reader no longer; come back with the cursor
 ├── Draining                503   this process starts no more runs
@@ -213,6 +220,57 @@ class SupervisorFailed(PenstockError):  # noqa: N818
     code = "SUPERVISOR_FAILED"
     status = 503
     public = "a part of this server has died; ask another, or again later"
+
+
+class NotAuthenticated(PenstockError):  # noqa: N818
+    """Nobody knows who is asking: no credential came with the request, or none that counts (RFC 6750)."""
+
+    code = "NOT_AUTHENTICATED"
+    status = 401
+
+
+class NotAllowed(PenstockError):  # noqa: N818
+    """Whoever is asking may not do this."""
+
+    code = "NOT_ALLOWED"
+    status = 403
+
+
+class MetadataTooLarge(PenstockError, ValueError):  # noqa: N818
+    """A run's metadata is larger, as JSON, than the limit `max_metadata_bytes`."""
+
+    code = "METADATA_TOO_LARGE"
+    status = 413
+
+
+class DurationTooLong(PenstockError, ValueError):  # noqa: N818
+    """A run's timeout is longer than the limit `max_duration`."""
+
+    code = "DURATION_TOO_LONG"
+    status = 400
+
+
+class TooManyRuns(PenstockError):  # noqa: N818
+    """This process has as many runs as the limit `max_runs` allows: ask another, or again later."""
+
+    code = "TOO_MANY_RUNS"
+    status = 503
+    public = "this server has as many runs as it may; ask another, or again later"
+
+
+class TooManyReaders(PenstockError):  # noqa: N818
+    """This process has as many readers as the limit `max_readers` allows: ask another, or again later."""
+
+    code = "TOO_MANY_READERS"
+    status = 503
+    public = "this server has as many readers as it may; ask another, or again later"
+
+
+class TooManyReadersOfRun(TooManyReaders):
+    """This process has as many readers of this one run as the limit `max_readers_per_run` allows."""
+
+    code = "TOO_MANY_READERS_OF_RUN"
+    status = 429
 
 
 class ConfigurationError(PenstockError, ValueError):

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 import anyio
 import anyio.lowlevel
 
+from penstock.account import Account
 from penstock.errors import StreamInterrupted, single_error
 from penstock.groups import parted, raise_bare, raise_cancellation
-from penstock.observer import new_error_id, tell
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
@@ -99,6 +99,7 @@ class Exchange(ABC):
         """A part of a chunk is sent."""
         self.send_error: Exception | None = None
         """What `send` raised, when it was not that the client is gone: the server's affair, not the source's."""
+        self.account = Account(response.observer, response.run_id, self.where)
         self._receive = receive
         self._send = send
         self._sending = False
@@ -141,15 +142,21 @@ class Exchange(ABC):
                 group.cancel_scope.cancel(reason="the response is over")
         except BaseExceptionGroup as errors:
             raise_bare(errors, anyio.get_cancelled_exc_class())
+        finally:
+            self.account.close()
 
     async def _pump(self) -> None:
         ending = None
         try:
-            ending = self.ending(await self.read())
+            error = await self.read()
+            ending = self.ending(error)
+            answer, _ = ending
+            self.account.settle("ended" if error is None else "RUN_CANCELLED" if answer is None else answer.code)
             await self._end(*ending)
         except BaseException as error:
             if not self._is_interruption(error):
                 raise
+            self.account.settle("interrupted")
             with anyio.move_on_after(FAREWELL, shield=True):
                 await self._interrupted(ending)
             if isinstance(error, BaseExceptionGroup):
@@ -162,7 +169,7 @@ class Exchange(ABC):
         if cancellation is None or not (others is None or isinstance(others, Exception)):
             return False
         if others is not None:
-            self.report(others)
+            self.account.report(others)
         return True
 
     async def _interrupted(self, ending: tuple[Answer | None, bytes] | None) -> None:
@@ -174,7 +181,7 @@ class Exchange(ABC):
         try:
             await self._end(*ending)
         except Exception as error:  # noqa: BLE001  (whatever the server says now, the cancellation goes on)
-            tell(self.response.observer.warning, f"{self.where}: its last words could not be sent: {error!r}")
+            self.account.warn(f"its last words could not be sent: {error!r}")
 
     async def _tick(self) -> None:
         """Send the headers if they are late, and pings; asleep until one may be due, whatever is sent meanwhile."""
@@ -222,7 +229,11 @@ class Exchange(ABC):
     async def _speak(self) -> None:
         self._aside = anyio.Event()
         try:
-            await (self._body(self.dialect.ping(self.response.run_id)) if self.started else self.begin(flush=True))
+            if self.started:
+                await self._body(self.dialect.ping(self.response.run_id))
+                self.account.pinged()
+            else:
+                await self.begin(flush=True)
             self._last_sent = anyio.current_time()
             self._noted = self._unnoted = 0
         finally:
@@ -245,6 +256,7 @@ class Exchange(ABC):
     def _lose_client(self) -> None:
         if not self.gone:
             self.gone = True
+            self.account.settle("disconnected")
             if self._send_scope is not None:
                 self._send_scope.cancel(reason="client disconnected")
             if not self.detach:
@@ -260,6 +272,7 @@ class Exchange(ABC):
             try:
                 if not self.gone:
                     await self._send({"type": "http.response.body", "body": body, "more_body": True})
+                    self.account.bytes += len(body)
             except Exception as error:  # noqa: BLE001  (told apart there)
                 self._send_failed(error)
             finally:
@@ -284,6 +297,8 @@ class Exchange(ABC):
             for start in range(0, len(body), MAX_SEND):
                 await self._body(body[start : start + MAX_SEND])
             self.torn = False
+            if not self.gone:
+                self.account.bytes += len(body)
         finally:
             self._sending = False
 
@@ -303,6 +318,8 @@ class Exchange(ABC):
         was, self._sending = self._sending, True  # no ping may overtake the headers
         try:
             await self._start(self.status, self.response.raw_headers)
+            if not self.head:
+                self.account.open()
             if flush:
                 await self._body(b"")
         finally:
@@ -333,6 +350,7 @@ class Exchange(ABC):
         else:
             headers, body = answer.render(self.dialect)
             await self.respond(answer.status, headers, body)
+            self.account.refused(answer)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True
@@ -379,9 +397,3 @@ class Exchange(ABC):
     def is_of_the_server(self, error: Exception) -> bool:
         """Whether it came from `send`, and the source has only let it through."""
         return single_error(error) is self.send_error
-
-    def report(self, error: Exception) -> str:
-        """Tell the observer, and return the id that clients are shown."""
-        error_id = new_error_id()
-        tell(self.response.observer.on_error, error, error_id=error_id, where=self.where)
-        return error_id

@@ -29,7 +29,7 @@ from penstock.errors import RunCancelled, RunEnded, single_error, words_of_error
 from penstock.groups import is_cancellation
 from penstock.observer import new_error_id, tell
 from penstock.outbox import Outbox
-from penstock.runs import CAUSES, Cause
+from penstock.runs import CAUSES, Cause, RunStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +92,7 @@ class Execution:
         self._untold = False
         self._ending: Ending | None = None
         self._stopped_at = inf
+        self._cancel_heard_at = inf
         self._writes = 0
         self._waiting_since: float | None = None
         self._timers: dict[str, Timer] = {}
@@ -105,6 +106,8 @@ class Execution:
         recorded = not self.ended
         if recorded:
             self.cause, self.words = cause, words
+        if cause is Cause.CANCEL:
+            self._cancel_heard_at = trio.current_time()
         reason = CAUSES[cause].scope_reason or cause.value
         self.scope.cancel(reason=reason if words is None else f"{reason}: {words}")
         self._expect_to_leave()
@@ -116,6 +119,7 @@ class Execution:
 
     def completion_refused(self, reason: str | None) -> None:
         """A cancel came between the producer's end and the log's acknowledgement of it: the cancel was first."""
+        self._cancel_heard_at = min(self._cancel_heard_at, trio.current_time())
         self._conclude(Facts(cause=Cause.CANCEL, words=reason))
 
     def run_lost(self) -> None:
@@ -150,6 +154,9 @@ class Execution:
         if self._ending is not None:
             self.run = self.run.ended(self._ending, seq=self.outbox.seq, at=self.outbox.stored_at)
             tell(self._office.observer.run_ended, self.run)
+            if self.run.status is RunStatus.CANCELLED and self._cancel_heard_at < inf:
+                seconds = trio.current_time() - self._cancel_heard_at
+                tell(self._office.observer.run_cancelled, self.run.id, seconds)
         self._settle()
 
     def forsake(self) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from penstock.log.fetcher import Ahead, Fetcher
     from penstock.log.tail import Tail
+    from penstock.readers import Readers
     from penstock.timers import Timers
 
 RESTORING_PAUSE: Final = 0.5
@@ -39,6 +40,7 @@ class Follower:
 
     Raises:
         RunNotFound: on entering: there is no such run; later: its history has expired.
+        TooManyReaders: on entering: this process has as many readers as it may, or as many of this run.
         CursorExpired: what follows the cursor has been trimmed, on entering or later.
         ReaderReleased: this process serves readers of this run no longer.
         SupervisorFailed: a service of the supervisor died.
@@ -47,7 +49,14 @@ class Follower:
     """
 
     def __init__(
-        self, fetcher: Fetcher, run_id: str, *, after: int = 0, last: int | None = None, clock: Timers | None = None
+        self,
+        fetcher: Fetcher,
+        run_id: str,
+        *,
+        readers: Readers,
+        after: int = 0,
+        last: int | None = None,
+        clock: Timers | None = None,
     ) -> None:
         if isinstance(after, bool) or not isinstance(after, int) or after < 0:
             raise ValueError(f"a cursor is a whole number from 0, not {after!r}")
@@ -62,6 +71,7 @@ class Follower:
         """Where whoever passes the entries on can have itself called at a time, without a task of its own."""
         self._last = last
         self._fetcher = fetcher
+        self._readers = readers
         self._tail: Tail | None = None
         self._page: list[Entry] = []
         self._next = 0
@@ -70,14 +80,22 @@ class Follower:
     async def __aenter__(self) -> Self:
         if self._tail is not None:
             raise RuntimeError("this follower has been entered already")
+        self._readers.come(self.run_id)
+        try:
+            self._tail = await self._take_up()
+        except BaseException:
+            self._readers.go(self.run_id)
+            raise
+        return self
+
+    async def _take_up(self) -> Tail:
         tail = await self._fetcher.take_up(self.run_id)
         try:
             await self._look_up(tail)
         except BaseException:
             self._fetcher.give_back(tail)
             raise
-        self._tail = tail
-        return self
+        return tail
 
     async def _look_up(self, tail: Tail) -> None:
         page = await self._fetcher.log.read(self.run_id, self.cursor)
@@ -99,6 +117,7 @@ class Follower:
         self._page, self._next, self._ahead = [], 0, None
         if tail is not None:
             self._fetcher.give_back(tail)
+            self._readers.go(self.run_id)
 
     def __aiter__(self) -> Self:
         return self
@@ -111,6 +130,8 @@ class Follower:
         entry = self._page[self._next]
         self._next += 1
         self.cursor = entry.seq
+        self._readers.entries += 1
+        self._readers.bytes += len(entry.wire)
         return entry
 
     async def next_body(self, limit: int = BODY_BYTES) -> bytes:
@@ -125,6 +146,8 @@ class Follower:
             entry = self._page[self._next]
             self._next += 1
             self.cursor = entry.seq
+            self._readers.entries += 1
+            self._readers.bytes += len(entry.wire)
             return entry.wire
         taken: list[bytes] = []
         size = 0
@@ -136,10 +159,13 @@ class Follower:
                 break
             taken.append(wire)
             index += 1
+        body = b"".join(taken)
         if taken:
             self.cursor = self._page[index - 1].seq
             self._next = index
-        return b"".join(taken)
+            self._readers.entries += len(taken)
+            self._readers.bytes += len(body)
+        return body
 
     async def _fill(self, max_bytes: int = PAGE_BYTES) -> None:
         """Get the next page: from the tail, else from the log, else by waiting. It stays empty at the end."""

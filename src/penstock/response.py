@@ -45,7 +45,7 @@ from penstock.errors import (
     single_error,
 )
 from penstock.exchange import MAX_SEND, Exchange
-from penstock.observer import LoggingObserver, Observer
+from penstock.notes import LoggingObserver
 from penstock.runs import CAUSES, Cause, RunError
 from penstock.sse import Event
 
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
     from starlette.background import BackgroundTask
     from starlette.types import Receive, Scope, Send
+
+    from penstock.observer import Observer
 
 RETRY: Final = Event(retry=1000).encode()
 """What a run's reader is told when this stream of it ends and the run does not: come back, after a second."""
@@ -196,7 +198,7 @@ class _DirectExchange(Exchange):
                 raise
             if verdict is None:
                 return error
-            self.report(error)  # of its cleanup; the client is told of the first
+            self.account.report(error)  # of its cleanup; the client is told of the first
         return verdict
 
     async def _discard(self) -> None:
@@ -236,7 +238,7 @@ class _DirectExchange(Exchange):
         answer = answer_to(cause, expose_errors=self.response.expose_errors)
         if not self.started and is_refusal(cause):
             return answer, b""
-        answer.members["error_id"] = error_id = self.report(error)
+        answer.members["error_id"] = error_id = self.account.report(error)
         return answer, self.dialect.error(RunError(answer.code, answer.words, error_id)) + DONE
 
 
@@ -254,6 +256,7 @@ class _FollowerExchange(Exchange):
         follower: BodySource = self.response.source
         try:
             async with follower:
+                self.account.reads(follower)
                 if follower.at_end:
                     await self.respond(HTTPStatus.NO_CONTENT)
                     return None
@@ -273,7 +276,7 @@ class _FollowerExchange(Exchange):
         cause = single_error(error)
         answer = answer_to(cause, expose_errors=self.response.expose_errors)
         if not isinstance(cause, PenstockError | StreamRejected | StreamInterrupted):
-            answer.members["error_id"] = self.report(error)
+            answer.members["error_id"] = self.account.report(error)
         if isinstance(cause, CursorExpired):
             return answer, Event(comment=f"{cause.code}: {cause}").encode()
         return answer, RETRY

@@ -4,6 +4,7 @@
     fetcher     wake-ups → the log → tails of runs that live elsewhere
     timers      timeouts, silence, grace
     watch       cancel requests, renewals, reaper
+    pulse       figures → the observer, once a second
 
 They run in a scope that is shielded without a deadline, the only one of its kind: a cancellation from outside must
 reach the runs while the services are still there to store their ends. The supervisor ends that scope itself, when the
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,8 @@ from penstock.execution import Execution, Office
 from penstock.log import Lease
 from penstock.log.fetcher import Fetcher
 from penstock.log.tail import Tails
-from penstock.observer import new_error_id, tell
+from penstock.observer import FIGURES_INTERVAL, Figures, new_error_id, tell
+from penstock.readers import Readers
 from penstock.runs import Cause
 from penstock.timers import Timers
 from penstock.watch import Watch
@@ -40,6 +43,15 @@ if TYPE_CHECKING:
     from penstock.observer import Observer
     from penstock.runs import Run
     from penstock.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class StuckRun:
+    """A run that has ended although its producer has not let go, where that stands, and whether its end is stored."""
+
+    run_id: str
+    stack: str
+    stored: bool = True
 
 
 class Services:
@@ -75,7 +87,11 @@ class Services:
             max_pending_bytes=settings.max_pending_bytes,
             max_process_pending_bytes=settings.max_process_pending_bytes,
             on_warning=self._warn,
+            on_commit=lambda commit: tell(observer.committed, commit),
         )
+        self.readers = Readers(most=settings.max_readers, most_of_a_run=settings.max_readers_per_run)
+        self._told = (0, 0)
+        """The readers' entries and bytes that the observer has been told of."""
         self.timers = Timers()
         dialect = dialect_named(settings.dialect)
         office = Office(self.committer, self.timers, settings, dialect, observer, self._execution_changed)
@@ -179,6 +195,12 @@ class Services:
         """The executions of runs that have ended, as far as this process is concerned, and have not left."""
         return [each for each in self.live.values() if (each.settled.is_set() or each.concluded) and not each.left]
 
+    def stuck(self) -> list[StuckRun]:
+        """The same, as others are told of them."""
+        return [
+            StuckRun(each.run.id, each.stack(), each.settled.is_set() and not each.given_up) for each in self.holding()
+        ]
+
     async def let_go(self) -> None:
         """Wait until there are none."""
         await self._until(lambda: not self.holding())
@@ -186,6 +208,11 @@ class Services:
     async def _until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
             await self._changed.park()
+
+    @property
+    def present(self) -> int:
+        """The runs that take up room here: those that have not both settled and left, and those that start."""
+        return len(self._starts) + len(self.live)
 
     @property
     def unsettled(self) -> int:
@@ -205,6 +232,7 @@ class Services:
             self._watch.reaper,
             self._watch.outages,
             self.fetcher.run,
+            self._pulse,
         )
         try:
             with self._scope:
@@ -241,7 +269,26 @@ class Services:
         for execution in self.live.values():
             self.committer.drop(execution.outbox)  # who waits for a flush waits no more
         self.fetcher.release(ReaderReleased("the supervisor has ended; come back with the cursor"), everyone=True)
+        self.tell_figures()
         self._scope.cancel(reason="the supervisor has ended")
+
+    def tell_figures(self) -> None:
+        """Tell the observer how much there is of everything."""
+        before, self._told = self._told, (self.readers.entries, self.readers.bytes)
+        figures = Figures(
+            runs=self.unsettled,
+            readers=self.readers.live,
+            pending_bytes=self.committer.pending_bytes,
+            tail_bytes=self.tails.size,
+            entries_out=self._told[0] - before[0],
+            bytes_out=self._told[1] - before[1],
+        )
+        tell(self._observer.figures, figures)
+
+    async def _pulse(self) -> None:
+        while True:
+            await trio.sleep(FIGURES_INTERVAL)
+            self.tell_figures()
 
     def _fail(self, error: Exception) -> None:
         self.failure = single_error(error)

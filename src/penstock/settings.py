@@ -45,6 +45,11 @@ class Settings:
         least=0,
         unit="s",
     )
+    max_runs: int = _knob(10_000, "the most runs of one process that have not ended", least=1, unit="runs")
+    max_duration: float = _knob(86_400.0, "the longest that a run may take; 0 = as long as it likes", least=0, unit="s")
+    max_metadata_bytes: int = _knob(16 * 1024, "the largest metadata of a run, as JSON", least=2, unit="bytes")
+    max_readers: int = _knob(10_000, "the most readers of one process", least=1, unit="readers")
+    max_readers_per_run: int = _knob(5_000, "the most of them that read the same run", least=1, unit="readers")
     max_event_bytes: int = _knob(MIB, "the largest encoded event", least=1, unit="bytes")
     max_pending_bytes: int = _knob(
         MIB, "what one run may have uncommitted before its producer waits", least=1, unit="bytes"

@@ -14,23 +14,29 @@ If a service dies the runs are cancelled, nothing is pretended about their ends,
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import AsyncIterable, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from penstock.errors import ConfigurationError, Draining, RunExists, RunNotFound, SupervisorFailed
+from penstock.errors import (
+    ConfigurationError,
+    Draining,
+    DurationTooLong,
+    RunExists,
+    RunNotFound,
+    SupervisorFailed,
+    TooManyRuns,
+)
 from penstock.follower import Follower
 from penstock.groups import raise_bare
 from penstock.log import CancelStatus, Idempotency
-from penstock.observer import LoggingObserver, Observer, tell
-from penstock.runs import Cause, Run, check_run_id, new_run_id
-from penstock.services import Services
+from penstock.notes import LoggingObserver
+from penstock.observer import Observer, tell
+from penstock.runs import Cause, new_run
+from penstock.services import Services, StuckRun
 from penstock.settings import Settings, check_duration
 from penstock.writer import RunWriter, writing
 
@@ -39,16 +45,7 @@ if TYPE_CHECKING:
 
     from penstock.execution import Execution
     from penstock.log import CancelReply, EventLog, Started
-    from penstock.runs import RunStatus
-
-
-@dataclass(frozen=True, slots=True)
-class StuckRun:
-    """A run that has ended although its producer has not let go, where that stands, and whether its end is stored."""
-
-    run_id: str
-    stack: str
-    stored: bool = True
+    from penstock.runs import Run, RunStatus
 
 
 class Supervisor:
@@ -82,7 +79,7 @@ class Supervisor:
             args: what the producer is called with.
             run_id: the id, if the caller has one; see `check_run_id`.
             name: the record's `producer`; by default the producer's own name.
-            timeout: the longest the run may take, in seconds.
+            timeout: the longest the run may take, in seconds; at most `max_duration`, which is the default.
             max_silence: the longest it may yield nothing, in seconds.
             idempotency_key: start at most one run under this key; a repeated start returns the run that is there.
             metadata: a JSON object of the caller's own.
@@ -96,7 +93,8 @@ class Supervisor:
             Draining: the supervisor is shutting down.
             SupervisorFailed: a service of the supervisor died.
             LogUnavailable: the log cannot be reached.
-            ValueError: an argument is not what it must be.
+            TooManyRuns: this process has as many runs as it may.
+            ValueError: an argument is not what it must be, or over a limit (`MetadataTooLarge`, `DurationTooLong`).
         """
         started = await self.start_once(
             producer,
@@ -154,7 +152,7 @@ class Supervisor:
         Args:
             run_id: the id, if the caller has one.
             name: the record's `producer`.
-            timeout: the longest the run may take, in seconds.
+            timeout: the longest the run may take, in seconds; at most `max_duration`, which is the default.
             max_silence: the longest nothing may be written, in seconds.
             metadata: a JSON object of the caller's own.
 
@@ -164,7 +162,7 @@ class Supervisor:
         Raises:
             RunCancelled: the run was cancelled, and that cut the body short.
             RunEnded: something else ended it, such as its timeout, and that cut the body short.
-            RunExists, Draining, SupervisorFailed, LogUnavailable, ValueError: see `start`.
+            RunExists, Draining, SupervisorFailed, LogUnavailable, TooManyRuns, ValueError: see `start`.
         """
         _, execution = await self._begin(name, run_id, metadata, None, timeout, max_silence)
         assert execution is not None  # noqa: S101  (there was no idempotency key)
@@ -185,7 +183,10 @@ class Supervisor:
         Raises:
             ValueError: the cursor is not a whole number from 0.
         """
-        return Follower(self._services.fetcher, run_id, after=after, last=last, clock=self._services.timers)
+        services = self._services
+        return Follower(
+            services.fetcher, run_id, readers=services.readers, after=after, last=last, clock=services.timers
+        )
 
     async def cancel(self, run_id: str, reason: str | None = None) -> CancelReply:
         """Ask a run to stop, in whatever process it lives. Does not wait for its end. A checkpoint.
@@ -278,10 +279,7 @@ class Supervisor:
     @property
     def stuck(self) -> Sequence[StuckRun]:
         """The runs that have ended, as far as this process is concerned, although their producers have not let go."""
-        return [
-            StuckRun(execution.run.id, execution.stack(), execution.settled.is_set() and not execution.given_up)
-            for execution in self._services.holding()
-        ]
+        return self._services.stuck()
 
     async def let_go(self) -> None:
         """Wait until no producer whose run has ended holds on to its task. A checkpoint, if it has to wait."""
@@ -300,6 +298,10 @@ class Supervisor:
         """
         self._refuse()
         await self.log.check()
+
+    def tell_figures(self) -> None:
+        """Tell the observer how much there is of everything, now. Synchronous."""
+        self._services.tell_figures()
 
     def _refuse(self) -> None:
         if self._services.failure is not None:
@@ -321,29 +323,26 @@ class Supervisor:
         If all runs have been interrupted by then, or a service has died, the run ends before it has begun.
         """
         self._refuse()
+        settings, services = self.settings, self._services
+        if services.present >= settings.max_runs:
+            raise TooManyRuns(f"this process has {settings.max_runs} runs, as many as max_runs allows")
         check_duration("timeout", timeout)
         check_duration("max_silence", max_silence)
-        try:
-            text = json.dumps([name + "", dict(metadata or {})], ensure_ascii=False, allow_nan=False)
-            text.encode()
-        except (TypeError, RecursionError) as error:
-            raise ValueError(f"the name of a run is a str, and its metadata a JSON object: {error}") from error
-        metadata = json.loads(text)[1]  # the caller may go on changing the other
-        run = Run(
-            new_run_id() if run_id is None else check_run_id(run_id), name, created_at=time.time(), metadata=metadata
-        )
+        if settings.max_duration and (timeout or 0) > settings.max_duration:
+            raise DurationTooLong(f"a run takes at most {settings.max_duration:g} s (max_duration), not {timeout:g} s")
+        run = new_run(run_id, name, metadata, max_metadata_bytes=settings.max_metadata_bytes)
         # The log may have dropped the run whose producer is still here. Under an idempotency key the run is an answer.
-        if idempotency is None and run.id in self._services.live:
-            raise RunExists(self._services.live[run.id].run)
-        lease = self._services.lease()
-        with self._services.starting() as admit:
+        if idempotency is None and run.id in services.live:
+            raise RunExists(services.live[run.id].run)
+        lease = services.lease()
+        with services.starting() as admit:
             started = await self.log.start(run, lease, idempotency)
             if not started.created:
                 return started, None
             execution = admit(started.run, lease)
-        execution.limit(timeout=timeout, max_silence=max_silence)
+        execution.limit(timeout=timeout or settings.max_duration or None, max_silence=max_silence)
         tell(self.observer.run_started, started.run)
-        if self._services.interrupted or self._services.failure is not None:
+        if services.interrupted or services.failure is not None:
             await execution.leave(None)
             self._refuse()
         return started, execution
@@ -374,7 +373,7 @@ async def open_supervisor(
     """
     observer = LoggingObserver() if observer is None else observer
     if not isinstance(observer, Observer):
-        raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from LoggingObserver")
+        raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from NullObserver")
     supervisor = Supervisor(log, Settings.of(knobs), observer)
     try:
         async with trio.open_nursery() as outer:

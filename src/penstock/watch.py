@@ -70,6 +70,8 @@ class Watch:
         self._renew_now = trio.Event()
         self._reached = trio.current_time()
         """When the log was last reached, and took a write."""
+        self._away_since: float | None = None
+        """When the log was first found out of reach, while it is."""
 
     def wake(self) -> None:
         """A cancel request has come in: look now."""
@@ -128,13 +130,26 @@ class Watch:
             try:
                 # A log that takes so long to answer stood still, and the renewals of the living wait before its door.
                 with trio.fail_after(max(lease / 3, REAP_INTERVAL / 2)):
-                    await (self._log.reap(self._obituary) if reap else self._log.check())
+                    await self._reap_or_check(reap=reap)
             except (LogUnavailable, trio.TooSlowError) as error:
                 if in_contact_since < began:
                     self._warn(f"cannot reap: {str(error) or 'the log is slow'}; trying again")
                 in_contact_since = inf
+                if self._away_since is None:
+                    self._away_since = began
+                    tell(self._office.observer.outage_began)
             else:
                 self._reached = trio.current_time()
+                if self._away_since is not None:
+                    tell(self._office.observer.outage_ended, self._reached - self._away_since)
+                    self._away_since = None
+
+    async def _reap_or_check(self, *, reap: bool) -> None:
+        """One look at the log, and at the dead."""
+        if not reap:
+            await self._log.check()
+        elif lost := await self._log.reap(self._obituary):
+            tell(self._office.observer.runs_lost, lost)
 
     async def outages(self) -> None:
         """Tell when the log has been out of reach for `outage_limit`, and when it is back after that."""

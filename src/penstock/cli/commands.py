@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from penstock.cli.admitting import admission, admission_options
 from penstock.cli.executing import EXEC_ENTRIES, EXEC_TTL, ExecObserver, Execution
-from penstock.cli.hosting import Hosted, host, say
+from penstock.cli.hosting import Hosted, Notes, host, say
 from penstock.cli.listening import listening
 from penstock.cli.options import ARGUMENTS, CONTEXT, option, shared_options
+from penstock.cli.runs import runs
 from penstock.cli.serving import serve
 from penstock.runs import check_run_id
 
@@ -70,6 +72,7 @@ def main() -> None:
 
 
 main.add_command(serve)
+main.add_command(runs)
 
 
 @main.command(
@@ -83,6 +86,7 @@ Exit codes:
 )
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 @shared_options
+@admission_options
 @option("--run-id", default="exec", help="The run's id, a part of the stream's URL.")
 @option(
     "--exit-after",
@@ -92,7 +96,14 @@ Exit codes:
     "code. By default the stream stays until Ctrl-C.",
 )
 def exec_(
-    argv: Sequence[str], bind: Sequence[str], *, insecure: bool, log_level: str, run_id: str, exit_after: float | None
+    argv: Sequence[str],
+    bind: Sequence[str],
+    *,
+    log_level: str,
+    log_format: str,
+    run_id: str,
+    exit_after: float | None,
+    **who: Any,
 ) -> None:
     """Run a command, and serve its output as a resumable stream.
 
@@ -113,10 +124,12 @@ def exec_(
         execution = Execution(argv, check_run_id(run_id), exit_after)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--run-id") from None
+    admitted = admission(**who)
     limits = {"max_entries": EXEC_ENTRIES, "ttl": EXEC_TTL}
-    hosted = Hosted({}, limits=limits, knobs={"drain_timeout": 0.0}, observer=ExecObserver())
-    with listening(bind, insecure=insecure) as sockets:
-        failure = host(hosted, sockets, log_level=log_level, ready=execution.ready)
+    knobs = {"drain_timeout": 0.0, "max_duration": 0.0}
+    hosted = Hosted({}, admitted, limits=limits, knobs=knobs, observer=ExecObserver())
+    with listening(bind, anywhere=admitted.anywhere) as sockets:
+        failure = host(hosted, sockets, notes=Notes(log_level, log_format), ready=execution.ready)
     sys.exit(failure or (0 if exit_after is None else execution.exit_code))
 
 
@@ -129,10 +142,6 @@ def demo(port: int) -> None:
     client, cuts the connection twice in mid-stream, resumes, and compares what arrived with what the command wrote.
     Then a silent run is cancelled, and the time is taken. Exits with 0 only if all of it held; leaves nothing running.
     """
-    try:
-        from penstock.demo.performance import run_demo  # noqa: PLC0415  (it needs httpx2, which nothing else here does)
-    except ModuleNotFoundError as error:
-        if error.name != "httpx2":
-            raise
-        raise click.ClickException(f'{error.name} is missing; install it with: pip install "penstock[demo]"') from None
+    from penstock.demo.performance import run_demo  # noqa: PLC0415  (nothing else needs an HTTP client at once)
+
     sys.exit(run_demo(port))

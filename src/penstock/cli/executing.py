@@ -12,7 +12,7 @@ import trio
 
 from penstock.cli.hosting import say
 from penstock.errors import PublicError
-from penstock.observer import LoggingObserver
+from penstock.notes import LoggingObserver
 from penstock.runs import RunStatus
 from penstock.sources import command
 from penstock.sse import Decoder
@@ -20,7 +20,7 @@ from penstock.sse import Decoder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.http.app import Service
+    from penstock.http.service import Service
     from penstock.http.shutdown import Shutdown
     from penstock.runs import Run
 

@@ -18,35 +18,41 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 import trio
+from pythonjsonlogger.json import JsonFormatter
 
+from penstock.cli.admitting import LINK_SECRET, Admission
 from penstock.cli.collector import collect_rarely
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.groups import raise_bare
-from penstock.http.app import MAX_BODY_BYTES, create_app
-from penstock.http.server import SIGNALS, USER_TIMEOUT, new_config, serve
+from penstock.http.app import create_app
+from penstock.http.server import MAX_HEADER_BYTES, SIGNALS, USER_TIMEOUT, new_config, serve
+from penstock.http.service import BODY_TIMEOUT, MAX_BODY_BYTES
 from penstock.http.shutdown import ABANDON_AFTER, Shutdown
 from penstock.http.workers import UNREACHABLE, Link, Parent
 from penstock.log.urls import open_log
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
-    from penstock.http.app import Service
+    from penstock.http.service import Service
     from penstock.observer import Observer
-    from penstock.supervisor import StuckRun
+    from penstock.services import StuckRun
 
 SERVICE_DIED: Final = 1
 STUCK: Final = 3
 STOPPED: Final = "stopped; every run has its last entry"
 STOPPED_AFTER_DEATHS: Final = "stopped; the runs of workers that died end when their leases are over"
+COUNTS: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable of the folder in which the workers count; see `penstock.metrics`."""
 WORKER_OPTION: Final = "--inherit"
 """The option that makes a process a worker: its number, and the file descriptors of its words and of its sockets."""
 
@@ -57,10 +63,13 @@ class Hosted:
 
     Attributes:
         producers: what runs can be started of.
+        admission: who may use it.
         log_url: the event log.
         limits: `open_log`'s `ttl`, `max_entries` and `prefix`.
         ping_interval: see `create_app`.
         max_body_bytes: see `create_app`.
+        body_timeout: see `create_app`.
+        max_header_bytes: see `new_config`.
         knobs: the supervisor's.
         tcp_user_timeout: see `serve`.
         certfile: the path of a certificate, for TLS.
@@ -69,10 +78,13 @@ class Hosted:
     """
 
     producers: Mapping[str, Any]
+    admission: Admission = field(default_factory=Admission)
     log_url: str = "memory://"
     limits: Mapping[str, Any] = field(default_factory=dict)
     ping_interval: float | None = 15.0
     max_body_bytes: int = MAX_BODY_BYTES
+    body_timeout: float = BODY_TIMEOUT
+    max_header_bytes: int = MAX_HEADER_BYTES
     knobs: Mapping[str, Any] = field(default_factory=dict)
     tcp_user_timeout: float = USER_TIMEOUT
     certfile: str | None = None
@@ -86,19 +98,40 @@ def say(words: str) -> None:
         click.echo(f"penstock: {words}", err=True)
 
 
-def log_to_stderr(level: str, worker: int | None = None) -> logging.Logger:
-    """Send what is logged to stderr: penstock's from `level` on, all else from WARNING on; Hypercorn's logger."""
-    who = "" if worker is None else f"worker {worker}: "
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s %(levelname)s {who}%(message)s", stream=sys.stderr)
-    logging.getLogger("penstock").setLevel(level.upper())
-    return logging.getLogger("hypercorn.error")
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """How what is logged goes to stderr: penstock's from `level` on, all else from WARNING on."""
+
+    level: str = "info"
+    form: str = "text"
+
+    def take(self, worker: int | None) -> logging.Logger:
+        """Let it go there; Hypercorn's logger."""
+        handler = logging.StreamHandler(sys.stderr)
+        if self.form == "json":
+            parts = {"asctime": "time", "levelname": "level", "name": "logger"}
+            handler.setFormatter(
+                JsonFormatter(
+                    "{asctime}{levelname}{name}{message}",
+                    style="{",
+                    rename_fields=parts,
+                    static_fields={} if worker is None else {"worker": worker},
+                    datefmt="%Y-%m-%dT%H:%M:%S%z",
+                )
+            )
+        else:
+            who = "" if worker is None else f"worker {worker}: "
+            handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        logging.getLogger("penstock").setLevel(self.level.upper())
+        return logging.getLogger("hypercorn.error")
 
 
 def host(
     hosted: Hosted,
     sockets: Sequence[socket.socket],
     *,
-    log_level: str,
+    notes: Notes,
     ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
     link: Link | None = None,
 ) -> int:
@@ -107,7 +140,7 @@ def host(
     Args:
         hosted: what.
         sockets: bound and listening; Hypercorn gets them.
-        log_level: from which level on penstock's own log is shown.
+        notes: how what is logged is shown.
         ready: called with the service, the URLs and what a shutdown can be asked of, once connections are accepted; it
             is cancelled when the server has ended.
         link: to the parent, for a worker.
@@ -119,7 +152,7 @@ def host(
     """
     unstored = 0
     try:
-        logger = log_to_stderr(log_level, None if link is None else link.number)
+        logger = notes.take(None if link is None else link.number)
         collect_rarely()
         unstored = trio.run(partial(_host, hosted, sockets, logger, ready, link))
     except ConfigurationError as error:
@@ -182,12 +215,16 @@ async def _serve(
         app = create_app(
             hosted.producers,
             log,
+            authorizer=hosted.admission.authorizer,
+            allowed_hosts=hosted.admission.allowed_hosts,
+            allowed_origins=hosted.admission.allowed_origins,
             observer=hosted.observer,
             ping_interval=hosted.ping_interval,
             max_body_bytes=hosted.max_body_bytes,
+            body_timeout=hosted.body_timeout,
             **hosted.knobs,
         )
-        config = new_config()
+        config = new_config(hosted.max_header_bytes)
         config.errorlog = logger
         config.loglevel = "WARNING"
         config.bind = [f"fd://{sock.detach()}" for sock in sockets]
@@ -221,6 +258,7 @@ def host_workers(
     sockets: Sequence[socket.socket],
     arguments: Sequence[str],
     max_deaths: int,
+    link_secret: str | None,
     announce: Callable[[str], None],
 ) -> int:
     """Keep `count` workers until a signal; the exit code.
@@ -230,6 +268,7 @@ def host_workers(
         sockets: from `listening`; they are closed in the end.
         arguments: of `penstock serve`; one is added that makes it a worker.
         max_deaths: see `Parent`.
+        link_secret: what all of them sign links with.
         announce: says that the server is there, from what the first worker has said of itself.
     """
 
@@ -239,8 +278,19 @@ def host_workers(
         return [sys.executable, "-P", "-m", "penstock", "serve", f"{WORKER_OPTION}={worker}", *arguments]
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it does not hear how a child has ended
-    parent = Parent(count, command, sockets, say=say, announce=announce, max_deaths=max_deaths)
-    code, deaths = trio.run(_keep, parent)
+    with _counting() as folder:
+        environment = {COUNTS: folder, **({} if link_secret is None else {LINK_SECRET: link_secret})}
+        parent = Parent(
+            count,
+            command,
+            sockets,
+            say=say,
+            announce=announce,
+            max_deaths=max_deaths,
+            environment=environment,
+            on_end=partial(_forget, folder=folder),
+        )
+        code, deaths = trio.run(_keep, parent)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # all is over, and the code is known
     if code:
@@ -248,6 +298,23 @@ def host_workers(
     else:
         say(STOPPED_AFTER_DEATHS if deaths else STOPPED)
     return code
+
+
+@contextmanager
+def _counting() -> Iterator[str]:
+    """The folder in which the workers count for their metrics; one of its own, unless the environment names another."""
+    if folder := os.environ.get(COUNTS):
+        yield folder
+    else:
+        with TemporaryDirectory(prefix="penstock-metrics-", ignore_cleanup_errors=True) as folder:
+            yield folder
+
+
+def _forget(pid: int, *, folder: str) -> None:
+    from penstock.metrics import forget  # noqa: PLC0415  (only a parent needs it, and not before a worker has ended)
+
+    with suppress(OSError):  # the folder is somebody else's, perhaps
+        forget(pid, folder)
 
 
 async def _keep(parent: Parent) -> tuple[int, int]:

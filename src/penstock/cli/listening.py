@@ -62,7 +62,7 @@ def check_certificate(certfile: str, keyfile: str) -> None:
 
 
 @contextmanager
-def listening(binds: Sequence[str], *, insecure: bool) -> Iterator[list[socket.socket]]:
+def listening(binds: Sequence[str], *, anywhere: bool) -> Iterator[list[socket.socket]]:
     """Sockets from `listen`, closed in the end.
 
     Raises:
@@ -74,7 +74,7 @@ def listening(binds: Sequence[str], *, insecure: bool) -> Iterator[list[socket.s
         except OSError:  # closed by whoever started this, and no place for a socket
             os.open(os.devnull, os.O_RDWR)
     try:
-        sockets = listen(binds, insecure=insecure)
+        sockets = listen(binds, anywhere=anywhere)
     except ConfigurationError as error:
         raise click.BadParameter(str(error), param_hint="--bind") from None
     try:
@@ -84,23 +84,23 @@ def listening(binds: Sequence[str], *, insecure: bool) -> Iterator[list[socket.s
             sock.close()
 
 
-def listen(binds: Sequence[str], *, insecure: bool) -> list[socket.socket]:
+def listen(binds: Sequence[str], *, anywhere: bool) -> list[socket.socket]:
     """Bind and listen, on all of the addresses or on none.
 
     Args:
         binds: `HOST:PORT` each; a port of 0 is a free one.
-        insecure: allow addresses that others than this machine can reach.
+        anywhere: allow addresses that others than this machine can reach.
 
     Raises:
         ConfigurationError: an address is not one, is not loopback, or cannot be bound.
     """
     with ExitStack() as stack:
-        sockets = [stack.enter_context(_listen(bind, insecure=insecure)) for bind in binds]
+        sockets = [stack.enter_context(_listen(bind, anywhere=anywhere)) for bind in binds]
         stack.pop_all()
     return sockets
 
 
-def _listen(bind: str, *, insecure: bool) -> socket.socket:
+def _listen(bind: str, *, anywhere: bool) -> socket.socket:
     host, colon, digits = bind.rpartition(":")
     port = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= len(str(MAX_PORT)) else -1
     host = host.removeprefix("[").removesuffix("]")
@@ -115,10 +115,11 @@ def _listen(bind: str, *, insecure: bool) -> socket.socket:
         )
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"{bind}: there is no address of that name ({error}); check the spelling") from None
-    if not insecure and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if not anywhere and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise ConfigurationError(
             f"{bind} can be reached from other machines, and whoever reaches it can start, read and cancel every run; "
-            "bind to 127.0.0.1 behind a proxy that asks who is there, or add --insecure if the network itself is safe"
+            "give --token or --tokens, bind to 127.0.0.1 behind a proxy that asks who is there, or add --insecure if "
+            "the network itself is safe"
         )
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dataclasses import Field
 
 option: Final = partial(click.option, show_envvar=True)
+FORMATS: Final = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error")
 CONTEXT: Final = {
     "auto_envvar_prefix": "PENSTOCK",
@@ -26,12 +27,12 @@ CONTEXT: Final = {
 """What click is told of every command."""
 ARGUMENTS: Final = "penstock.arguments"
 """Where click's context has the words of the whole command line."""
-UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES"}
+UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES", "runs": "RUNS", "readers": "READERS"}
 """How a unit is written where an option's value stands."""
 
 
 def shared_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that `serve` and `exec` share."""
+    """The options that `serve` and `exec` share, but for those of `admitting.py`."""
     options = (
         option(
             "--bind",
@@ -41,16 +42,16 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Where to listen; port 0 is a free one. May be given several times.",
         ),
         option(
-            "--insecure",
-            is_flag=True,
-            help="Allow addresses that other machines can reach. There are no accounts: whoever reaches the server "
-            "can start, read and cancel every run.",
-        ),
-        option(
             "--log-level",
             type=click.Choice(LEVELS),
             default="info",
             help="From which level on penstock's own log goes to stderr.",
+        ),
+        option(
+            "--log-format",
+            type=click.Choice(FORMATS),
+            default="text",
+            help="Whether it is written for people, or as one JSON object a line.",
         ),
     )
     for each in reversed(options):

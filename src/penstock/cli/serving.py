@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import shlex
 import socket
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import click
 
-from penstock.cli.hosting import WORKER_OPTION, Hosted, host, host_workers, say
+from penstock.cli.admitting import admission, admission_options
+from penstock.cli.hosting import WORKER_OPTION, Hosted, Notes, host, host_workers, say
 from penstock.cli.listening import check_certificate, listening
 from penstock.cli.loading import ModuleFailed, load_producers
 from penstock.cli.options import ARGUMENTS, CONTEXT, binary, knob_options, option, shared_options
 from penstock.errors import ConfigurationError
-from penstock.http.app import MAX_BODY_BYTES
 from penstock.http.corrections import MAX_USER_TIMEOUT
-from penstock.http.server import USER_TIMEOUT
+from penstock.http.server import MAX_HEADER_BYTES, USER_TIMEOUT
+from penstock.http.service import BODY_TIMEOUT, MAX_BODY_BYTES
 from penstock.http.workers import DEATHS, DEATHS_WITHIN, Link
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.http.app import Service
+    from penstock.http.service import Service
     from penstock.http.shutdown import Shutdown
 
+LEAST_HEADER_BYTES: Final = 1024
+"""A browser's own headers take about this much."""
 EXIT_CODES: Final = """\b
 Exit codes:
   0  a clean shutdown           2  a wrong argument
@@ -54,6 +59,7 @@ Exit codes:
     "environment variable.",
 )
 @shared_options
+@admission_options
 @option(
     "--ttl",
     default=10_800.0,
@@ -88,6 +94,21 @@ Exit codes:
     metavar="BYTES",
     type=click.IntRange(min=1),
     help="The largest body of a request.",
+)
+@option(
+    "--body-timeout",
+    default=BODY_TIMEOUT,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long a request's body may take to arrive.",
+)
+@option(
+    "--max-header-bytes",
+    default=MAX_HEADER_BYTES,
+    show_default=binary(MAX_HEADER_BYTES),
+    metavar="BYTES",
+    type=click.IntRange(min=LEAST_HEADER_BYTES),
+    help="The largest headers of a request, with its first line.",
 )
 @option(
     "--workers",
@@ -127,13 +148,21 @@ def serve(
     producers: str,
     log_url: str,
     bind: Sequence[str],
-    insecure: bool,
     log_level: str,
+    log_format: str,
+    token: str | None,
+    tokens: str | None,
+    link_secret: str | None,
+    allow_origin: Sequence[str],
+    allow_host: Sequence[str],
+    insecure: bool,
     ttl: float,
     max_entries: int,
     prefix: str,
     ping_interval: float,
     max_body_bytes: int,
+    body_timeout: float,
+    max_header_bytes: int,
     workers: int,
     max_worker_deaths: int,
     certfile: str | None,
@@ -153,24 +182,36 @@ def serve(
       penstock serve --producers ./agents.py:producers --bind 127.0.0.1:0 --cancel-grace 3
       penstock serve --producers agents:producers --log redis://localhost --workers 4
       penstock serve --producers agents:producers --certfile cert.pem --keyfile key.pem
+      PENSTOCK_TOKEN=... penstock serve --producers agents:producers --bind 0.0.0.0:8000
       PENSTOCK_BIND="127.0.0.1:8000 [::1]:8000" penstock serve --producers agents:producers
     """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
     keyfile = keyfile or certfile
     _check(workers, log_url, certfile, keyfile)
+    admitted = admission(
+        token=token,
+        tokens=tokens,
+        link_secret=link_secret,
+        allow_origin=allow_origin,
+        allow_host=allow_host,
+        insecure=insecure,
+    )
     if workers > 1 and inherit is None:
         words: list[str] = ctx.meta[ARGUMENTS]
         arguments = words[words.index(str(ctx.info_name)) + 1 :]
-        with listening(bind, insecure=insecure) as sockets:
+        with listening(bind, anywhere=admitted.anywhere) as sockets:
             announce = partial(_announce, log_url=log_url, workers=workers)
-            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, announce))
+            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, admitted.link_secret, announce))
     link, inherited = (None, []) if inherit is None else _inherited(inherit)
     try:
         hosted = Hosted(
             load_producers(producers),
+            admitted,
             log_url,
             {"ttl": ttl, "max_entries": max_entries, "prefix": prefix},
             ping_interval or None,
             max_body_bytes,
+            body_timeout,
+            max_header_bytes,
             knobs,
             tcp_user_timeout,
             certfile,
@@ -181,10 +222,11 @@ def serve(
     except ModuleFailed as error:
         click.echo(error.traceback, err=True, nl=False)
         raise click.BadParameter(str(error), param_hint="--producers") from None
+    notes = Notes(log_level, log_format)
     if link is not None:
-        sys.exit(host(hosted, inherited, log_level=log_level, ready=partial(_report, link), link=link))
-    with listening(bind, insecure=insecure) as sockets:
-        sys.exit(host(hosted, sockets, log_level=log_level, ready=partial(_ready, log_url)))
+        sys.exit(host(hosted, inherited, notes=notes, ready=partial(_report, link), link=link))
+    with listening(bind, anywhere=admitted.anywhere) as sockets:
+        sys.exit(host(hosted, sockets, notes=notes, ready=partial(_ready, log_url)))
 
 
 def _inherited(words: str) -> tuple[Link, list[socket.socket]]:
@@ -208,19 +250,27 @@ async def _ready(log_url: str, service: Service, urls: Sequence[str], _shutdown:
 
 
 def _news(service: Service, urls: Sequence[str]) -> str:
-    return json.dumps([list(urls), sorted(service.producers)])
+    return json.dumps([list(urls), sorted(service.producers), service.access.authorizer is not None])
 
 
 def _announce(news: str, *, log_url: str, workers: int) -> None:
     """Say what is served, where, and how to try it."""
-    urls, names = json.loads(news)
+    urls, names, asks = json.loads(news)
     several = f"{workers} workers, " if workers > 1 else ""
     say(f"serving on {' and '.join(urls)} ({several}log: {log_url.partition('?')[0].rpartition('@')[2]})")
     say(f"producers: {', '.join(names) or 'none, so that nothing can be started'}")
     if names:
         body = json.dumps({"producer": names[0], "input": "hello", "stream": True}, ensure_ascii=False)
-        say(f"try:  curl -N -d {shlex.quote(body)} {urls[0]}/v1/runs")
+        token = '-H "Authorization: Bearer $PENSTOCK_TOKEN" ' if asks else ""
+        say(f"try:  curl -N {token}-d {shlex.quote(body)} {urls[0]}/v1/runs")
+    if asks and any(url.startswith("http:") and not _stays_here(url) for url in urls):
+        say("note: tokens cross the network unencrypted; give --certfile, or put a proxy that speaks TLS in front")
     say(f"or open {urls[0]}/ in a browser; Ctrl-C stops")
+
+
+def _stays_here(url: str) -> bool:
+    """Whether what is sent to this URL stays on this machine."""
+    return ipaddress.ip_address((urlsplit(url).hostname or "").partition("%")[0]).is_loopback
 
 
 def _check(workers: int, log_url: str, certfile: str | None, keyfile: str | None) -> None:

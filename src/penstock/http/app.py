@@ -4,153 +4,65 @@
     GET  /v1/runs                    the newest records
     GET  /v1/runs/{id}               one record
     GET|POST|HEAD /v1/runs/{id}/stream   the stream, from a cursor on
+    POST /v1/runs/{id}/link          an address of the stream that needs no token, for a time
     POST /v1/runs/{id}/cancel        ask it to stop
+    GET  /v1/producers               what runs can be started of
     GET  /healthz, /readyz           alive; able to serve
+    GET  /metrics                    for Prometheus
     GET  /                           a page for browsers
 
-Everything that comes in is checked in `http/requests.py`; from there on a cursor is an int and a run id is a run id.
-Errors outside a stream are `application/problem+json` with a `code` (or what the dialect makes of it).
-
-The supervisor lives in a task of its own beside the application's lifespan: if one of its services dies, that must not
-end the lifespan (the server would be torn down without a word to anybody) but mark the service failed, so that readers
-are released, `/readyz` says so and `serve()` shuts down.
+Each route but the two for health asks `access.py` first who is there and whether he may. Everything that comes in is
+then checked in `requests.py`; from there on a cursor is an int and a run id is a run id. Errors outside a stream are
+`application/problem+json` with a `code` (or what the dialect makes of it).
 """
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from penstock.answers import Answer, answer_to, is_refusal
-from penstock.dialects import dialect_named
-from penstock.errors import ConfigurationError, PenstockError, RunEnded, StreamRejected, SupervisorFailed
+from penstock.errors import ConfigurationError, NotAuthenticated, PenstockError, RunEnded, StreamRejected
 from penstock.http import requests
+from penstock.http.access import Access, Right
 from penstock.http.bodies import WholeRequests
 from penstock.http.page import page
+from penstock.http.service import BODY_TIMEOUT, MAX_BODY_BYTES, Limits, Service
 from penstock.log import CancelStatus
-from penstock.log.urls import open_log
-from penstock.observer import LoggingObserver, new_error_id, tell
+from penstock.observer import new_error_id, tell
 from penstock.response import EventStreamResponse
-from penstock.settings import Settings, check_duration
+from penstock.settings import check_duration
 from penstock.sources import command
-from penstock.supervisor import Supervisor, open_supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from penstock.follower import Follower
+    from penstock.http.access import Authorizer
     from penstock.log import EventLog
+    from penstock.metrics import Metrics
     from penstock.observer import Observer
     from penstock.runs import Run
 
-MAX_BODY_BYTES: Final = 1024 * 1024
-"""The default of the limit on a request's body."""
-
-
-class Service:
-    """What an application has beside its routes: the log, the supervisor, and how they are. `app.state.penstock`."""
-
-    def __init__(
-        self,
-        producers: Mapping[str, Any],
-        log: str | EventLog,
-        observer: Observer | None,
-        knobs: Mapping[str, Any],
-        *,
-        ping_interval: float | None,
-        max_body_bytes: int,
-    ) -> None:
-        self.producers = dict(producers)
-        self.settings = Settings.of(knobs)
-        self.dialect = dialect_named(self.settings.dialect)
-        self.ping_interval = ping_interval
-        self.max_body_bytes = max_body_bytes
-        self.failed = trio.Event()
-        """Set when a service of the supervisor has died."""
-        self.startup_error: Exception | None = None
-        """What kept log or supervisor from opening; a server tells no more of it than its words."""
-        self._log = log
-        self.observer: Observer = LoggingObserver() if observer is None else observer
-        self._knobs = dict(knobs)
-        self._supervisor: Supervisor | None = None
-        self._stopping = trio.Event()
-        self._drained = trio.Event()
-        self._drained.set()
-
-    @property
-    def patience(self) -> float:
-        """Seconds that a drain takes at the most, and one more."""
-        settings = self.settings
-        return settings.drain_timeout + settings.cancel_grace + settings.finalize_timeout + 1.0
-
-    @property
-    def running(self) -> bool:
-        """Whether there is a supervisor, or was."""
-        return self._supervisor is not None
-
-    @property
-    def supervisor(self) -> Supervisor:
-        """The supervisor.
-
-        Raises:
-            SupervisorFailed: the application's lifespan has not started it, or is over.
-        """
-        if self._supervisor is None:
-            raise SupervisorFailed("the application is not running: its server must support the ASGI lifespan protocol")
-        return self._supervisor
-
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold log and supervisor open until `stop`. What goes wrong is raised before they are open, recorded later."""
-        started = False
-        self._stopping = trio.Event()  # it may have been run before
-        try:
-            async with AsyncExitStack() as stack:
-                log = await stack.enter_async_context(open_log(self._log)) if isinstance(self._log, str) else self._log
-                self._supervisor = await stack.enter_async_context(
-                    open_supervisor(log, observer=self.observer, **self._knobs)
-                )
-                started = True
-                task_status.started()
-                await self._stopping.wait()
-        except Exception as error:  # the supervisor has told its observer what it died of
-            if not started:
-                self.startup_error = error
-                raise
-            self.failed.set()
-
-    async def drain(self) -> None:
-        """Start no more runs and let those that are there end, as `Supervisor.drain` does; not if the service fails."""
-
-        async def give_up() -> None:
-            await self.failed.wait()
-            nursery.cancel_scope.cancel(reason="a service of the supervisor died")
-
-        self._drained = trio.Event()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(give_up)
-                await self.supervisor.drain()
-                nursery.cancel_scope.cancel(reason="the drain is over")
-        finally:
-            self._drained.set()
-
-    async def drained(self) -> None:
-        """Wait for a drain that is under way: its runs may have no readers, whom a server would wait for."""
-        await self._drained.wait()
-
-    def stop(self) -> None:
-        """Let `run` return, when the supervisor's runs are over."""
-        self._stopping.set()
+ANY_ORIGIN: Final = "*"
+CORS: Final[Mapping[str, Any]] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+    "expose_headers": ["Location", "Penstock-Run-Id", "Retry-After"],
+}
+"""What the pages of other origins may send and see, if they may do anything."""
 
 
 class _Application(Starlette):
@@ -158,16 +70,22 @@ class _Application(Starlette):
 
     def build_middleware_stack(self) -> ASGIApp:
         """The middleware around the routes."""
-        return WholeRequests(super().build_middleware_stack())
+        service: Service = self.state.penstock
+        return WholeRequests(super().build_middleware_stack(), service.limits)
 
 
 def create_app(
     producers: Mapping[str, Any],
     log: str | EventLog = "memory://",
     *,
+    authorizer: Authorizer | None = None,
+    allowed_hosts: Iterable[str] | None = None,
+    allowed_origins: Sequence[str] = (),
     observer: Observer | None = None,
+    metrics: Metrics | bool = True,
     ping_interval: float | None = 15.0,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout: float = BODY_TIMEOUT,
     **knobs: Any,
 ) -> Starlette:
     """The ASGI application with the routes of penstock's HTTP API. For Hypercorn's trio worker; see `serve`.
@@ -176,9 +94,16 @@ def create_app(
         producers: what runs can be started of: name → producer, which is called with the request's `input` (any JSON
             value).
         log: the event log, or its URL for `open_log`.
+        authorizer: decides who may do what, such as a `TokenAuthorizer`; None: everybody may do everything.
+        allowed_hosts: the names, without ports, under which it answers; None: any. Give them on a server that others
+            cannot reach and that has no authorizer, or a page of another site may drive it through a browser.
+        allowed_origins: the origins (`https://example.org`) whose pages may use it from a browser; `*` for all, which
+            needs an authorizer. By default none but its own.
         observer: told of what happens; by default it goes to the logger `penstock`.
+        metrics: what `/metrics` shows; False: there is no such route; True: one of its own.
         ping_interval: seconds without a send after which a stream is pinged; None = never.
         max_body_bytes: the limit on a request's body, in bytes; beyond it the answer is 413.
+        body_timeout: the seconds in which a request's body has to arrive; after them the answer is 408.
         knobs: the supervisor's; see `Settings`.
 
     Returns:
@@ -188,15 +113,26 @@ def create_app(
         ConfigurationError: a knob is unknown, or has a value that it cannot have; or a producer cannot be called.
     """
     check_duration("ping_interval", ping_interval)
-    for name, producer in producers.items():
-        if producer is command:
-            raise ConfigurationError(
-                f"the producer {name!r} would run whatever program a client names; give it a fixed argv: "
-                "lambda _input: penstock.command([...])"
-            )
-        if not callable(producer):
-            raise ConfigurationError(f"the producer {name!r} is called once for each run, and {producer!r} cannot be")
-    service = Service(producers, log, observer, knobs, ping_interval=ping_interval, max_body_bytes=max_body_bytes)
+    if body_timeout is None:
+        raise ConfigurationError("body_timeout is a number of seconds above 0, not None")
+    check_duration("body_timeout", body_timeout)
+    _check_producers(producers)
+    if ANY_ORIGIN in allowed_origins and authorizer is None:
+        raise ConfigurationError("with '*' as an origin any page could drive this server: it needs an authorizer")
+    if metrics is True:
+        from penstock.metrics import Metrics  # noqa: PLC0415  (its library decides on being imported how it counts)
+
+        metrics = Metrics()
+    service = Service(
+        producers,
+        log,
+        knobs,
+        access=Access(authorizer, allowed_hosts),
+        limits=Limits(max_body_bytes, body_timeout),
+        observer=observer,
+        metrics=metrics or None,
+        ping_interval=ping_interval,
+    )
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -214,10 +150,14 @@ def create_app(
             Route("/v1/runs", start_or_list_runs, methods=["GET", "POST"]),  # one route, or Allow would name one method
             Route("/v1/runs/{run_id}", get_run, methods=["GET"]),
             Route("/v1/runs/{run_id}/stream", _StreamRun(), methods=["GET", "POST"], name="stream_run"),
+            Route("/v1/runs/{run_id}/link", share_run, methods=["POST"]),
             Route("/v1/runs/{run_id}/cancel", cancel_run, methods=["POST"]),
+            Route("/v1/producers", list_producers, methods=["GET"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/readyz", readyz, methods=["GET"]),
+            *([Route("/metrics", show_metrics, methods=["GET"])] if service.metrics is not None else []),
         ],
+        middleware=[Middleware(CORSMiddleware, allow_origins=allowed_origins, **CORS)] if allowed_origins else [],
         lifespan=lifespan,
         exception_handlers={
             StreamRejected: on_error,
@@ -229,6 +169,17 @@ def create_app(
     )
     app.state.penstock = service
     return app
+
+
+def _check_producers(producers: Mapping[str, Any]) -> None:
+    for name, producer in producers.items():
+        if producer is command:
+            raise ConfigurationError(
+                f"the producer {name!r} would run whatever program a client names; give it a fixed argv: "
+                "lambda _input: penstock.command([...])"
+            )
+        if not callable(producer):
+            raise ConfigurationError(f"the producer {name!r} is called once for each run, and {producer!r} cannot be")
 
 
 def service_of(request: Request) -> Service:
@@ -245,7 +196,9 @@ async def start_or_list_runs(request: Request) -> Response:
 async def start_run(request: Request) -> Response:
     """POST /v1/runs."""
     service = service_of(request)
-    wanted = requests.start_request(await requests.json_body(request, service.max_body_bytes), request.headers)
+    caller = await service.access.authenticate(request)
+    wanted = requests.start_request(await requests.json_body(request, service.limits.max_body_bytes), request.headers)
+    await service.access.allow(caller, Right.START, wanted.run_id)
     if wanted.producer not in service.producers:
         known = ", ".join(sorted(service.producers)) or "none"
         words = f"there is no producer {wanted.producer!r:.200}; there are: {known}"
@@ -262,7 +215,7 @@ async def start_run(request: Request) -> Response:
     )
     status = 201 if started.created else 200
     headers = {
-        "Location": request.scope.get("root_path", "") + request.app.url_path_for("stream_run", run_id=started.run.id),
+        "Location": _stream_path(request, started.run.id),
         "Penstock-Run-Id": started.run.id,
     }
     if wanted.stream:
@@ -273,22 +226,26 @@ async def start_run(request: Request) -> Response:
 
 async def list_runs(request: Request) -> Response:
     """GET /v1/runs."""
+    service = service_of(request)
+    caller = await service.access.authenticate(request)
+    await service.access.allow(caller, Right.LIST)
     limit, status = requests.list_query(request.query_params)
-    runs = await service_of(request).supervisor.list(limit=limit, status=status)
+    runs = await service.access.seen_by(caller, await service.supervisor.list(limit=limit, status=status))
     return JSONResponse({"runs": [run.to_json() for run in runs]})
 
 
 async def get_run(request: Request) -> Response:
     """GET /v1/runs/{id}."""
-    return _record(await service_of(request).supervisor.get(requests.run_id(request.path_params)))
+    run_id = await _run_id(request, Right.READ)
+    return _record(await service_of(request).supervisor.get(run_id))
 
 
 async def stream_run(request: Request) -> Response:
     """GET, POST or HEAD /v1/runs/{id}/stream."""
     service = service_of(request)
-    body = await requests.json_body(request, service.max_body_bytes) if request.method == "POST" else {}
+    run_id = await _run_id(request, Right.READ)
+    body = await requests.json_body(request, service.limits.max_body_bytes) if request.method == "POST" else {}
     wanted = requests.stream_request(body, request.query_params, request.headers)
-    run_id = requests.run_id(request.path_params)
     follower = service.supervisor.follow(run_id, wanted.after, last=wanted.last)
     return _stream(service, run_id, follower, pings=wanted.include_pings)
 
@@ -304,16 +261,55 @@ class _StreamRun:
 async def cancel_run(request: Request) -> Response:
     """POST /v1/runs/{id}/cancel."""
     service = service_of(request)
-    reason = requests.cancel_reason(await requests.json_body(request, service.max_body_bytes))
-    reply = await service.supervisor.cancel(requests.run_id(request.path_params), reason)
+    run_id = await _run_id(request, Right.CANCEL)
+    reason = requests.cancel_reason(await requests.json_body(request, service.limits.max_body_bytes))
+    reply = await service.supervisor.cancel(run_id, reason)
     if reply.status is CancelStatus.ENDED:
         raise RunEnded(reply.run.id, reply.run)
     return _record(reply.run, 202 if reply.status is CancelStatus.REQUESTED else 200)
 
 
+async def share_run(request: Request) -> Response:
+    """POST /v1/runs/{id}/link."""
+    service = service_of(request)
+    run_id = await _run_id(request, Right.SHARE)
+    if (links := service.access.links) is None:
+        raise StreamRejected(
+            404, "NO_LINKS", "this server makes no links, since it asks nobody for a token or has no secret"
+        )
+    lifetime = requests.link_lifetime(await requests.json_body(request, service.limits.max_body_bytes))
+    run = await service.supervisor.get(run_id)
+    token, ends_at = links.make(run.id, lifetime)
+    return JSONResponse({"url": f"{_stream_path(request, run.id)}?link={token}", "expires_at": ends_at}, 201)
+
+
+async def list_producers(request: Request) -> Response:
+    """GET /v1/producers."""
+    service = service_of(request)
+    await service.access.admit(request, Right.START)
+    return JSONResponse({"producers": sorted(service.producers)})
+
+
+async def show_metrics(request: Request) -> Response:
+    """GET /metrics."""
+    service = service_of(request)
+    await service.access.admit(request, Right.METRICS)
+    if service.running:
+        service.supervisor.tell_figures()
+    assert service.metrics is not None  # noqa: S101  (or there would be no such route)
+    text, media_type = service.metrics.render()
+    return Response(text, headers={"content-type": media_type})
+
+
 async def index(request: Request) -> Response:
-    """GET /: a page to use all of this from a browser."""
-    return page(service_of(request).producers)
+    """GET /: a page to use all of this from a browser, which asks for a token if the server does."""
+    service = service_of(request)
+    try:
+        await service.access.authenticate(request)
+    except NotAuthenticated as error:
+        rendered, _ = answer_to(error).render(service.dialect)
+        return page(status=error.status, headers={k.decode(): v.decode() for k, v in rendered if b"content" not in k})
+    return page()
 
 
 async def healthz(_request: Request) -> Response:
@@ -341,6 +337,7 @@ async def on_error(request: Request, error: Exception) -> Response:
         answer.members["error_id"] = error_id = new_error_id()
         where = f"{request.method} {request.url.path}"
         tell(service.observer.on_error, error, error_id=error_id, where=where)
+    tell(service.observer.refused, answer.status, answer.code)
     rendered, body = answer.render(service.dialect)
     response = Response(body, answer.status)
     response.raw_headers = rendered + headers
@@ -350,6 +347,18 @@ async def on_error(request: Request, error: Exception) -> Response:
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
     """The client went away while it was sending its request: there is nobody to answer."""
     return Response(status_code=400)
+
+
+async def _run_id(request: Request, right: Right) -> str:
+    """The run of the path, to which the caller may do that."""
+    await service_of(request).access.admit(request, right, request.path_params["run_id"])
+    return requests.run_id(request.path_params)
+
+
+def _stream_path(request: Request, run_id: str) -> str:
+    path: str = request.app.url_path_for("stream_run", run_id=run_id)
+    root: str = request.scope.get("root_path", "")
+    return root + path
 
 
 def _record(run: Run, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

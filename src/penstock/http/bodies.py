@@ -1,4 +1,4 @@
-"""A response ends when its request has: what an application leaves unread of a body is read here, and dropped.
+"""Requests end, and responses after them: what an application leaves unread of a body is read here, and dropped.
 
 Many an answer does not need the whole body: a 404, or the 413 for a body that is too large. Hypercorn 0.18 forgets an
 HTTP/2 stream as soon as its response has ended, and the next piece of the request's body is then a `KeyError` that
@@ -6,38 +6,49 @@ takes the whole server down, with all of its runs. (On HTTP/1.1 it closes the co
 sending may see that instead of the answer.) So the client is sent its answer at once, but for the end of it, which
 waits until the request has ended, or the client is gone.
 
+A client that does not end its request has `body_timeout` from its headers on. After that whoever reads the body gets a
+408 to answer with; a stream that is being sent meanwhile is cut off; and the end of an answer waits no longer. The last
+two are not so on HTTP/2 under a Hypercorn with that fault in it, for its other clients' sake.
+
 Nothing more is sent to a client that is known to be gone: on HTTP/2 that could hang.
 """
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from penstock.errors import StreamRejected
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from penstock.http.service import Limits
 
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class WholeRequests:
-    """ASGI middleware that lets no response end before its request has."""
+    """ASGI middleware that lets no response end before its request has, or its request's time is over."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
         if scope["type"] != "http" or _has_no_body(scope):
             await self._app(scope, receive, send)
             return
-        request = _Request(receive)
+        cut_off = self._limits.http2_corrected or scope["http_version"].startswith("1")
+        request = _Request(receive, self._limits.body_timeout, cut_off=cut_off)
         passed_on = False
         """All that the response has to say, but for its end."""
 
         async def send_as_request_allows(message: Message) -> None:
+            request.answer()
             if request.over or message["type"] != "http.response.body" or message.get("more_body", False):
                 if not request.gone:
                     await send(message)
@@ -61,16 +72,36 @@ def _has_no_body(scope: Scope) -> bool:
 class _Request:
     """What is known of a request from the messages that have been received, whoever received them."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, timeout: float, *, cut_off: bool) -> None:
         self.over = False
         """There is no more of the body."""
         self.gone = False
         """The client is."""
         self._receive = receive
+        self._timeout = timeout
+        self._deadline = trio.current_time() + timeout
+        self._cut_off = cut_off
+        self._answered = False
         self._dropping = trio.CancelScope()
+
+    def answer(self) -> None:
+        """The response has begun."""
+        self._answered = True
+        if not self._cut_off:
+            self._deadline = inf
 
     async def receive(self) -> Message:
         """Receive for the application."""
+        if self.over:
+            return await self._next()
+        with trio.move_on_at(self._deadline):
+            return await self._next()
+        if self._answered:  # its stream is being sent: what is left is to end it
+            self.gone = self.over = True
+            return {"type": "http.disconnect"}
+        raise StreamRejected(408, "BODY_TIMEOUT", f"a request's body has {self._timeout:g} s to arrive")
+
+    async def _next(self) -> Message:
         message = await self._receive()
         self.gone = self.gone or message["type"] == "http.disconnect"
         if self.gone or not message.get("more_body", False):
@@ -79,7 +110,8 @@ class _Request:
         return message
 
     async def drop(self) -> None:
-        """Receive what is left, unless another task does."""
+        """Receive what is left, unless another task does, for as long as there is time."""
         with self._dropping:
+            self._dropping.deadline = self._deadline
             while not self.over:
-                await self.receive()
+                await self._next()

@@ -322,6 +322,11 @@ REPLACEMENTS: Final = (
 )
 
 
+def are_known() -> bool:
+    """Whether the faults of the Hypercorn that is installed are known here, and so are corrected."""
+    return version("hypercorn") in KNOWN
+
+
 def correct(config: Config, warn: Callable[[str], None]) -> Sends:
     """Put the corrections in place for the connections of the server that has this configuration.
 
@@ -333,11 +338,11 @@ def correct(config: Config, warn: Callable[[str], None]) -> Sends:
         The server's sends; nothing is ever in there if `Connection` is not in place.
     """
     sends = Sends()
-    if (installed := version("hypercorn")) not in KNOWN:
+    if not are_known():
         warn(
-            f"Hypercorn {installed} is not a version whose faults are known here ({', '.join(KNOWN)} is), so none of "
-            "them is corrected: a client that reads slowly may hold up a shutdown, HTTP/2 may take memory without a "
-            "limit, and an error in one connection may end the server"
+            f"Hypercorn {version('hypercorn')} is not a version whose faults are known here ({', '.join(KNOWN)} is), "
+            "so none of them is corrected: a client that reads slowly may hold up a shutdown, HTTP/2 may take memory "
+            "without a limit, and an error in one connection may end the server"
         )
         return sends
     setattr(config, _SENDS, sends)
@@ -351,7 +356,7 @@ def correct(config: Config, warn: Callable[[str], None]) -> Sends:
 
 
 def _in_short(error: Exception) -> str:
-    """An error, and where it was raised, on one line: a client may bring it about again and again."""
+    """An error's type, and where it was raised: a client brings it about, and its words may hold what that has sent."""
     cause = single_error(error)
     raised = traceback.extract_tb(cause.__traceback__)[-1]
-    return f"{cause!r:.200} at {Path(raised.filename).name}:{raised.lineno}"
+    return f"{type(cause).__name__} at {Path(raised.filename).name}:{raised.lineno}"

@@ -7,29 +7,29 @@ style, by a nonce that is new for each answer, and requests to this server; noth
 from __future__ import annotations
 
 import secrets
-from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final
 
 from starlette.responses import HTMLResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
 _PAGE: Final = (files("penstock.http") / "index.html").read_text(encoding="utf-8")
 
 
-def page(producers: Iterable[str]) -> HTMLResponse:
-    """The page, with the names of what can be started."""
+def page(status: int = 200, headers: Mapping[str, str] | None = None) -> HTMLResponse:
+    """The page. It asks for a token if what it asks for is answered 401, so it is the same for everybody."""
     nonce = secrets.token_urlsafe(16)
-    options = "".join(f"<option>{escape(name)}</option>" for name in sorted(producers))
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return HTMLResponse(
-        _PAGE.replace("{{nonce}}", nonce).replace("{{producers}}", options),
+        _PAGE.replace("{{nonce}}", nonce),
+        status,
         headers={
+            **(headers or {}),
             "Content-Security-Policy": policy,
             "Cache-Control": "no-store",
             "Referrer-Policy": "no-referrer",

@@ -29,6 +29,10 @@ MAX_DEPTH: Final = 100
 """The most levels of arrays and objects in a body."""
 MAX_KEY: Final = 255
 """The most characters of an idempotency key."""
+LINK_LIFETIME: Final = 3600.0
+"""Seconds that a link is good for, unless it is asked for otherwise."""
+MAX_LINK_LIFETIME: Final = 7 * 86_400.0
+"""The most seconds that one can be asked for."""
 
 _CURSOR: Final = re.compile(r"[0-9]{1,18}")
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -174,6 +178,16 @@ def cancel_reason(body: Mapping[str, Any]) -> str | None:
     if reason is not None and not (isinstance(reason, str) and len(reason) <= MAX_REASON):
         _bad_request(f'"reason" is a string of at most {MAX_REASON} characters')
     return reason
+
+
+def link_lifetime(body: Mapping[str, Any]) -> float:
+    """How many seconds a link is wanted for."""
+    lifetime = _duration(body, "expires_in")
+    if lifetime is None:
+        return LINK_LIFETIME
+    if lifetime > MAX_LINK_LIFETIME:
+        _bad_request(f'"expires_in" is at most {MAX_LINK_LIFETIME:g} s')
+    return lifetime
 
 
 def list_query(query: Mapping[str, str]) -> tuple[int, RunStatus | None]:

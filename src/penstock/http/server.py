@@ -21,8 +21,8 @@ from hypercorn.config import Config, Sockets
 
 from penstock.errors import ConfigurationError, Draining, SupervisorFailed, single_error
 from penstock.groups import raise_unchanged
-from penstock.http.app import Service
-from penstock.http.corrections import MAX_USER_TIMEOUT, correct, time_out_stalled
+from penstock.http.corrections import MAX_USER_TIMEOUT, are_known, correct, time_out_stalled
+from penstock.http.service import Service
 from penstock.http.shutdown import Shutdown, ask_after, listen
 from penstock.observer import tell
 from penstock.settings import check_duration
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hypercorn.typing import Framework
     from starlette.applications import Starlette
 
-    from penstock.supervisor import StuckRun
+    from penstock.services import StuckRun
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask for a shutdown."""
@@ -43,10 +43,21 @@ USER_TIMEOUT: Final = 30.0
 """Seconds after which TCP gives a client up that takes nothing in."""
 
 
-def new_config() -> Config:
-    """Hypercorn's configuration, with a backlog that takes a burst of readers who all come back at once."""
+MAX_HEADER_BYTES: Final = 16 * 1024
+"""The default of the limit on a request's line and headers."""
+
+
+def new_config(max_header_bytes: int = MAX_HEADER_BYTES) -> Config:
+    """Hypercorn's configuration, with a backlog that takes a burst of readers who all come back at once.
+
+    Args:
+        max_header_bytes: the limit on a request's line and headers; beyond it HTTP/1.1 is answered 431, and HTTP/2
+            loses its connection.
+    """
     config = Config()
     config.backlog = BACKLOG
+    config.h11_max_incomplete_size = max_header_bytes
+    config.h2_max_header_list_size = max_header_bytes
     return config
 
 
@@ -96,6 +107,7 @@ async def serve(
     shutdown = Shutdown() if shutdown is None else shutdown
     config = _own(config, tcp_user_timeout, service)
     sends = correct(config, lambda words: tell(service.observer.warning, words))
+    service.limits.http2_corrected = are_known()
     urls: list[str] | None = None
     framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
 

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Config
 
-    from penstock.http.app import Service
     from penstock.http.corrections import Sends
-    from penstock.supervisor import StuckRun, Supervisor
+    from penstock.http.service import Service
+    from penstock.services import StuckRun
+    from penstock.supervisor import Supervisor
 
 ABANDON_AFTER: Final = 5.0
 """Seconds that a producer may still hold on to its task after everything else of a shutdown is done."""

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from penstock.http.shutdown import Shutdown
 
@@ -197,6 +197,8 @@ class Parent:
         say: Callable[[str], None],
         announce: Callable[[str], None],
         max_deaths: int = DEATHS,
+        environment: Mapping[str, str] | None = None,
+        on_end: Callable[[int], None] = lambda _pid: None,
     ) -> None:
         """Take the sockets; they are closed in the end.
 
@@ -207,6 +209,8 @@ class Parent:
             say: says a line to whoever looks after the server.
             announce: is given what the first worker has said of itself, once all accept connections.
             max_deaths: so many workers that die within `DEATHS_WITHIN` end the server.
+            environment: what workers find in their environment beside what is in this process's.
+            on_end: is told of a worker's process that has ended.
         """
         self._count = count
         self._command = command
@@ -214,6 +218,8 @@ class Parent:
         self._say = say
         self._announce = announce
         self._max_deaths = max_deaths
+        self._environment = {**os.environ, **(environment or {})}
+        self._on_end = on_end
         self._ending = trio.Event()
         self._workers: dict[int, _Worker] = {}
         self._news: str | None = None
@@ -288,6 +294,7 @@ class Parent:
                 name = f"worker {number} (process {worker.process.pid})"
                 code = await self._accompany(worker, has_settled)
                 del self._workers[number]
+                self._on_end(worker.process.pid)
                 how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
                 pause = self._weigh(name, how, code if code >= 0 else DIED, leaving=worker.leaving)
             has_settled.set()
@@ -326,6 +333,7 @@ class Parent:
                     self._command(number, fds, there.fileno()),
                     stdin=subprocess.DEVNULL,
                     pass_fds=[*fds, there.fileno()],
+                    env=self._environment,
                 )
             except OSError:
                 here.close()

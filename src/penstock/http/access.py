@@ -1,0 +1,143 @@
+"""Who may do what: every request but those for `/healthz` and `/readyz` comes by here.
+
+| question | no |
+|---|---|
+| was it meant for this server? its `Host` is one of `allowed_hosts` (a page of another site may not drive a server on loopback through a name of its own: DNS rebinding) | 421 `MISDIRECTED` |
+| who is it? `Authorizer.authenticate` | 401 `NOT_AUTHENTICATED` |
+| may he do that? `Authorizer.allows`, for one of the rights, and one run or none | 403 `NOT_ALLOWED` |
+
+Without an authorizer nobody is asked, and everybody may do everything. The one that ships with penstock is in `tokens.py`.
+"""  # noqa: E501  (a table's rows are lines)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from penstock.errors import NotAllowed, StreamRejected
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.requests import HTTPConnection
+
+    from penstock.http.links import Links
+    from penstock.runs import Run
+
+
+class Right(StrEnum):
+    """What somebody may be allowed to do."""
+
+    START = "start"
+    """Start runs, and see what can be started."""
+    READ = "read"
+    """Read a run's record and its stream."""
+    SHARE = "share"
+    """Make links to a run's stream."""
+    CANCEL = "cancel"
+    """Cancel a run."""
+    LIST = "list"
+    """See the records of runs in the list."""
+    METRICS = "metrics"
+    """Read the metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who a request comes from, and what he may do.
+
+    Attributes:
+        name: what he is called.
+        rights: his rights.
+        run_id: the one run that they are for; None = all.
+    """
+
+    name: str
+    rights: frozenset[Right]
+    run_id: str | None = None
+
+
+class Authorizer(Protocol):
+    """Decides who may do what. Both methods may wait, and are cancelled with the request.
+
+    What they raise that is no `PenstockError` is answered with 500, and the request goes no further.
+    """
+
+    links: Links | None = None
+    """What signs links to a run's stream; None = there are none."""
+
+    async def authenticate(self, request: HTTPConnection) -> Any:
+        """Who the request comes from; only its headers, its query and its address are there to tell.
+
+        Returns:
+            What `allows` needs to know; for example a `Caller`.
+
+        Raises:
+            NotAuthenticated: nobody knows.
+        """
+
+    async def allows(self, caller: Any, right: Right, run_id: str | None) -> bool:
+        """Whether he may do that.
+
+        Args:
+            caller: from `authenticate`.
+            right: what it is.
+            run_id: the run that it is done to; None for what is done to none, such as asking for the list, or a start
+                without an id of the caller's choice. It may be any string.
+        """
+        ...
+
+
+class Access:
+    """An application's gate."""
+
+    def __init__(self, authorizer: Authorizer | None, allowed_hosts: Iterable[str] | None) -> None:
+        self.authorizer = authorizer
+        self._hosts = None if allowed_hosts is None else frozenset(name.lower() for name in allowed_hosts)
+
+    @property
+    def links(self) -> Links | None:
+        """What signs links."""
+        return getattr(self.authorizer, "links", None)
+
+    async def authenticate(self, request: HTTPConnection) -> Any:
+        """Who it is.
+
+        Raises:
+            StreamRejected: the request was meant for another server.
+            NotAuthenticated: nobody knows.
+        """
+        if self._hosts is not None and (name := _name_of(request.headers.get("host", ""))) not in self._hosts:
+            words = f"this server does not answer to the name {name!r:.100}; allow it with --allow-host (allowed_hosts)"
+            raise StreamRejected(421, "MISDIRECTED", words)
+        return None if self.authorizer is None else await self.authorizer.authenticate(request)
+
+    async def allow(self, caller: Any, right: Right, run_id: str | None = None) -> None:
+        """Return if he may.
+
+        Raises:
+            NotAllowed: he may not.
+        """
+        if not await self.allows(caller, right, run_id):
+            what = "" if run_id is None else f" run {run_id!r:.160}"
+            raise NotAllowed(f"these credentials do not allow to {right.value}{what}")
+
+    async def allows(self, caller: Any, right: Right, run_id: str | None = None) -> bool:
+        """Whether he may."""
+        return self.authorizer is None or await self.authorizer.allows(caller, right, run_id)
+
+    async def admit(self, request: HTTPConnection, right: Right, run_id: str | None = None) -> None:
+        """`authenticate`, and `allow`."""
+        await self.allow(await self.authenticate(request), right, run_id)
+
+    async def seen_by(self, caller: Any, runs: Iterable[Run]) -> list[Run]:
+        """The records that he sees in the list."""
+        return [run for run in runs if await self.allows(caller, Right.LIST, run.id)]
+
+
+def _name_of(host: str) -> str:
+    """A `Host` without its port (RFC 9110, 7.2; RFC 3986, 3.2.2)."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()

@@ -1,0 +1,184 @@
+"""Metrics: an observer that counts, and shows it as Prometheus reads it.
+
+One `Metrics` belongs to one process's supervisor. It has a registry of its own, so that it gets in nobody's way. Where
+several processes serve one address each of them counts for itself, into files of a folder that they share, and any of
+them shows the sum: that is prometheus-client's multi-process mode, which is on if PROMETHEUS_MULTIPROC_DIR names the
+folder before this module is imported. `penstock serve --workers` sees to that itself.
+
+What each metric means, and what to do when it moves, is a table in docs/operating.md.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from penstock.observer import NullObserver
+from penstock.runs import Outcome, StopReason
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from penstock.observer import Commit, Figures, StreamEnd
+    from penstock.runs import Run
+
+FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable that turns the multi-process mode on."""
+MAX_CODES: Final = 100
+"""The most codes that have a figure of their own in one metric; an application may make up any number of them."""
+SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+"""The upper bounds of the buckets."""
+
+
+class Metrics(NullObserver):
+    """Counts what an observer is told. Its methods are quick, and any of them may be called in any task."""
+
+    def __init__(self) -> None:
+        self._shared = FOLDER in os.environ
+        self._registry = CollectorRegistry()
+        to = None if self._shared else self._registry
+        self._codes: set[str] = set()
+        self._started = Counter("penstock_runs_started", "Runs started by this server", registry=to)
+        self._ended = Counter(
+            "penstock_runs_ended", "Runs of this server that ended", ["outcome", "stop_reason"], registry=to
+        )
+        self._fenced = Counter("penstock_runs_fenced", "Runs taken over by another owner", registry=to)
+        self._stuck = Counter("penstock_runs_stuck", "Reports of producers that do not let go", registry=to)
+        self._lost = Counter("penstock_runs_lost", "Runs of dead owners that were ended from here", registry=to)
+        self._cancel = Histogram(
+            "penstock_cancel_seconds",
+            "From when a run's owner hears of a cancel until its end is stored",
+            buckets=SECONDS,
+            registry=to,
+        )
+        self._streams = Counter("penstock_streams_started", "Streams whose headers were sent", registry=to)
+        self._streams_ended = Counter("penstock_streams_ended", "Streams that are over", ["cause"], registry=to)
+        self._pings = Counter("penstock_pings", "Pings sent", registry=to)
+        self._refused = Counter("penstock_refused", "Requests answered with an error", ["status", "code"], registry=to)
+        self._entries_in = Counter("penstock_entries_in", "Entries that the log has acknowledged", registry=to)
+        self._bytes_in = Counter("penstock_bytes_in", "Their bytes", registry=to)
+        self._entries_out = Counter("penstock_entries_out", "Entries handed to readers", registry=to)
+        self._bytes_out = Counter("penstock_bytes_out", "Their bytes", registry=to)
+        self._commit_entries = Histogram(
+            "penstock_commit_entries", "Entries of one commit", buckets=ENTRIES, registry=to
+        )
+        self._commit_seconds = Histogram(
+            "penstock_commit_seconds", "How long the log took to acknowledge one commit", buckets=SECONDS, registry=to
+        )
+        self._outages = Counter("penstock_log_outages", "Times that the log could not be reached", registry=to)
+        self._away_seconds = Counter("penstock_log_away_seconds", "How long those took, once over", registry=to)
+        self._errors = Counter("penstock_errors", "Exceptions that ended a run or a response", registry=to)
+        self._away = _gauge("penstock_log_away", "Servers that cannot reach the log now", to)
+        self._runs = _gauge("penstock_runs", "Runs that have not ended", to)
+        self._readers = _gauge("penstock_readers", "Readers", to)
+        self._pending = _gauge("penstock_pending_bytes", "Bytes that wait for the log's acknowledgement", to)
+        self._tails = _gauge("penstock_tail_bytes", "Bytes of recent entries at hand", to)
+        for outcome in Outcome:  # a figure that is not there cannot be compared with one that is
+            if outcome is not Outcome.FAILED:
+                self._ended.labels(outcome.value, _usual(outcome))
+
+    def render(self) -> tuple[bytes, str]:
+        """What there is to read, and its media type: those of all processes, in the multi-process mode. Synchronous."""
+        registry = self._registry
+        if self._shared:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry), CONTENT_TYPE_LATEST
+
+    def run_started(self, _run: Run) -> None:
+        """Counted."""
+        self._started.inc()
+
+    def run_ended(self, run: Run) -> None:
+        """Counted, by outcome and stop reason; a producer may make up reasons, and those are `other`."""
+        known = run.stop_reason in _REASONS
+        self._ended.labels(run.status.value, run.stop_reason if known else "other").inc()
+
+    def run_cancelled(self, _run_id: str, seconds: float) -> None:
+        """Counted, by time."""
+        self._cancel.observe(seconds)
+
+    def run_fenced(self, _run_id: str) -> None:
+        """Counted."""
+        self._fenced.inc()
+
+    def run_stuck(self, _run_id: str, _seconds: float, _stack: str) -> None:
+        """Counted; of each of them there is a report every ten seconds."""
+        self._stuck.inc()
+
+    def runs_lost(self, run_ids: Sequence[str]) -> None:
+        """Counted."""
+        self._lost.inc(len(run_ids))
+
+    def stream_started(self, _run_id: str | None) -> None:
+        """Counted."""
+        self._streams.inc()
+
+    def stream_ended(self, end: StreamEnd) -> None:
+        """Counted, by cause."""
+        self._streams_ended.labels(self._bounded(end.cause)).inc()
+
+    def pinged(self) -> None:
+        """Counted."""
+        self._pings.inc()
+
+    def refused(self, status: int, code: str) -> None:
+        """Counted, by status and code."""
+        self._refused.labels(status, self._bounded(code)).inc()
+
+    def committed(self, commit: Commit) -> None:
+        """Counted, by entries and by time."""
+        self._entries_in.inc(commit.entries)
+        self._bytes_in.inc(commit.bytes)
+        self._commit_entries.observe(commit.entries)
+        self._commit_seconds.observe(commit.seconds)
+
+    def outage_began(self) -> None:
+        """Counted."""
+        self._outages.inc()
+        self._away.set(1)
+
+    def outage_ended(self, seconds: float) -> None:
+        """Its length is added."""
+        self._away_seconds.inc(seconds)
+        self._away.set(0)
+
+    def figures(self, figures: Figures) -> None:
+        """Shown as they are; what readers were handed is added."""
+        self._runs.set(figures.runs)
+        self._readers.set(figures.readers)
+        self._pending.set(figures.pending_bytes)
+        self._tails.set(figures.tail_bytes)
+        self._entries_out.inc(figures.entries_out)
+        self._bytes_out.inc(figures.bytes_out)
+
+    def on_error(self, _error: BaseException, *, error_id: str, where: str) -> None:  # noqa: ARG002
+        """Counted."""
+        self._errors.inc()
+
+    def _bounded(self, code: str) -> str:
+        if len(self._codes) < MAX_CODES:
+            self._codes.add(code)
+        return code if code in self._codes else "OTHER"
+
+
+_REASONS: Final = frozenset(StopReason)
+
+
+def _usual(outcome: Outcome) -> str:
+    return StopReason.END_TURN if outcome is Outcome.COMPLETED else outcome.value
+
+
+def _gauge(name: str, words: str, registry: CollectorRegistry | None) -> Gauge:
+    """What is there now: in the multi-process mode, the sum over the processes that live."""
+    return Gauge(name, words, registry=registry, multiprocess_mode="livesum")
+
+
+def forget(pid: int, folder: str) -> None:
+    """A process that shared `folder` has ended: what it had is not there any more; what it counted stays."""
+    mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
