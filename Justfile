@@ -25,17 +25,21 @@ setup GROUP="check":
 demo *ARGS: (setup "penstock")
     @{{bin}}/penstock demo {{ARGS}}
 
+# what tests need that is no Python package; the server that Debian would start with it stays off
 [private]
-browser:
-    @if ! command -v chromium-headless-shell chromium google-chrome >/dev/null \
-        && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then \
-        echo "installing Debian's headless Chromium, for the tests with a browser ..."; \
-        (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium-headless-shell) \
+debian:
+    @missing=(); \
+    command -v chromium-headless-shell chromium google-chrome >/dev/null || missing+=(chromium-headless-shell); \
+    [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || missing+=(nginx-light); \
+    if [ "${#missing[@]}" -gt 0 ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then \
+        echo "installing Debian's ${missing[*]}, for the tests with it ..."; \
+        (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}") \
             >/dev/null || echo "it could not be installed; these tests are skipped"; \
+        case "${missing[*]}" in *nginx*) systemctl disable --now nginx >/dev/null 2>&1 || true;; esac; \
     fi
 
 # the whole suite
-test *ARGS: (setup "test") browser
+test *ARGS: (setup "test") debian
     {{bin}}/python -m pytest -n 2 {{ARGS}}
 
 # four servers on one Redis, one of them killed every few seconds, for a minute; what 400 readers saw
