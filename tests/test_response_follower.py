@@ -15,6 +15,7 @@ from penstock.errors import (
     RunNotFound,
     StreamRejected,
     SupervisorFailed,
+    TooManyReadersOfRun,
 )
 from penstock.exchange import MAX_SEND
 from penstock.response import BodySource
@@ -127,6 +128,48 @@ async def test_a_reader_that_cannot_begin_answers_with_the_errors_status(
         assert client.json["oldest_seq"] == 100
     client = await Client("HEAD").get(Follower(entering=error), observer=observer)
     assert (client.status, client.body, client.complete) == (status, b"", True)
+
+
+@pytest.mark.parametrize(
+    "error", [LogUnavailable("redis://secret@host"), ReaderReleased(), SupervisorFailed(), TooManyReadersOfRun("5")]
+)
+@on_both
+async def test_an_event_source_that_cannot_begin_for_now_is_told_to_come_back(error: Exception) -> None:
+    observer = Errors()
+    for accepted in (b"text/event-stream", b" text/event-stream "):
+        client = Client()
+        client.scope["headers"] = [(b"accept", accepted)]
+        await client.get(Follower(entering=error), observer=observer)
+        assert (client.status, client.body, client.complete) == (200, b"retry: 1000\n\n", True)
+        assert client.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert observer.errors == []
+
+
+@pytest.mark.parametrize("accepts", [[], [b"*/*"], [b"text/event-stream, */*"], [b"text/event-stream", b"text/html"]])
+@on_both
+async def test_who_accepts_something_else_is_told_why(accepts: list[bytes]) -> None:
+    client = Client()
+    client.scope["headers"] = [(b"accept", accepted) for accepted in accepts]
+    await client.get(Follower(entering=ReaderReleased()))
+    assert (client.status, client.json["code"]) == (503, "READER_RELEASED")
+
+
+@pytest.mark.parametrize(
+    "error", [RunNotFound("run-1"), CursorExpired("run-1", 1, 100), StreamRejected(403, "NO", "no")]
+)
+@on_both
+async def test_an_event_source_that_never_can_begin_is_told_so(error: Exception) -> None:
+    for method, status in (("GET", error.status), ("HEAD", error.status)):  # type: ignore[attr-defined]
+        client = Client(method)
+        client.scope["headers"] = [(b"accept", b"text/event-stream")]
+        assert (await client.get(Follower(entering=error))).status == status
+
+
+@on_both
+async def test_a_head_request_is_told_503_whatever_it_accepts() -> None:
+    client = Client("HEAD")
+    client.scope["headers"] = [(b"accept", b"text/event-stream")]
+    assert (await client.get(Follower(entering=ReaderReleased()))).status == 503
 
 
 @on_both

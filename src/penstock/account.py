@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -11,6 +11,10 @@ from penstock.observer import StreamEnd, new_error_id, tell
 if TYPE_CHECKING:
     from penstock.answers import Answer
     from penstock.observer import Observer
+
+
+ENDED: Final = "ended"
+"""The cause if all was sent that there was to send."""
 
 
 class Account:

@@ -123,7 +123,10 @@ class Exchange(ABC):
 
     @abstractmethod
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
-        """What the client is told of that: the answer if nothing was sent yet, otherwise the stream's last words."""
+        """What the client is told of that: the answer if nothing was sent yet, otherwise the stream's last words.
+
+        Without an answer it is a stream, that of the last words if nothing was sent yet. The cause is settled.
+        """
 
     # The three tasks
 
@@ -148,10 +151,7 @@ class Exchange(ABC):
     async def _pump(self) -> None:
         ending = None
         try:
-            error = await self.read()
-            ending = self.ending(error)
-            answer, _ = ending
-            self.account.settle("ended" if error is None else "RUN_CANCELLED" if answer is None else answer.code)
+            ending = self.ending(await self.read())
             await self._end(*ending)
         except BaseException as error:
             if not self._is_interruption(error):

@@ -13,7 +13,9 @@ listener.
 | the client goes away | the source is cancelled, or runs on; nothing is ever sent again | the same |
 
 Behind a *follower* there is a run that goes on without its reader. A failure there says nothing of how the run ends, so
-later on it is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor.
+later on it is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor. A browser's
+`EventSource` comes back after that, and never after a status but 200 (WHATWG HTML, section 9.2.3): so whoever accepts
+nothing but event streams is told `retry:` in a stream of its own, where others get a 429 or 503 with `Retry-After`.
 
 There is no Trio in here, so any ASGI server will do. What is lost on asyncio: a cancellation from outside is delivered
 once, and a source that swallows it runs on.
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkab
 
 from starlette.responses import Response
 
+from penstock.account import ENDED
 from penstock.answers import Answer, answer_to, is_refusal
 from penstock.chunks import bytes_of, opened, status_of
 from penstock.dialects import DONE, dialect_named
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
 RETRY: Final = Event(retry=1000).encode()
 """What a run's reader is told when this stream of it ends and the run does not: come back, after a second."""
 
+_FOR_NOW: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+"""What is answered to whoever may come again."""
 _WITHOUT_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
@@ -230,12 +235,15 @@ class _DirectExchange(Exchange):
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
         """See the table at the top of the module."""
         if error is None:
+            self.account.settle(ENDED)
             return None, b""
         cause = single_error(error)
         if isinstance(cause, RunCancelled):
+            self.account.settle(cause.code)
             reason = None if cause.reason is None else encodable(cause.reason)
             return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
         answer = answer_to(cause, expose_errors=self.response.expose_errors)
+        self.account.settle(answer.code)
         if not self.started and is_refusal(cause):
             return answer, b""
         answer.members["error_id"] = error_id = self.account.report(error)
@@ -250,6 +258,8 @@ class _FollowerExchange(Exchange):
         self.headers_at = math.inf  # they are sent as soon as the run has been found
         self.detach = False  # a reader without a client has nothing to do
         self.clock = getattr(response.source, "clock", None)
+        accepted = [value.strip() for name, value in scope.get("headers", ()) if name == b"accept"]
+        self._comes_back = accepted == [b"text/event-stream"]
 
     async def read(self) -> Exception | None:
         """Pass on what the run says, as much in one send as there is."""
@@ -272,11 +282,15 @@ class _FollowerExchange(Exchange):
     def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
         """See the table at the top of the module."""
         if error is None:
+            self.account.settle(ENDED)
             return None, b""
         cause = single_error(error)
         answer = answer_to(cause, expose_errors=self.response.expose_errors)
+        self.account.settle(answer.code)
         if not isinstance(cause, PenstockError | StreamRejected | StreamInterrupted):
             answer.members["error_id"] = self.account.report(error)
         if isinstance(cause, CursorExpired):
             return answer, Event(comment=f"{cause.code}: {cause}").encode()
+        if self._comes_back and answer.status in _FOR_NOW and not self.head:
+            return None, RETRY
         return answer, RETRY

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from penstock.cli.hosting import say
+from penstock.cli.hosting import curl, say
 from penstock.errors import PublicError
 from penstock.notes import LoggingObserver
 from penstock.runs import RunStatus
@@ -47,9 +47,10 @@ class Execution:
         supervisor = service.supervisor
         await supervisor.start(lambda: command(self.argv), run_id=self.run_id, name="command")
         say(f"running  {shlex.join(self.argv)}")
+        asks = service.access.authorizer is not None
         say(f"stream   {urls[0]}/v1/runs/{self.run_id}/stream")
-        say(f"try:     curl -N {urls[0]}/v1/runs/{self.run_id}/stream")
-        say(f"         curl -X POST {urls[0]}/v1/runs/{self.run_id}/cancel")
+        say(f"try:     {curl('-N', asks=asks)} {urls[0]}/v1/runs/{self.run_id}/stream")
+        say(f"         {curl('-X POST', asks=asks)} {urls[0]}/v1/runs/{self.run_id}/cancel")
         run = await supervisor.wait(self.run_id)
         said = None
         async with supervisor.follow(self.run_id, last=3) as entries:  # exit, perhaps an error, [DONE]

@@ -98,6 +98,11 @@ def say(words: str) -> None:
         click.echo(f"penstock: {words}", err=True)
 
 
+def curl(options: str, *, asks: bool) -> str:
+    """The beginning of a command that talks to the server, which `asks` for tokens or not; the token is not in it."""
+    return f"curl {options}" + (' -H "Authorization: Bearer $PENSTOCK_TOKEN"' if asks else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Notes:
     """How what is logged goes to stderr: penstock's from `level` on, all else from WARNING on."""

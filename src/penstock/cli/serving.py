@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import click
 
 from penstock.cli.admitting import admission, admission_options
-from penstock.cli.hosting import WORKER_OPTION, Hosted, Notes, host, host_workers, say
+from penstock.cli.hosting import WORKER_OPTION, Hosted, Notes, curl, host, host_workers, say
 from penstock.cli.listening import check_certificate, listening
 from penstock.cli.loading import ModuleFailed, load_producers
 from penstock.cli.options import ARGUMENTS, CONTEXT, binary, knob_options, option, shared_options
@@ -206,16 +206,16 @@ def serve(
         hosted = Hosted(
             load_producers(producers),
             admitted,
-            log_url,
-            {"ttl": ttl, "max_entries": max_entries, "prefix": prefix},
-            ping_interval or None,
-            max_body_bytes,
-            body_timeout,
-            max_header_bytes,
-            knobs,
-            tcp_user_timeout,
-            certfile,
-            keyfile,
+            log_url=log_url,
+            limits={"ttl": ttl, "max_entries": max_entries, "prefix": prefix},
+            ping_interval=ping_interval or None,
+            max_body_bytes=max_body_bytes,
+            body_timeout=body_timeout,
+            max_header_bytes=max_header_bytes,
+            knobs=knobs,
+            tcp_user_timeout=tcp_user_timeout,
+            certfile=certfile,
+            keyfile=keyfile,
         )
     except ConfigurationError as error:
         raise click.BadParameter(str(error), param_hint="--producers") from None
@@ -261,8 +261,7 @@ def _announce(news: str, *, log_url: str, workers: int) -> None:
     say(f"producers: {', '.join(names) or 'none, so that nothing can be started'}")
     if names:
         body = json.dumps({"producer": names[0], "input": "hello", "stream": True}, ensure_ascii=False)
-        token = '-H "Authorization: Bearer $PENSTOCK_TOKEN" ' if asks else ""
-        say(f"try:  curl -N {token}-d {shlex.quote(body)} {urls[0]}/v1/runs")
+        say(f"try:  {curl('-N', asks=asks)} -d {shlex.quote(body)} {urls[0]}/v1/runs")
     if asks and any(url.startswith("http:") and not _stays_here(url) for url in urls):
         say("note: tokens cross the network unencrypted; give --certfile, or put a proxy that speaks TLS in front")
     say(f"or open {urls[0]}/ in a browser; Ctrl-C stops")
