@@ -30,7 +30,7 @@ demo *ARGS: (setup "penstock")
 debian:
     @missing=(); \
     command -v chromium-headless-shell chromium google-chrome >/dev/null || missing+=(chromium-headless-shell); \
-    [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || missing+=(nginx-light); \
+    [ -n "${PENSTOCK_TEST_NGINX:-}" ] || [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || missing+=(nginx-light); \
     if [ "${#missing[@]}" -gt 0 ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then \
         echo "installing Debian's ${missing[*]}, for the tests with it ..."; \
         (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}") \
