@@ -318,7 +318,7 @@ class Exchange(ABC):
         was, self._sending = self._sending, True  # no ping may overtake the headers
         try:
             await self._start(self.status, self.response.raw_headers)
-            if not self.head:
+            if not self.head and not self.gone:
                 self.account.open()
             if flush:
                 await self._body(b"")
@@ -350,7 +350,8 @@ class Exchange(ABC):
         else:
             headers, body = answer.render(self.dialect)
             await self.respond(answer.status, headers, body)
-            self.account.refused(answer)
+            if not self.gone:
+                self.account.refused(answer)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True

@@ -85,6 +85,8 @@ class Execution:
         """The task in which the producer runs."""
         self._office = office
         self._raised: BaseException | None = None
+        self._told: BaseException | None = None
+        """What the producer raised, as far as its run's ending says so."""
         self._interrupted = False
         """Something from outside ended the producer's loop, without a cause on record."""
         self._said: str | None = None
@@ -277,10 +279,11 @@ class Execution:
             own, outer, self._interrupted = own or held_across_a_yield(), None, False
         if self._ending is None:
             self._conclude(self._facts(own or self._raised))
-        elif own is not None and own is not self._raised:
+        elif own is not None and own is not self._told:
             tell(
                 self._office.observer.on_error, own, error_id=new_error_id(), where=f"run {self.run.id}, after its end"
             )
+        self._told = None
         with trio.move_on_after(self._office.settings.finalize_timeout, shield=True):
             await self.settled.wait()
         self._office.changed(self)
@@ -300,6 +303,7 @@ class Execution:
     def _conclude(self, facts: Facts) -> None:
         error_id = new_error_id()
         settings = self._office.settings
+        self._told = facts.error
         blocks, self._ending = ending_of(
             facts, self._office.dialect, error_id=error_id, expose_errors=settings.expose_errors
         )

@@ -11,12 +11,15 @@ What each metric means, and what to do when it moves, is a table in docs/operati
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from penstock.errors import ConfigurationError
 from penstock.observer import NullObserver
 from penstock.runs import Outcome, StopReason
 
@@ -30,6 +33,7 @@ FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable that turns the multi-process mode on."""
 MAX_CODES: Final = 100
 """The most codes that have a figure of their own in one metric; an application may make up any number of them."""
+_CODE: Final = re.compile(r"[!-~]{1,64}")
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """The upper bounds of the buckets."""
@@ -40,9 +44,12 @@ class Metrics(NullObserver):
 
     def __init__(self) -> None:
         self._shared = FOLDER in os.environ
+        if self._shared and not Path(os.environ[FOLDER] or "-").is_dir():
+            raise ConfigurationError(f"{FOLDER} names the folder in which several processes count, and there is none")
         self._registry = CollectorRegistry()
         to = None if self._shared else self._registry
         self._codes: set[str] = set()
+        self._causes: set[str] = set()
         self._started = Counter("penstock_runs_started", "Runs started by this server", registry=to)
         self._ended = Counter(
             "penstock_runs_ended", "Runs of this server that ended", ["outcome", "stop_reason"], registry=to
@@ -121,7 +128,7 @@ class Metrics(NullObserver):
 
     def stream_ended(self, end: StreamEnd) -> None:
         """Counted, by cause."""
-        self._streams_ended.labels(self._bounded(end.cause)).inc()
+        self._streams_ended.labels(_bounded(end.cause, self._causes)).inc()
 
     def pinged(self) -> None:
         """Counted."""
@@ -129,7 +136,7 @@ class Metrics(NullObserver):
 
     def refused(self, status: int, code: str) -> None:
         """Counted, by status and code."""
-        self._refused.labels(status, self._bounded(code)).inc()
+        self._refused.labels(status, _bounded(code, self._codes)).inc()
 
     def committed(self, commit: Commit) -> None:
         """Counted, by entries and by time."""
@@ -161,13 +168,15 @@ class Metrics(NullObserver):
         """Counted."""
         self._errors.inc()
 
-    def _bounded(self, code: str) -> str:
-        if len(self._codes) < MAX_CODES:
-            self._codes.add(code)
-        return code if code in self._codes else "OTHER"
-
 
 _REASONS: Final = frozenset(StopReason)
+
+
+def _bounded(code: str, codes: set[str]) -> str:
+    """The code, if it is one and there is room for it among those that have come already."""
+    if len(codes) < MAX_CODES and _CODE.fullmatch(code):
+        codes.add(code)
+    return code if code in codes else "OTHER"
 
 
 def _usual(outcome: Outcome) -> str:

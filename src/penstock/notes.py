@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from penstock.errors import PublicError, words_for_clients
+from penstock.errors import PublicError, encodable, words_for_clients
 from penstock.observer import NullObserver, logger
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class LoggingObserver(NullObserver):
             )
         else:
             extra["cause"] = type(error).__name__
-            logger.error("%s: %s [%s]", _shown(where), error, error_id, exc_info=error, extra=extra)
+            words = _shown(encodable(error))
+            logger.error("%s: %s [%s]", _shown(where), words, error_id, exc_info=error, extra=extra)
 
     def warning(self, message: str) -> None:
         """One line, at level WARNING."""
@@ -120,6 +121,14 @@ class LoggingObserver(NullObserver):
 def _note(level: int, event: str, words: str, **parts: Any) -> None:
     if logger.isEnabledFor(level):
         logger.log(level, "%s", _shown(words), extra={"event": event, **parts})
+
+
+class OneLineEach(logging.Formatter):
+    """For people: nothing begins a line but a record, whatever words there are in it. Tracebacks are indented."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's name)
+        """The traceback."""
+        return "\n".join(f"  {_shown(line)}" for line in super().formatException(ei).split("\n"))
 
 
 def _shown(words: str) -> str:

@@ -22,6 +22,8 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, runtime_checkable
 
+from penstock.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -62,7 +64,7 @@ class StreamEnd:
         run_id: whose entries it sent; None for a response without a run.
         cursor: the seq of the last entry that was handed to it; None for a response without a run.
         entries: how many it was handed; None for a response without a run.
-        bytes: what was sent, without the pings.
+        bytes: what was sent, without pings and last words of the server's own.
         seconds: how long it took.
     """
 
@@ -179,6 +181,17 @@ HOOKS: Final = tuple(name for name in vars(Observer) if not name.startswith("_")
 """The names of what an observer is told."""
 for _name in HOOKS:
     setattr(Observers, _name, _tells_all(_name))
+
+
+def checked(observer: Observer) -> Observer:
+    """The observer, if it is one.
+
+    Raises:
+        ConfigurationError: it has not every hook.
+    """
+    if not isinstance(observer, Observer):
+        raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from NullObserver")
+    return observer
 
 
 def tell(hook: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:

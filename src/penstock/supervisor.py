@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from penstock.errors import (
-    ConfigurationError,
     Draining,
     DurationTooLong,
     RunExists,
@@ -34,7 +33,7 @@ from penstock.follower import Follower
 from penstock.groups import raise_bare
 from penstock.log import CancelStatus, Idempotency
 from penstock.notes import LoggingObserver
-from penstock.observer import Observer, tell
+from penstock.observer import checked, tell
 from penstock.runs import Cause, new_run
 from penstock.services import Services, StuckRun
 from penstock.settings import Settings, check_duration
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
     from penstock.execution import Execution
     from penstock.log import CancelReply, EventLog, Started
+    from penstock.observer import Observer
     from penstock.runs import Run, RunStatus
 
 
@@ -371,9 +371,7 @@ async def open_supervisor(
         SupervisorFailed: a service died; the exception it died of is the cause.
         LogUnavailable: the log cannot be reached to begin with.
     """
-    observer = LoggingObserver() if observer is None else observer
-    if not isinstance(observer, Observer):
-        raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from NullObserver")
+    observer = checked(LoggingObserver() if observer is None else observer)
     supervisor = Supervisor(log, Settings.of(knobs), observer)
     try:
         async with trio.open_nursery() as outer:

@@ -117,6 +117,12 @@ class Watch:
 
     async def reaper(self) -> None:
         """End the runs whose owner is gone, after a lease of unbroken contact with the log."""
+        try:
+            await self._reap_on()
+        finally:
+            self._end_outage()
+
+    async def _reap_on(self) -> None:
         lease = self._office.settings.lease
         in_contact_since = trio.current_time()
         while True:
@@ -140,9 +146,12 @@ class Watch:
                     tell(self._office.observer.outage_began)
             else:
                 self._reached = trio.current_time()
-                if self._away_since is not None:
-                    tell(self._office.observer.outage_ended, self._reached - self._away_since)
-                    self._away_since = None
+                self._end_outage()
+
+    def _end_outage(self) -> None:
+        if self._away_since is not None:
+            tell(self._office.observer.outage_ended, trio.current_time() - self._away_since)
+            self._away_since = None
 
     async def _reap_or_check(self, *, reap: bool) -> None:
         """One look at the log, and at the dead."""

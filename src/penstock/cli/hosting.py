@@ -38,6 +38,7 @@ from penstock.http.service import BODY_TIMEOUT, MAX_BODY_BYTES
 from penstock.http.shutdown import ABANDON_AFTER, Shutdown
 from penstock.http.workers import UNREACHABLE, Link, Parent
 from penstock.log.urls import open_log
+from penstock.notes import OneLineEach
 
 if TYPE_CHECKING:
     import socket
@@ -126,7 +127,7 @@ class Notes:
             )
         else:
             who = "" if worker is None else f"worker {worker}: "
-            handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
+            handler.setFormatter(OneLineEach(f"%(asctime)s %(levelname)s {who}%(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("penstock").setLevel(self.level.upper())
         return logging.getLogger("hypercorn.error")
@@ -308,8 +309,8 @@ def host_workers(
 @contextmanager
 def _counting() -> Iterator[str]:
     """The folder in which the workers count for their metrics; one of its own, unless the environment names another."""
-    if folder := os.environ.get(COUNTS):
-        yield folder
+    if COUNTS in os.environ:
+        yield os.environ[COUNTS]
     else:
         with TemporaryDirectory(prefix="penstock-metrics-", ignore_cleanup_errors=True) as folder:
             yield folder

@@ -17,7 +17,7 @@ from penstock.dialects import dialect_named
 from penstock.errors import SupervisorFailed
 from penstock.log.urls import open_log
 from penstock.notes import LoggingObserver
-from penstock.observer import Observers
+from penstock.observer import Observer, Observers, checked
 from penstock.settings import Settings
 from penstock.supervisor import Supervisor, open_supervisor
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from penstock.http.access import Access
     from penstock.log import EventLog
     from penstock.metrics import Metrics
-    from penstock.observer import Observer
 
 MAX_BODY_BYTES: Final = 1024 * 1024
 """The default of the limit on a request's body."""
@@ -77,7 +76,7 @@ class Service:
         self.startup_error: Exception | None = None
         """What kept log or supervisor from opening; a server tells no more of it than its words."""
         self._log = log
-        self.observer: Observer = LoggingObserver() if observer is None else observer
+        self.observer = checked(LoggingObserver() if observer is None else observer)
         if metrics is not None:
             self.observer = Observers(self.observer, metrics)
         self._knobs = dict(knobs)
