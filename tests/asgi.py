@@ -73,7 +73,12 @@ class Client:
     """
 
     def __init__(self, method: str = "GET", *, request: tuple[dict[str, Any], ...] = ()) -> None:
-        self.scope = {"type": "http", "method": method, "path": "/stream", "asgi": {"spec_version": "2.1"}}
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "method": method,
+            "path": "/stream",
+            "asgi": {"spec_version": "2.1"},
+        }
         self.sent: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.late: list[dict[str, Any]] = []

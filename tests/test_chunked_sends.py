@@ -15,7 +15,7 @@ from starlette.routing import Route, WebSocketRoute
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, RejectConnection, RejectData, Request
 
-from penstock.http.corrections import Requests
+from penstock.http.http1 import Requests
 from tests.connections import served
 from tests.serving import serving
 from tests.uncorrected import in_place_of

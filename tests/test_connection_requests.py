@@ -28,7 +28,7 @@ from tests.connections import (
 from tests.endpoints import with_tapped
 from tests.http2_clients import Http2
 from tests.serving import Tap, eventually, family
-from tests.uncorrected import ReadsOn, TellsInTheSender, in_place_of
+from tests.uncorrected import STOCK, ReadsOn, TellsInTheSender, in_place_of
 from tests.wire import DONE, Wire
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ async def test_a_client_that_sent_a_second_request_early_takes_its_connection_al
 @pytest.mark.parametrize("how", ["close", "reset"])
 async def test_without_the_correction_it_leaves_its_connection_behind(how: str, kind: type[Connection]) -> None:
     tap = Tap()
-    with in_place_of(TCPServer=kind):
+    with in_place_of(TCPServer=kind, H11Protocol=STOCK["H11Protocol"]):
         async with brief({"tap": tap}) as server:
             task = await leaves_early(server, tap, how)
             with trio.fail_after(SOON):
@@ -128,7 +128,7 @@ async def test_a_second_request_that_came_early_does_not_hold_up_a_shutdown() ->
 @pytest.mark.parametrize("kind", [ReadsOn, TellsInTheSender])
 async def test_without_the_correction_it_does(kind: type[Connection]) -> None:
     ending = Ending("cancelled")
-    with in_place_of(TCPServer=kind):
+    with in_place_of(TCPServer=kind, H11Protocol=STOCK["H11Protocol"]):
         async with brief(config=patient_config(), run=ending.run) as server, joined(server) as (stream, task):
             await comes_early_at_the_end(server, stream)
             assert await stays(task, server)
@@ -206,8 +206,8 @@ def looked_after(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
 
     class Noted(bodies._Request):
-        def __init__(self, receive: Any, timeout: float, *, cut_off: bool) -> None:
-            super().__init__(receive, timeout, cut_off=cut_off)
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
             seen.append(self)
 
     monkeypatch.setattr(bodies, "_Request", Noted)

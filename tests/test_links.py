@@ -105,12 +105,22 @@ async def test_a_token_goes_before_a_link_also_when_it_allows_less(query: dict[s
         assert (await server.client.get("/v1/runs", params=query)).status_code == 200
 
 
-@pytest.mark.parametrize("header", ["Bearer nobody-knows-this-token", "Basic dXNlcjpwYXNz", "", "Bearer"])
-async def test_a_good_link_does_not_help_whoever_sends_a_header_that_does_not_count(header: str) -> None:
+@pytest.mark.parametrize("header", ["Bearer nobody-knows-this-token", "bearer nobody-knows-this-token", "Bearer"])
+async def test_a_good_link_does_not_help_whoever_sends_a_token_that_does_not_count(header: str) -> None:
     async with guarded() as server:
         await server.ended_run(await server.start("count", 1, run_id="r"))
         answer = await server.client.get("/v1/runs/r/stream", params=link(), headers={"authorization": header})
         problem(answer, 401, "NOT_AUTHENTICATED")
+
+
+@pytest.mark.parametrize("header", ["Basic dXNlcjpwYXNz", "Negotiate x", ""])
+async def test_a_header_that_is_meant_for_a_proxy_takes_nothing_from_a_link_and_adds_nothing(header: str) -> None:
+    async with guarded() as server:
+        await server.ended_run(await server.start("count", 1, run_id="r"))
+        server.client.headers["authorization"] = header
+        assert (await server.client.get("/v1/runs/r/stream", params=link())).status_code == 200
+        problem(await server.client.get("/v1/runs/r/stream"), 401, "NOT_AUTHENTICATED")
+        problem(await server.client.get("/v1/runs", params=link()), 403, "NOT_ALLOWED")
 
 
 async def test_of_two_links_in_an_address_one_counts_and_it_is_the_same_for_who_and_for_what() -> None:

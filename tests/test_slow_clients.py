@@ -55,6 +55,13 @@ def half_a_request() -> bytes:
     return client.h2.data_to_send()
 
 
+def half_a_websocket() -> bytes:
+    """Of HTTP/2 (RFC 8441), without a version: the answer is 400, and the client keeps its side open."""
+    client = Ends(None)  # type: ignore[arg-type]
+    client.begin("CONNECT", "/v1/runs", (":protocol", "websocket"))
+    return client.h2.data_to_send()
+
+
 WEBSOCKET: Final = "connection: upgrade\r\nupgrade: websocket\r\n"
 SLOW: Final[dict[str, Says]] = {
     "nothing": Says(b""),
@@ -83,6 +90,7 @@ SLOW: Final[dict[str, Says]] = {
     "headers without an end": Says(SETTLED + frame(HEADERS, b"\x82", stream=1)),
     "continuations now and then": Says(SETTLED + frame(HEADERS, b"\x82", stream=1), frame(CONTINUATION, stream=1)),
     "half a body over HTTP/2": Says(half_a_request()),
+    "a websocket over HTTP/2 that is none": Says(half_a_websocket()),
 }
 """Clients, by what they send."""
 

@@ -30,10 +30,11 @@ class Account:
         self._since: float | None = None
         self._source: Any = None
         self._first = 0
+        self._refused = False
 
     def open(self) -> None:
         """The headers are sent."""
-        if self._since is None:
+        if self._since is None and not self._refused:
             self._since = anyio.current_time()
             tell(self._observer.stream_started, self._run_id)
 
@@ -51,7 +52,8 @@ class Account:
         tell(self._observer.pinged)
 
     def refused(self, answer: Answer) -> None:
-        """An answer is sent instead of a stream."""
+        """An answer is sent instead of a stream, or a stream that only says: come back."""
+        self._refused = True
         tell(self._observer.refused, answer.status, answer.code)
 
     def report(self, error: Exception) -> str:

@@ -29,21 +29,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.lowlevel
 
 from penstock.account import Account
-from penstock.errors import StreamInterrupted, single_error
+from penstock.errors import StreamInterrupted, StreamRejected, single_error
 from penstock.groups import parted, raise_bare, raise_cancellation
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from penstock.answers import Answer
-    from penstock.dialects import Dialect
-    from penstock.observer import Observer
+    from penstock.response import EventStreamResponse
     from penstock.timers import Timer, Timers
 
 MAX_SEND: Final = 64 * 1024
@@ -60,25 +59,10 @@ _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceE
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-class Terms(Protocol):
-    """What an exchange is told by its response; `EventStreamResponse` explains each of them."""
-
-    source: Any
-    status_code: int
-    raw_headers: list[tuple[bytes, bytes]]
-    dialect: Dialect
-    observer: Observer
-    run_id: str | None
-    ping_interval: float
-    on_disconnect: Literal["cancel", "detach"]
-    first_chunk_timeout: float
-    expose_errors: bool
-
-
 class Exchange(ABC):
     """One call of a response: who may send, and what was sent. Subclasses say what is read, and how that may end."""
 
-    def __init__(self, response: Terms, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
         self.response = response
         self.source = response.source
         self.dialect = response.dialect
@@ -108,6 +92,7 @@ class Exchange(ABC):
         """The timer is sending, and sets this when it has."""
         self._last: bytes | None = None
         """What the last message says, once that is settled."""
+        self._refusal: StreamRejected | None = None
         self._alarm: Timer | None = None
         self._context = copy_context()
         """What the timer sends in: the request's variables, not those of whoever calls it."""
@@ -156,7 +141,7 @@ class Exchange(ABC):
         except BaseException as error:
             if not self._is_interruption(error):
                 raise
-            self.account.settle("interrupted")
+            self.account.settle("interrupted" if self._refusal is None else self._refusal.code)
             with anyio.move_on_after(FAREWELL, shield=True):
                 await self._interrupted(ending)
             if isinstance(error, BaseExceptionGroup):
@@ -177,7 +162,8 @@ class Exchange(ABC):
         if self.send_error is not None or (self.gone and not self.detach):
             return
         if ending is None:
-            ending = self.ending(StreamInterrupted(f"{self.where}: cancelled from outside, as by a shutdown"))
+            words = f"{self.where}: cancelled from outside, as by a shutdown"
+            ending = self.ending(self._refusal or StreamInterrupted(words))
         try:
             await self._end(*ending)
         except Exception as error:  # noqa: BLE001  (whatever the server says now, the cancellation goes on)
@@ -242,8 +228,13 @@ class Exchange(ABC):
 
     async def _listen(self) -> None:
         """Wait for the client to go away; a request body that nobody has read goes by."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        except StreamRejected as refusal:  # the rest of the request has not come in time
+            self._refusal = refusal
+            self._group.cancel_scope.cancel(reason="the request has not ended in time")
+            return
         # From here on `receive` is not called again: on Hypercorn it would not return.
         if self.finished:
             # The last send may hang now (HTTP/2). But it may also be what brought the news: Hypercorn tells itself in
@@ -348,10 +339,10 @@ class Exchange(ABC):
             # A client drops half a block at the end of a stream; any words after it would complete it.
             await self._finish(b"" if self.torn else words)
         else:
-            headers, body = answer.render(self.dialect)
-            await self.respond(answer.status, headers, body)
             if not self.gone:
                 self.account.refused(answer)
+            headers, body = answer.render(self.dialect)
+            await self.respond(answer.status, headers, body)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True

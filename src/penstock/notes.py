@@ -106,12 +106,17 @@ class LoggingObserver(NullObserver):
         if isinstance(error, PublicError):
             code, words = words_for_clients(error)
             logger.warning(
-                "%s: %s: %s [%s]", _shown(where), _shown(code), _shown(words), error_id, extra={**extra, "cause": code}
+                "%s: %s: %s [%s]",
+                printable(where),
+                printable(code),
+                printable(words),
+                error_id,
+                extra={**extra, "cause": code},
             )
         else:
             extra["cause"] = type(error).__name__
-            words = _shown(encodable(error))
-            logger.error("%s: %s [%s]", _shown(where), words, error_id, exc_info=error, extra=extra)
+            words = printable(encodable(error))
+            logger.error("%s: %s [%s]", printable(where), words, error_id, exc_info=error, extra=extra)
 
     def warning(self, message: str) -> None:
         """One line, at level WARNING."""
@@ -120,7 +125,7 @@ class LoggingObserver(NullObserver):
 
 def _note(level: int, event: str, words: str, **parts: Any) -> None:
     if logger.isEnabledFor(level):
-        logger.log(level, "%s", _shown(words), extra={"event": event, **parts})
+        logger.log(level, "%s", printable(words), extra={"event": event, **parts})
 
 
 class OneLineEach(logging.Formatter):
@@ -128,10 +133,10 @@ class OneLineEach(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's name)
         """The traceback."""
-        return "\n".join(f"  {_shown(line)}" for line in super().formatException(ei).split("\n"))
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
 
 
-def _shown(words: str) -> str:
+def printable(words: str) -> str:
     """The words, with what is not printable escaped."""
     if words.isprintable():
         return words

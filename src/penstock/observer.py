@@ -60,7 +60,8 @@ class StreamEnd:
 
     Attributes:
         cause: `ended` if all was sent that there was; `disconnected` if the client went away; `interrupted` if the
-            server did; else the code of what went wrong, such as `READER_RELEASED`.
+            server did; `failed` if the server could not send; else the code of what went wrong, such as
+            `READER_RELEASED`.
         run_id: whose entries it sent; None for a response without a run.
         cursor: the seq of the last entry that was handed to it; None for a response without a run.
         entries: how many it was handed; None for a response without a run.

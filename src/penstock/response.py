@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 RETRY: Final = Event(retry=1000).encode()
 """What a run's reader is told when this stream of it ends and the run does not: come back, after a second."""
 
-_FOR_NOW: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+FOR_NOW: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 """What is answered to whoever may come again."""
 _WITHOUT_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT, HTTPStatus.NOT_MODIFIED})
 
@@ -172,6 +172,11 @@ class EventStreamResponse(Response):
             await self.background()
 
 
+def is_event_source(scope: Scope) -> bool:
+    """Whether a request accepts event streams and nothing else, as a browser's `EventSource` says."""
+    return [value.strip() for name, value in scope.get("headers", ()) if name == b"accept"] == [b"text/event-stream"]
+
+
 class _DirectExchange(Exchange):
     """The source is all there is: how it ends is how the stream ends."""
 
@@ -258,8 +263,7 @@ class _FollowerExchange(Exchange):
         self.headers_at = math.inf  # they are sent as soon as the run has been found
         self.detach = False  # a reader without a client has nothing to do
         self.clock = getattr(response.source, "clock", None)
-        accepted = [value.strip() for name, value in scope.get("headers", ()) if name == b"accept"]
-        self._comes_back = accepted == [b"text/event-stream"]
+        self._comes_back = is_event_source(scope)
 
     async def read(self) -> Exception | None:
         """Pass on what the run says, as much in one send as there is."""
@@ -291,6 +295,7 @@ class _FollowerExchange(Exchange):
             answer.members["error_id"] = self.account.report(error)
         if isinstance(cause, CursorExpired):
             return answer, Event(comment=f"{cause.code}: {cause}").encode()
-        if self._comes_back and answer.status in _FOR_NOW and not self.head:
+        if self._comes_back and answer.status in FOR_NOW and not self.started and not self.head:
+            self.account.refused(answer)
             return None, RETRY
         return answer, RETRY

@@ -324,13 +324,13 @@ class Supervisor:
         """
         self._refuse()
         settings, services = self.settings, self._services
-        if services.present >= settings.max_runs:
-            raise TooManyRuns(f"this process has {settings.max_runs} runs, as many as max_runs allows")
         check_duration("timeout", timeout)
         check_duration("max_silence", max_silence)
         if settings.max_duration and (timeout or 0) > settings.max_duration:
             raise DurationTooLong(f"a run takes at most {settings.max_duration:g} s (max_duration), not {timeout:g} s")
         run = new_run(run_id, name, metadata, max_metadata_bytes=settings.max_metadata_bytes)
+        if services.present >= settings.max_runs:
+            raise TooManyRuns(f"this process has {settings.max_runs} runs, as many as max_runs allows")
         # The log may have dropped the run whose producer is still here. Under an idempotency key the run is an answer.
         if idempotency is None and run.id in services.live:
             raise RunExists(services.live[run.id].run)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from penstock.cli.options import option
 from penstock.errors import ConfigurationError
-from penstock.http.tokens import Token, TokenAuthorizer, read_tokens
+from penstock.http.access import check_origins
+from penstock.http.tokens import Token, TokenAuthorizer, read_tokens, rights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-LINK_SECRET: Final = "PENSTOCK_LINK_SECRET"  # noqa: S105  (a name)
-"""The environment variable of the secret that links are signed with."""
-LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
-"""The names of a server that only this machine reaches."""
+TOKEN: Final = "PENSTOCK_TOKEN"  # noqa: S105  (a name, as the others are)
+TOKENS: Final = "PENSTOCK_TOKENS"
+LINK_SECRET: Final = "PENSTOCK_LINK_SECRET"  # noqa: S105
+"""The environment variables of the options."""
+INHERITED: Final = "PENSTOCK_INHERITED_TOKENS"
+"""The environment variable in which workers find the tokens that their parent has read: digests and rights."""
+SECRETS: Final = (TOKEN, LINK_SECRET, INHERITED, "PENSTOCK_LOG")
+"""The environment variables that only penstock itself may see; the last one may hold a password."""
+LOOPBACK: Final = "localhost"
+"""The name of a server that only this machine reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +36,14 @@ class Admission:
 
     Attributes:
         authorizer: knows who may do what; None: nobody is asked.
-        link_secret: what its links are signed with.
+        for_workers: what workers find in their environment, so that all of them admit the same.
         insecure: nobody need be asked, although other machines can reach the server.
         allowed_origins: whose pages may use it from a browser.
         allowed_hosts: the names that it answers to; None = any.
     """
 
     authorizer: TokenAuthorizer | None = None
-    link_secret: str | None = field(default=None, repr=False)
+    for_workers: Mapping[str, str] = field(default_factory=dict, repr=False)
     insecure: bool = False
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] | None = None
@@ -51,7 +59,7 @@ def admission_options(function: Callable[..., None]) -> Callable[..., None]:
     options = (
         option(
             "--token",
-            envvar="PENSTOCK_TOKEN",
+            envvar=TOKEN,
             metavar="TOKEN",
             help="Whoever sends this token (Authorization: Bearer TOKEN) may do everything, and others nothing. It is "
             "better kept in the environment variable: a command line can be read by everybody on this machine.",
@@ -81,8 +89,9 @@ def admission_options(function: Callable[..., None]) -> Callable[..., None]:
             "--allow-host",
             multiple=True,
             metavar="NAME",
-            help="Answer to this name, as a proxy may pass it on. Without tokens a server on loopback answers to "
-            f"{', '.join(LOOPBACK)} alone, or pages of other sites could reach it through names of their own.",
+            help="Answer to this name, as a proxy may pass it on, and to no others but addresses. Without tokens a "
+            f"server on loopback answers to {LOOPBACK} alone, or pages of other sites could reach it through names of "
+            "their own.",
         ),
         option(
             "--insecure",
@@ -104,28 +113,21 @@ def admission(
     allow_origin: Sequence[str],
     allow_host: Sequence[str],
     insecure: bool,
+    worker: bool = False,
 ) -> Admission:
-    """What the options say.
+    """What the options say; for a worker, what its parent has read, so that all of them know the same tokens.
 
     Raises:
-        BadParameter: a token, the file of tokens or the secret is not what it must be.
+        BadParameter: a token, the file of tokens, the secret or an origin is not what it must be.
         UsageError: the options do not go together.
     """
-    known: dict[str, Token] = {}
-    if tokens is not None:
-        with _blamed_on("--tokens"):
-            known = read_tokens(tokens)
-    if token is not None:
-        with _blamed_on("--token"):
-            known["--token"] = Token.of(token)
+    known = _inherited() if worker else _tokens(token, tokens)
+    with _blamed_on("--allow-origin"):
+        check_origins(allow_origin, anybody=not known)
     if not known:
-        if link_secret is not None and not os.environ.get(LINK_SECRET):
+        if link_secret is not None:
             raise click.UsageError("a secret for links is of no use without tokens: give --token or --tokens, too")
-        if "*" in allow_origin:
-            raise click.UsageError(
-                "with --allow-origin '*' any page could drive this server: it needs --token or --tokens"
-            )
-        hosts = (*LOOPBACK, *allow_host) if allow_host or not insecure else None
+        hosts = (LOOPBACK, *allow_host) if allow_host or not insecure else None
         return Admission(insecure=insecure, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
     if insecure:
         raise click.UsageError("--insecure asks nobody for a token, and there are tokens; give one or the other")
@@ -136,7 +138,40 @@ def admission(
         links = Links(secret)
     with _blamed_on("--tokens"):
         authorizer = TokenAuthorizer(known, links)
-    return Admission(authorizer, secret, allowed_origins=tuple(allow_origin), allowed_hosts=tuple(allow_host) or None)
+    for_workers = {LINK_SECRET: secret, INHERITED: json.dumps({name: _written(each) for name, each in known.items()})}
+    hosts = (LOOPBACK, *allow_host) if allow_host else None
+    return Admission(authorizer, for_workers, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
+
+
+def forget_secrets() -> None:
+    """Take what is secret out of the environment, which the programs that producers start would find there."""
+    for name in SECRETS:
+        os.environ.pop(name, None)
+
+
+def _tokens(token: str | None, tokens: str | None) -> dict[str, Token]:
+    for name in (TOKEN, TOKENS, LINK_SECRET):
+        if os.environ.get(name) == "":
+            raise click.UsageError(f"{name} is empty, as when it could not be made; give it a value, or unset it")
+    known: dict[str, Token] = {}
+    if tokens is not None:
+        with _blamed_on("--tokens"):
+            known = read_tokens(tokens)
+    if token is not None:
+        if TOKEN in known:
+            raise click.BadParameter(f"[{TOKEN}] is what --token is called; choose another name", param_hint="--tokens")
+        with _blamed_on("--token"):
+            known[TOKEN] = Token.of(token)
+    return known
+
+
+def _inherited() -> dict[str, Token]:
+    written: dict[str, list[Any]] = json.loads(os.environ.get(INHERITED, "{}"))
+    return {name: Token(bytes.fromhex(digest), rights_of(rights)) for name, (digest, rights) in written.items()}
+
+
+def _written(token: Token) -> list[Any]:
+    return [token.digest.hex(), sorted(token.rights)]
 
 
 @contextmanager

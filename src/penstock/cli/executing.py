@@ -12,7 +12,7 @@ import trio
 
 from penstock.cli.hosting import curl, say
 from penstock.errors import PublicError
-from penstock.notes import LoggingObserver
+from penstock.notes import LoggingObserver, printable
 from penstock.runs import RunStatus
 from penstock.sources import command
 from penstock.sse import Decoder
@@ -77,7 +77,7 @@ class Execution:
         else:
             how = f"was ended: {run.error.message if run.error is not None else run.stop_reason}"
         stays = "" if leaving else "; its stream stays until Ctrl-C"
-        say(f"the command {how}; {took:.1f} s, {run.seq} entries{stays}")
+        say(f"the command {printable(how)}; {took:.1f} s, {run.seq} entries{stays}")
 
 
 class ExecObserver(LoggingObserver):

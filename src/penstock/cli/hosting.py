@@ -28,7 +28,7 @@ import click
 import trio
 from pythonjsonlogger.json import JsonFormatter
 
-from penstock.cli.admitting import LINK_SECRET, Admission
+from penstock.cli.admitting import Admission, forget_secrets
 from penstock.cli.collector import collect_rarely
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.groups import raise_bare
@@ -159,6 +159,7 @@ def host(
     unstored = 0
     try:
         logger = notes.take(None if link is None else link.number)
+        forget_secrets()
         collect_rarely()
         unstored = trio.run(partial(_host, hosted, sockets, logger, ready, link))
     except ConfigurationError as error:
@@ -264,7 +265,7 @@ def host_workers(
     sockets: Sequence[socket.socket],
     arguments: Sequence[str],
     max_deaths: int,
-    link_secret: str | None,
+    environment: Mapping[str, str],
     announce: Callable[[str], None],
 ) -> int:
     """Keep `count` workers until a signal; the exit code.
@@ -274,7 +275,7 @@ def host_workers(
         sockets: from `listening`; they are closed in the end.
         arguments: of `penstock serve`; one is added that makes it a worker.
         max_deaths: see `Parent`.
-        link_secret: what all of them sign links with.
+        environment: what workers find in theirs, beside what is in this process's.
         announce: says that the server is there, from what the first worker has said of itself.
     """
 
@@ -285,7 +286,6 @@ def host_workers(
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it does not hear how a child has ended
     with _counting() as folder:
-        environment = {COUNTS: folder, **({} if link_secret is None else {LINK_SECRET: link_secret})}
         parent = Parent(
             count,
             command,
@@ -293,7 +293,7 @@ def host_workers(
             say=say,
             announce=announce,
             max_deaths=max_deaths,
-            environment=environment,
+            environment={**environment, COUNTS: folder},
             on_end=partial(_forget, folder=folder),
         )
         code, deaths = trio.run(_keep, parent)

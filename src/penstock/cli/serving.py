@@ -194,13 +194,14 @@ def serve(
         allow_origin=allow_origin,
         allow_host=allow_host,
         insecure=insecure,
+        worker=inherit is not None,
     )
     if workers > 1 and inherit is None:
         words: list[str] = ctx.meta[ARGUMENTS]
         arguments = words[words.index(str(ctx.info_name)) + 1 :]
         with listening(bind, anywhere=admitted.anywhere) as sockets:
             announce = partial(_announce, log_url=log_url, workers=workers)
-            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, admitted.link_secret, announce))
+            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, admitted.for_workers, announce))
     link, inherited = (None, []) if inherit is None else _inherited(inherit)
     try:
         hosted = Hosted(

@@ -19,6 +19,7 @@ then checked in `requests.py`; from there on a cursor is an int and a run id is 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,15 +33,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from penstock.answers import Answer, answer_to, is_refusal
-from penstock.errors import ConfigurationError, NotAuthenticated, PenstockError, RunEnded, StreamRejected
+from penstock.errors import ConfigurationError, NotAuthenticated, PenstockError, RunEnded, RunExists, StreamRejected
 from penstock.http import requests
-from penstock.http.access import Access, Right
+from penstock.http.access import Access, Right, check_origins
 from penstock.http.bodies import WholeRequests
 from penstock.http.page import page
 from penstock.http.service import BODY_TIMEOUT, MAX_BODY_BYTES, Limits, Service
 from penstock.log import CancelStatus
 from penstock.observer import new_error_id, tell
-from penstock.response import EventStreamResponse
+from penstock.response import FOR_NOW, RETRY, EventStreamResponse, is_event_source
 from penstock.settings import check_duration
 from penstock.sources import command
 
@@ -54,9 +55,7 @@ if TYPE_CHECKING:
     from penstock.log import EventLog
     from penstock.metrics import Metrics
     from penstock.observer import Observer
-    from penstock.runs import Run
 
-ANY_ORIGIN: Final = "*"
 CORS: Final[Mapping[str, Any]] = {
     "allow_methods": ["GET", "POST"],
     "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
@@ -117,8 +116,7 @@ def create_app(
         raise ConfigurationError("body_timeout is a number of seconds above 0, not None")
     check_duration("body_timeout", body_timeout)
     _check_producers(producers)
-    if ANY_ORIGIN in allowed_origins and authorizer is None:
-        raise ConfigurationError("with '*' as an origin any page could drive this server: it needs an authorizer")
+    check_origins(allowed_origins, anybody=authorizer is None)
     if metrics is True:
         from penstock.metrics import Metrics  # noqa: PLC0415  (its library decides on being imported how it counts)
 
@@ -167,6 +165,7 @@ def create_app(
             Exception: on_error,
         },
     )
+    app.router.redirect_slashes = False  # to what the client calls this server, before anybody has asked who it is
     app.state.penstock = service
     return app
 
@@ -196,14 +195,18 @@ async def start_or_list_runs(request: Request) -> Response:
 async def start_run(request: Request) -> Response:
     """POST /v1/runs."""
     service = service_of(request)
-    caller = await service.access.authenticate(request)
+    access = service.access
+    caller = await access.authenticate(request)
     wanted = requests.start_request(await requests.json_body(request, service.limits.max_body_bytes), request.headers)
-    await service.access.allow(caller, Right.START, wanted.run_id)
+    await access.allow(caller, Right.START, wanted.run_id)
+    if wanted.stream:
+        await access.allow(caller, Right.READ, wanted.run_id)
     if wanted.producer not in service.producers:
         known = ", ".join(sorted(service.producers)) or "none"
         words = f"there is no producer {wanted.producer!r:.200}; there are: {known}"
         raise StreamRejected(400, "UNKNOWN_PRODUCER", words)
-    started = await service.supervisor.start_once(
+    start = partial(
+        service.supervisor.start_once,
         service.producers[wanted.producer],
         wanted.input,
         run_id=wanted.run_id,
@@ -213,15 +216,22 @@ async def start_run(request: Request) -> Response:
         idempotency_key=wanted.idempotency_key,
         metadata=wanted.metadata,
     )
+    try:
+        started = await start()
+    except RunExists as error:
+        raise StreamRejected(409, error.code, str(error), run=await access.shown(caller, error.run)) from None
     status = 201 if started.created else 200
     headers = {
         "Location": _stream_path(request, started.run.id),
         "Penstock-Run-Id": started.run.id,
     }
     if wanted.stream:
+        if not started.created:  # it may be another's
+            await access.allow(caller, Right.READ, started.run.id)
         follower = service.supervisor.follow(started.run.id)
         return _stream(service, started.run.id, follower, status_code=status, headers=headers)
-    return _record(started.run, status, headers)
+    record = started.run.to_json() if started.created else await access.shown(caller, started.run)
+    return JSONResponse(record, status, headers)
 
 
 async def list_runs(request: Request) -> Response:
@@ -230,20 +240,25 @@ async def list_runs(request: Request) -> Response:
     caller = await service.access.authenticate(request)
     await service.access.allow(caller, Right.LIST)
     limit, status = requests.list_query(request.query_params)
-    runs = await service.access.seen_by(caller, await service.supervisor.list(limit=limit, status=status))
-    return JSONResponse({"runs": [run.to_json() for run in runs]})
+    runs = await service.supervisor.list(limit=limit, status=status)
+    seen = await service.access.seen_by(caller, runs)
+    if len(seen) < len(runs) == limit:  # there may be more that he sees
+        seen = await service.access.seen_by(
+            caller, await service.supervisor.list(limit=requests.MAX_LIST, status=status)
+        )
+    return JSONResponse({"runs": [run.to_json() for run in seen[:limit]]})
 
 
 async def get_run(request: Request) -> Response:
     """GET /v1/runs/{id}."""
-    run_id = await _run_id(request, Right.READ)
-    return _record(await service_of(request).supervisor.get(run_id))
+    run_id, _ = await _run_id(request, Right.READ)
+    return JSONResponse((await service_of(request).supervisor.get(run_id)).to_json())
 
 
 async def stream_run(request: Request) -> Response:
     """GET, POST or HEAD /v1/runs/{id}/stream."""
     service = service_of(request)
-    run_id = await _run_id(request, Right.READ)
+    run_id, _ = await _run_id(request, Right.READ)
     body = await requests.json_body(request, service.limits.max_body_bytes) if request.method == "POST" else {}
     wanted = requests.stream_request(body, request.query_params, request.headers)
     follower = service.supervisor.follow(run_id, wanted.after, last=wanted.last)
@@ -261,18 +276,19 @@ class _StreamRun:
 async def cancel_run(request: Request) -> Response:
     """POST /v1/runs/{id}/cancel."""
     service = service_of(request)
-    run_id = await _run_id(request, Right.CANCEL)
+    run_id, caller = await _run_id(request, Right.CANCEL)
     reason = requests.cancel_reason(await requests.json_body(request, service.limits.max_body_bytes))
     reply = await service.supervisor.cancel(run_id, reason)
+    record = await service.access.shown(caller, reply.run)
     if reply.status is CancelStatus.ENDED:
-        raise RunEnded(reply.run.id, reply.run)
-    return _record(reply.run, 202 if reply.status is CancelStatus.REQUESTED else 200)
+        raise StreamRejected(409, RunEnded.code, str(RunEnded(run_id, reply.run)), run=record)
+    return JSONResponse(record, 202 if reply.status is CancelStatus.REQUESTED else 200)
 
 
 async def share_run(request: Request) -> Response:
     """POST /v1/runs/{id}/link."""
     service = service_of(request)
-    run_id = await _run_id(request, Right.SHARE)
+    run_id, _ = await _run_id(request, Right.SHARE)
     if (links := service.access.links) is None:
         raise StreamRejected(
             404, "NO_LINKS", "this server makes no links, since it asks nobody for a token or has no secret"
@@ -307,6 +323,7 @@ async def index(request: Request) -> Response:
     try:
         await service.access.authenticate(request)
     except NotAuthenticated as error:
+        tell(service.observer.refused, error.status, error.code)
         rendered, _ = answer_to(error).render(service.dialect)
         return page(status=error.status, headers={k.decode(): v.decode() for k, v in rendered if b"content" not in k})
     return page()
@@ -338,6 +355,8 @@ async def on_error(request: Request, error: Exception) -> Response:
         where = f"{request.method} {request.url.path}"
         tell(service.observer.on_error, error, error_id=error_id, where=where)
     tell(service.observer.refused, answer.status, answer.code)
+    if answer.status in FOR_NOW and is_event_source(request.scope) and request.method == "GET":
+        return Response(RETRY, media_type="text/event-stream", headers={"cache-control": "no-store"})
     rendered, body = answer.render(service.dialect)
     response = Response(body, answer.status)
     response.raw_headers = rendered + headers
@@ -349,20 +368,14 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=400)
 
 
-async def _run_id(request: Request, right: Right) -> str:
-    """The run of the path, to which the caller may do that."""
-    await service_of(request).access.admit(request, right, request.path_params["run_id"])
-    return requests.run_id(request.path_params)
+async def _run_id(request: Request, right: Right) -> tuple[str, Any]:
+    """The run of the path, and the caller, who may do that to it."""
+    caller = await service_of(request).access.admit(request, right, request.path_params["run_id"])
+    return requests.run_id(request.path_params), caller
 
 
 def _stream_path(request: Request, run_id: str) -> str:
-    path: str = request.app.url_path_for("stream_run", run_id=run_id)
-    root: str = request.scope.get("root_path", "")
-    return root + path
-
-
-def _record(run: Run, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(run.to_json(), status, headers)
+    return f"{request.scope.get('root_path', '')}{request.app.url_path_for('stream_run', run_id=run_id)}"
 
 
 def _stream(

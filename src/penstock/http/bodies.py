@@ -7,8 +7,9 @@ sending may see that instead of the answer.) So the client is sent its answer at
 waits until the request has ended, or the client is gone.
 
 A client that does not end its request has `body_timeout` from its headers on. After that whoever reads the body gets a
-408 to answer with; a stream that is being sent meanwhile is cut off; and the end of an answer waits no longer. The last
-two are not so on HTTP/2 under a Hypercorn with that fault in it, for its other clients' sake.
+408 to answer with; a stream that is being sent meanwhile is cut off; and the end of an answer waits no longer. Nor does
+it wait for more than `max_body_bytes` that nobody wants. The last three are not so on HTTP/2 under a Hypercorn with
+that fault in it, for its other clients' sake.
 
 Nothing more is sent to a client that is known to be gone: on HTTP/2 that could hang.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from penstock.http.service import Limits
 
+_END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": False}
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -42,8 +44,8 @@ class WholeRequests:
         if scope["type"] != "http" or _has_no_body(scope):
             await self._app(scope, receive, send)
             return
-        cut_off = self._limits.http2_corrected or scope["http_version"].startswith("1")
-        request = _Request(receive, self._limits.body_timeout, cut_off=cut_off)
+        patient = not self._limits.http2_corrected and not scope["http_version"].startswith("1")
+        request = _Request(receive, self._limits.body_timeout, self._limits.max_body_bytes, patient=patient)
         passed_on = False
         """All that the response has to say, but for its end."""
 
@@ -59,7 +61,7 @@ class WholeRequests:
                 passed_on = True
             await request.drop()
             if not request.gone:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await (send(_END) if request.over else request.while_swallowing(send, _END))
 
         await self._app(scope, request.receive, send_as_request_allows)
 
@@ -72,29 +74,31 @@ def _has_no_body(scope: Scope) -> bool:
 class _Request:
     """What is known of a request from the messages that have been received, whoever received them."""
 
-    def __init__(self, receive: Receive, timeout: float, *, cut_off: bool) -> None:
+    def __init__(self, receive: Receive, timeout: float, limit: int, *, patient: bool) -> None:
         self.over = False
         """There is no more of the body."""
         self.gone = False
-        """The client is."""
+        """The client is, or is to be."""
         self._receive = receive
         self._timeout = timeout
+        self._limit = limit
         self._deadline = trio.current_time() + timeout
-        self._cut_off = cut_off
+        self._patient = patient
         self._answered = False
-        self._dropping = trio.CancelScope()
+        self._dropping: trio.CancelScope | None = None
 
     def answer(self) -> None:
         """The response has begun."""
         self._answered = True
-        if not self._cut_off:
+        if self._patient:
             self._deadline = inf
 
     async def receive(self) -> Message:
         """Receive for the application."""
+        while not self.over and trio.current_time() < self._deadline:
+            with trio.move_on_at(self._deadline):
+                return await self._next()
         if self.over:
-            return await self._next()
-        with trio.move_on_at(self._deadline):
             return await self._next()
         if self._answered:  # its stream is being sent: what is left is to end it
             self.gone = self.over = True
@@ -106,12 +110,25 @@ class _Request:
         self.gone = self.gone or message["type"] == "http.disconnect"
         if self.gone or not message.get("more_body", False):
             self.over = True
-            self._dropping.cancel(reason="the request has ended")
+            if self._dropping is not None:
+                self._dropping.cancel(reason="the request has ended")
         return message
 
     async def drop(self) -> None:
-        """Receive what is left, unless another task does, for as long as there is time."""
-        with self._dropping:
-            self._dropping.deadline = self._deadline
-            while not self.over:
-                await self._next()
+        """Receive what is left, unless another task does, while there is time, and no more than a body may be."""
+        dropped = 0
+        with trio.CancelScope(deadline=self._deadline) as self._dropping:
+            while not self.over and (dropped <= self._limit or self._deadline == inf):
+                dropped += len((await self._next()).get("body", b""))
+
+    async def while_swallowing(self, send: Send, message: Message) -> None:
+        """Send the end. What still comes meanwhile goes by: Hypercorn has no room for it, and would wait there."""
+
+        async def swallow() -> None:
+            while True:
+                await self._receive()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(swallow)
+            await send(message)
+            nursery.cancel_scope.cancel(reason="the response has ended")

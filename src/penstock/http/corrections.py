@@ -6,12 +6,14 @@
 | `BoundedBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
 | `Streams` | HTTP/2 responses outlive their clients, and are cut off at a shutdown | they end, and whole |
 | `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
+| `Requests._create_stream`, `Streams` | headers above the limit pass if they come quickly | do not |
 | `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
 | `Connection._at_once` | every send takes a round of the scheduler, also if the system takes it at once | every 32nd |
 | `Requests.stream_send` | each chunk of a body goes through all of h11 | the first |
-| `Connection._lose` | of several responses on a connection that breaks, some are never told | all are |
+| `Connection.lose` | of several responses on a connection that breaks, some are never told | all are |
 | `Connection._initiate_server_close` | the last bytes to an HTTP/2 client may be lost | the client closes first |
 | `Connection._read_data` | a second request that came early keeps its connection for ever | ends with the client |
+| `Pause` | ... and nobody notices that the client has gone | is noticed |
 | `Connection.run` | an error in one connection's protocol ends the server, for everybody | ends that connection |
 | `keep_alive_max_requests` | after 1,000 requests on an HTTP/2 connection its streams fall silent | no such limit |
 
@@ -19,7 +21,7 @@ The first is an option of the listening sockets, which any version passes on. Th
 modules when a server first asks for it. Connections of servers that did not ask are Hypercorn's own still, but for
 `BoundedBuffer`, which has no way to tell. On a version that is not in `KNOWN` nothing is
 replaced, and a warning says so: what it does now is for somebody to look at. Each piece has a test against the real
-server, with it and without. Those of HTTP/2 are in `http2.py`.
+server, with it and without. Those of one protocol are in `http1.py` and `http2.py`.
 """
 
 from __future__ import annotations
@@ -34,18 +36,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import h11
 import hypercorn.protocol
 import hypercorn.trio.run
 import trio
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import Body
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 
 from penstock.errors import single_error
 from penstock.groups import parted, raise_unchanged
+from penstock.http.http1 import Requests
 from penstock.http.http2 import BoundedBuffer, Streams
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Config
     from hypercorn.events import Event
-    from hypercorn.protocol.events import Event as StreamEvent
     from hypercorn.trio.worker_context import WorkerContext
     from hypercorn.typing import AppWrapper, ConnectionState
 
@@ -62,6 +62,9 @@ KNOWN: Final = ("0.18.0",)
 """The versions of Hypercorn whose faults these are."""
 MAX_USER_TIMEOUT: Final = (2**31 - 1) / 1000
 """The longest TCP user timeout that a socket takes, in seconds: milliseconds in 31 bits."""
+
+MAX_KEEPALIVE: Final = 32_767
+"""The most seconds that Linux waits before it asks an idle peer whether it is there."""
 
 LINGER: Final = 1.0
 """Seconds after its last send in which an HTTP/2 client may close its connection before the server does."""
@@ -95,6 +98,10 @@ def time_out_stalled(sockets: Iterable[socket.socket], seconds: float) -> bool:
     for sock in sockets:
         if sock.family in {socket.AF_INET, socket.AF_INET6}:
             sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
+            if seconds:  # a peer to which nothing is sent is asked now and then whether it is there
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(math.ceil(seconds), MAX_KEEPALIVE))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, min(math.ceil(seconds), MAX_KEEPALIVE))
     return True
 
 
@@ -126,36 +133,6 @@ class Sends:
 def _sends_of(config: Config) -> Sends | None:
     """Those of the server with this configuration, if it asked for corrections."""
     return getattr(config, _SENDS, None)
-
-
-class Requests(H11Protocol):
-    """An HTTP/1.1 connection that stays one: HTTP/2 begins with its own preface, or is agreed on in TLS.
-
-    The upgrade from HTTP/1.1 is deprecated (RFC 9113, 3.1). In Hypercorn 0.18.0 its header is decoded outside of
-    anything that expects an error, and an upgraded CONNECT never ends. A server may take no notice (RFC 9110, 7.8).
-    """
-
-    _chunked = False
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        if event.method == b"PRI":
-            await super()._check_protocol(event)
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        """Send for a response.
-
-        When h11 has framed a piece of a body as a chunk (RFC 9112, 7.1), the next pieces of the body are framed in the
-        same way without it: it would take as long as the system takes to send them, and its state stays as it is.
-        """
-        if not (isinstance(event, Body) and event.data and self.connection.our_state is h11.SEND_BODY):
-            self._chunked = False
-            await super().stream_send(event)
-            return
-        framed = b"%x\r\n%b\r\n" % (len(event.data), event.data)
-        if not self._chunked:
-            chunk, framed = framed, self.connection.send(h11.Data(data=event.data))
-            self._chunked = chunk == framed
-        await self.send(RawData(framed))
 
 
 class Connection(TCPServer):
@@ -198,11 +175,11 @@ class Connection(TCPServer):
                     await trio.lowlevel.cancel_shielded_checkpoint()
                 self._last_sent = now
             except (*GONE, OSError):
-                self._lose()
+                self.lose()
                 await trio.lowlevel.cancel_shielded_checkpoint()  # whoever sends on all the same starves nobody
         elif isinstance(event, Closed):
             await self._close()
-            self._lose()
+            self.lose()
         elif not self._lost:  # or the connection would stay for as long as one that is idle
             await super().protocol_send(event)
 
@@ -237,7 +214,7 @@ class Connection(TCPServer):
             finally:
                 self.send_lock.release()
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
         """The client is gone.
 
         Hypercorn 0.18.0 tells the responses so in the task that found out, which may be one of theirs: it is cancelled

@@ -10,16 +10,20 @@ import h2.events
 import h2.exceptions
 import trio
 from hypercorn.events import Closed, Updated
-from hypercorn.protocol.events import StreamClosed
+from hypercorn.protocol.events import Body, StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.ws_stream import WSStream
+
+from penstock.http.http1 import TELLING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from hypercorn.events import Event
     from hypercorn.protocol.events import Event as StreamEvent
+    from hypercorn.protocol.http_stream import HTTPStream
     from hypercorn.typing import Event as IOEvent
 
+FRAME_LENGTH: Final = 3
+"""The first bytes of a frame, which say how long it is."""
 LAST_WORDS: Final = 1.0
 """Seconds that responses have for their last sends once Hypercorn has cancelled them."""
 
@@ -82,6 +86,8 @@ class Streams(H2Protocol):
     - A response that fails after its headers never ends at all.
     - A connection whose last stream was reset, or that never had one, is not closed for being idle.
     - A request that comes during a shutdown is refused, and its body then ends the connection, with all its streams.
+    - The limit on headers counts when the client has acknowledged it; one that never does has four times as much.
+    - A frame is waited for, and kept, that says it has 16 MiB, which none may have.
     - Priorities, which RFC 9113 (5.3) deprecates, are kept of streams that nobody opens, up to a limit that ends the
       connection. Here they are of no account.
     """
@@ -90,6 +96,8 @@ class Streams(H2Protocol):
 
     async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
         """Begin; idle until the first request."""
+        self._taking: dict[int, trio.CancelScope] = {}
+        self.connection.decoder.max_header_list_size = self.config.h2_max_header_list_size
         await super().initiate(headers, settings)
         await self.send(Updated(idle=self.idle))
 
@@ -135,32 +143,46 @@ class Streams(H2Protocol):
             self.closed = True  # which ends the task
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        await super()._handle_events(list(self._of_streams(events)))
+        for event in events:
+            if isinstance(event, h2.events.RequestReceived) and self.context.terminated.is_set():
+                with suppress(h2.exceptions.ProtocolError):  # it has been taken back
+                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            elif isinstance(event, h2.events.DataReceived):
+                await self._take_in(event)
+                with suppress(h2.exceptions.ProtocolError):  # it is closed, perhaps by now
+                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            else:
+                await super()._handle_events([event])
+            if isinstance(event, h2.events.RequestReceived | h2.events.DataReceived):
+                await self._close_refused(event.stream_id)
         resets = [event.stream_id for event in events if isinstance(event, h2.events.StreamReset)]
         for stream_id in resets:
             await self._drop(stream_id)
         if resets:
             await self.send(Updated(idle=self.idle))
+        await self._flush()
+        await self._refuse_overlong()
 
-    def _of_streams(self, events: list[h2.events.Event]) -> Iterator[h2.events.Event]:
-        """The events but for requests that come too late, and for data of streams that are over."""
-        opened: set[int] = set()
-        for event in events:
-            if isinstance(event, h2.events.RequestReceived) and self.context.terminated.is_set():
-                with suppress(h2.exceptions.ProtocolError):  # it has been taken back
-                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-                continue
-            if isinstance(event, h2.events.RequestReceived):
-                opened.add(event.stream_id)
-            elif (
-                isinstance(event, h2.events.DataReceived)
-                and event.stream_id not in self.streams
-                and event.stream_id not in opened
-            ):
-                with suppress(h2.exceptions.ProtocolError):  # it is closed
-                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                continue
-            yield event
+    async def _take_in(self, event: h2.events.DataReceived) -> None:
+        """Hand a piece of a body on, until its response has ended: then nobody takes it, and all others would wait."""
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            with trio.CancelScope() as self._taking[event.stream_id]:
+                await stream.handle(Body(stream_id=event.stream_id, data=event.data))
+            self._taking.pop(event.stream_id, None)
+
+    async def _close_refused(self, stream_id: int) -> None:
+        """Forget a stream that Hypercorn has refused itself: a handshake of a WebSocket."""
+        stream = self.streams.get(stream_id)
+        if isinstance(stream, WSStream) and stream.closed:
+            await self._close_stream(stream_id)
+            await self.send(Updated(idle=self.idle))
+
+    async def _refuse_overlong(self) -> None:
+        """End a connection whose next frame says that it is larger than any may be (RFC 9113, 4.2)."""
+        begun = bytes(self.connection.incoming_buffer._data[:FRAME_LENGTH])  # noqa: SLF001  (h2 waits for all of it)
+        if len(begun) == FRAME_LENGTH and int.from_bytes(begun, "big") > self.connection.max_inbound_frame_size:
+            await self.send(Closed())
 
     async def _drop(self, stream_id: int) -> None:
         """Drop what is left of a stream."""
@@ -170,9 +192,16 @@ class Streams(H2Protocol):
 
     async def _close_stream(self, stream_id: int) -> None:
         stream = self.streams.pop(stream_id, None)
+        if (taking := self._taking.pop(stream_id, None)) is not None:
+            taking.cancel(reason="the stream has ended")
         if stream is not None:
-            self.task_group.spawn(stream.handle, StreamClosed(stream_id=stream_id))
+            self.task_group.spawn(self._tell, stream, stream_id)
             await self.has_data.set()
+
+    async def _tell(self, stream: HTTPStream | WSStream, stream_id: int) -> None:
+        """Tell a response that its stream has ended, if it has ears; see `http1.py`."""
+        with trio.move_on_after(TELLING):
+            await stream.handle(StreamClosed(stream_id=stream_id))
 
     async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
         pass

@@ -45,12 +45,16 @@ class Links:
     """
 
     def __init__(self, secret: str) -> None:
-        self._key = secret.encode()
+        self._key = secret.encode("utf-8", "surrogateescape")
         if len(self._key) < MIN_SECRET:
             raise ConfigurationError(
                 f"a secret for links has at least {MIN_SECRET} bytes, and this one {len(self._key)}; make one with: "
                 "openssl rand -base64 32"
             )
+        try:
+            self.make("run", 1.0)
+        except jwt.PyJWTError as error:
+            raise ConfigurationError(f"this secret cannot be one for links: {error}") from None
 
     def make(self, run_id: str, lifetime: float) -> tuple[str, int]:
         """A token for a run's stream.

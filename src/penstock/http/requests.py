@@ -11,7 +11,6 @@ import sys
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
-from urllib.parse import urlsplit
 
 from penstock.errors import StreamRejected
 from penstock.runs import RunStatus, check_run_id
@@ -98,7 +97,7 @@ def _refuse_unasked(headers: Mapping[str, str]) -> None:
     """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     origin = headers.get("origin")  # towards plain http elsewhere than on loopback, browsers send this one alone
-    own = origin is None or urlsplit(origin).netloc == headers.get("host")
+    own = origin is None or origin.partition("://")[2] == headers.get("host")
     if not (own and headers.get("sec-fetch-site", "none") in _OWN_SITE) and media_type != "application/json":
         raise StreamRejected(403, "CROSS_SITE", "a page of another site sends JSON as application/json, or nothing")
 

@@ -73,7 +73,7 @@ def rights_of(names: Iterable[str]) -> frozenset[Right]:
         raise ConfigurationError(f"rights are a list of names, of {', '.join(Right)}")
     for name in names:
         if name not in ALL_RIGHTS:
-            raise ConfigurationError(f"there is no right {name!r}; there are {', '.join(Right)}")
+            raise ConfigurationError(f"one of the rights is none; there are {', '.join(Right)}")
     return frozenset(map(Right, names))
 
 
@@ -98,10 +98,11 @@ class TokenAuthorizer(Authorizer):
         """Whoever has this token, or this link; a token goes before a link."""
         header = request.headers.get("authorization")
         link = request.query_params.get("link")
-        if header is None and link is not None and self.links is not None:
-            return Caller("link", frozenset({Right.READ}), self.links.run_of(link))
         scheme, _, token = (header or "").partition(" ")
-        if scheme.lower() != "bearer":
+        bearer = scheme.lower() == "bearer"
+        if not bearer and link is not None and self.links is not None:  # the header may be that of a proxy's own
+            return Caller("link", frozenset({Right.READ}), self.links.run_of(link))
+        if not bearer:
             raise NotAuthenticated("this server wants to know who is asking: send Authorization: Bearer TOKEN")
         digest = sha256(token.strip().encode()).digest()
         known = [name for name, each in self._tokens.items() if hmac.compare_digest(each.digest, digest)]
@@ -125,20 +126,19 @@ def read_tokens(path: str) -> dict[str, Token]:
         ConfigurationError: it cannot be read, or says something else. Nothing of what it says is in the words.
     """
     try:
-        tables: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeError, tomllib.TOMLDecodeError):
+    except (ValueError, RecursionError):  # of Unicode, TOML, or a number
         raise ConfigurationError(f"{path} is not TOML; it has a table for each token, such as [dashboard]") from None
     if not tables:
         raise ConfigurationError(f"there is no token in {path}; it has a table for each, such as [dashboard]")
     known: dict[str, Token] = {}
-    name = ""
-    try:
-        for name, table in tables.items():
+    for number, (name, table) in enumerate(tables.items(), 1):
+        try:
             known[name] = _token_of(table)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"in {path}, [{name}]: {error}") from None
+        except ConfigurationError as error:
+            raise ConfigurationError(f"in {path}, table {number}: {error}") from None
     return known
 
 
