@@ -7,6 +7,8 @@
 | `Streams` | HTTP/2 responses outlive their clients, and are cut off at a shutdown | they end, and whole |
 | `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
 | `Requests._create_stream`, `Streams` | headers above the limit pass if they come quickly | do not |
+| `Requests.handle`, `Streams` | a refused WebSocket keeps its connection for ever | does not |
+| `Requests._close_stream`, `Streams` | a response that takes no more of a body holds up its connection | for a second |
 | `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
 | `Connection._at_once` | every send takes a round of the scheduler, also if the system takes it at once | every 32nd |
 | `Requests.stream_send` | each chunk of a body goes through all of h11 | the first |
