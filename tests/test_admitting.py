@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -487,3 +488,36 @@ async def test_a_link_that_one_worker_has_made_opens_the_stream_at_every_other(s
         await has_stopped(workers)
         assert TOKEN not in workers.said
         assert url.partition("=")[2] not in workers.said
+
+
+# Workers, and what producers start
+
+
+def test_a_worker_admits_whom_its_parent_admits_whatever_the_file_says_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[a]\ntoken = "{TOKEN}"\nrights = ["read"]\n')
+    options: dict[str, Any] = {"tokens": str(path), "allow_origin": (), "allow_host": (), "insecure": False}
+    parent = admission(token=None, link_secret=None, **options)
+    path.unlink()
+    for name, value in parent.for_workers.items():
+        monkeypatch.setenv(name, value)
+    secret = parent.for_workers["PENSTOCK_LINK_SECRET"]
+    worker = admission(token=None, link_secret=secret, worker=True, **options)
+    assert worker.for_workers == parent.for_workers
+    assert TOKEN not in str(parent.for_workers)
+
+
+async def test_what_exec_runs_finds_no_secret_in_its_environment() -> None:
+    program = "import os; print(sorted(name for name in os.environ if name.startswith('PENSTOCK_')))"
+    env: dict[str, Any] = {
+        "PENSTOCK_TOKEN": TOKEN,
+        "PENSTOCK_LINK_SECRET": SECRET,
+        "PENSTOCK_LOG": "redis://:secret@localhost",
+    }
+    args = ("exec", "--bind", "127.0.0.1:0", "--", sys.executable, "-c", program)
+    async with penstock(*args, **env) as running, httpx2.AsyncClient() as client:
+        url = (await running.until(r"stream   (http://127\.0\.0\.1:\d+/v1/runs/exec/stream)"))[1]
+        answer = await client.get(url, headers={"authorization": f"Bearer {TOKEN}"})
+        assert "data: []" in answer.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -85,6 +86,36 @@ async def leaves_early(server: Server, tap: Tap, how: str) -> trio.lowlevel.Task
         await eventually(gone)
     assert (await server.run(run_id))["status"] == "running"
     return task
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+@pytest.mark.parametrize("early", [b"x", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"])
+async def test_a_reader_of_a_silent_run_without_pings_goes_with_a_client_that_has_sent_too_much(
+    how: str, early: bytes
+) -> None:
+    async with unharmed() as server:
+        run_id = await server.start("silent")
+        async with joined(server, partial(trio.open_tcp_stream, "127.0.0.1")) as (stream, task):
+            target = f"/v1/runs/{run_id}/stream?include_pings=false"
+            await stream.send_all(f"GET {target} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode() + early)
+            await Wire(stream).until(b"text/event-stream")
+            await eventually(lambda: readers(server, run_id) == [1])
+            if how == "reset":
+                with_reset(stream)
+        await is_over_soon(task, server)
+        assert readers(server, run_id) == [0]
+
+
+async def test_a_client_that_sends_more_than_headers_may_have_before_its_answer_is_over_is_cut_off() -> None:
+    async with unharmed() as server:
+        run_id = await server.start("silent")
+        async with joined(server) as (stream, task):
+            await stream.send_all(f"GET /v1/runs/{run_id}/stream HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            await eventually(lambda: readers(server, run_id) == [1])
+            with suppress(trio.BrokenResourceError):
+                for _ in range(20):
+                    await stream.send_all(b"x" * 1024)
+            await is_over_soon(task, server)
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])

@@ -70,6 +70,8 @@ async def test_listening_and_accepted_sockets_have_the_timeout(
             listening = [each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for each in sockets]
             assert sorted(listening) == [0, 1]
             assert [each.getsockopt(socket.IPPROTO_TCP, USER_TIMEOUT) for each in sockets] == [milliseconds] * 2
+            asked_for = [each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for each in sockets]
+            assert asked_for == [milliseconds > 0] * 2
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,8 @@ class Requests(H11Protocol):
     async def handle(self, event: Event) -> None:
         """Take in what happened on the connection."""
         await super().handle(event)
-        if (
-            isinstance(self.stream, WSStream) and self.stream.closed
-        ):  # a handshake of a WebSocket, refused, and left open
+        # A handshake of a WebSocket that was refused leaves its connection open.
+        if isinstance(self.stream, WSStream) and self.stream.closed:
             await self.send(Closed())
 
     async def _create_stream(self, request: h11.Request) -> None:
