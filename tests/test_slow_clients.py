@@ -146,7 +146,7 @@ async def test_clients_that_say_no_more_than_they_must_are_closed_and_leave_noth
         assert stayed == set()
         with trio.fail_after(SOON):
             await eventually(lambda: server.tasks() == tasks)
-        assert kept() == memory
+        assert kept() <= memory
         assert server.service.supervisor.live_runs == 1
 
 
@@ -186,6 +186,7 @@ HELLO: Final = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
     ids=["nothing", "half of it", "a byte now and then", "single bytes", "something else"],
 )
 async def test_a_handshake_that_does_not_end_is_closed_and_leaves_nothing(words: Says) -> None:
+    before = kept()
     with tls_config("h2", "http/1.1") as (config, trusts):
         brief_config(config).ssl_handshake_timeout = BRIEF
         async with serving(config=config) as server, AsyncExitStack() as stack:
@@ -204,7 +205,7 @@ async def test_a_handshake_that_does_not_end_is_closed_and_leaves_nothing(words:
                         await until_closed(stream)
                     await eventually(lambda: not server.connections())
                 nursery.cancel_scope.cancel()
-            assert kept() == 0
+            assert kept() <= before  # that of tests before this one may have gone meanwhile
 
 
 async def test_a_client_that_says_nothing_after_its_handshake_is_closed() -> None:
