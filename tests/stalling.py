@@ -6,9 +6,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.connections import small_socket
-from tests.http2_clients import OPEN, Http2
+from tests.http2_clients import OPEN, Ends
+from tests.serving import family
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -67,10 +69,11 @@ async def over_tls(server: Server, trusts: SSLContext | None) -> AsyncIterator[t
 @asynccontextmanager
 async def over_http2(server: Server, _trusts: SSLContext | None) -> AsyncIterator[trio.abc.Stream]:
     async with await small_socket(server.port) as stream:
-        client = Http2(stream)
+        client = Ends(stream)
         client.h2.increment_flow_control_window(OPEN)
         number = await client.get("/endless")
-        await client.receive()
+        await client.until_headers(number)
+        assert client.headers[number][":status"] == "200"
         client.h2.increment_flow_control_window(OPEN, number)
         await client.send()
         yield stream
@@ -78,3 +81,18 @@ async def over_http2(server: Server, _trusts: SSLContext | None) -> AsyncIterato
 
 CLIENTS: Final = [over_http1, following_a_run, trickling, over_tls, over_http2]
 """Each leads to its connection, once it has stalled."""
+
+
+def waits_in_a_send(connection: trio.lowlevel.Task) -> bool:
+    """Whether a task of a connection waits for its client, or the system, to take in what it sends."""
+    sending = trio.SocketStream.send_all.__code__
+    return any(
+        frame.f_code is sending for task in (connection, *family(connection)) for frame, _ in task.iter_await_frames()
+    )
+
+
+async def all_stalled(server: Server, count: int) -> None:
+    """Wait until so many connections, of all servers in this loop, wait in a send, and nothing else moves."""
+    await wait_all_tasks_blocked(0.01)
+    while sum(map(waits_in_a_send, server.connections())) < count:
+        await wait_all_tasks_blocked(0.01)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import hypercorn.trio
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from penstock import Event, MemoryLog
+from penstock import Event, LogUnavailable, MemoryLog
 from tests.serving import PRODUCERS, problem, quiet_config, serving
 from tests.wire import DONE, blocks_of, ids
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+EVENT_SOURCE: Final = {"accept": "text/event-stream"}
+"""What a browser's `EventSource` accepts."""
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,31 @@ async def test_an_unexpected_exception_is_a_500_with_an_error_id(dialect: str, *
         assert ("hunter2" in answer.text) is expose_errors
         assert "Traceback" not in answer.text
         assert (await server.client.get("/healthz")).status_code == 200
+
+
+async def test_a_server_that_is_not_ready_says_503_also_to_who_accepts_streams_alone() -> None:
+    class Away(MemoryLog):
+        async def check(self) -> None:
+            raise LogUnavailable("away")
+
+    async with serving(log=Away()) as server:
+        problem(await server.client.get("/readyz", headers=EVENT_SOURCE), 503, "LOG_UNAVAILABLE")
+
+
+async def test_who_accepts_streams_alone_comes_back_to_a_stream_that_cannot_be_allowed_for_now() -> None:
+    class Away:
+        async def authenticate(self, _request: Any) -> Any:
+            raise LogUnavailable("the users' database is away")
+
+    async with serving(authorizer=Away()) as server:
+        stream, record = "/v1/runs/any/stream", "/v1/runs/any"
+        answer = await server.client.get(stream, headers=EVENT_SOURCE)
+        assert (answer.status_code, answer.text) == (200, "retry: 1000\n\n")
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert answer.headers["cache-control"] == "no-store"
+        assert (await server.client.head(stream, headers=EVENT_SOURCE)).status_code == 503
+        problem(await server.client.get(stream), 503, "LOG_UNAVAILABLE")
+        problem(await server.client.get(record, headers=EVENT_SOURCE), 503, "LOG_UNAVAILABLE")
 
 
 async def test_in_dialect_letta_errors_are_a_detail_object() -> None:

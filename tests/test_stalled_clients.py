@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
 import penstock.http.server
 import penstock.http.shutdown
@@ -20,7 +19,7 @@ from tests.connections import BRIEF, Ending, brief, brief_config
 from tests.endpoints import flood, with_endless
 from tests.http2_clients import without_window
 from tests.processes import process
-from tests.stalling import CLIENTS, over_tls, stalled
+from tests.stalling import CLIENTS, all_stalled, over_tls, stalled
 from tests.test_serve_process import ends
 from tests.uncorrected import STOCK, as_it_is
 from tests.wire import DONE
@@ -63,9 +62,11 @@ async def test_a_client_that_does_not_read_holds_up_the_end_only_without_the_cor
     endings = Ending(how), Ending(how)
     async with AsyncExitStack() as stack:
         config, trusts = stack.enter_context(tls_config("http/1.1")) if client is over_tls else (None, None)
+        config = brief_config(config)
+        config.keep_alive_timeout = MARGIN  # or a halt of the machine before a request ends the connection
 
         async def start(ending: Ending) -> Server:
-            running = brief({"flood": flood}, config=brief_config(config), run=ending.run, complains=True)
+            running = brief({"flood": flood}, config=config, run=ending.run, complains=True)
             server = await stack.enter_async_context(running)
             with_endless(server)
             return server
@@ -75,7 +76,7 @@ async def test_a_client_that_does_not_read_holds_up_the_end_only_without_the_cor
         held = await stack.enter_async_context(client(stock, trusts))
         corrected = await start(endings[1])
         await stack.enter_async_context(client(corrected, trusts))
-        await wait_all_tasks_blocked(0.01)
+        await all_stalled(corrected, 2)
         endings[0].now(stock)
         await accepts_no_more(stock)
         with trio.fail_after(MARGIN):

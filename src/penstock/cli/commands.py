@@ -1,10 +1,10 @@
-"""The command line: `penstock serve`, `penstock exec`, `penstock demo`.
+"""The command line: `penstock serve`, `penstock exec`, `penstock runs`, `penstock demo`.
 
-Here and in `serving.py` are the words: commands, and what they print. What they do is in `loading.py` (finding
-producers), `listening.py` (addresses, certificates), `hosting.py` (serving, workers, exit codes), `executing.py` (the
-run of `penstock exec`) and `penstock/demo`. Every option is an
-environment variable, too: `--cancel-grace` is `PENSTOCK_CANCEL_GRACE`. What is wrong with the words ends with exit code
-2 and a line that says what to do, never with a traceback of penstock's own.
+Here, in `serving.py` and in `runs.py` are the words: commands, and what they print. What they do is in `loading.py`
+(finding producers), `listening.py` (addresses, certificates), `admitting.py` (tokens), `hosting.py` (serving, workers,
+exit codes), `executing.py` (the run of `penstock exec`), `client.py` and `following.py` (`penstock runs`) and
+`penstock/demo`. Every option is an environment variable, too: `--cancel-grace` is `PENSTOCK_CANCEL_GRACE`. What is
+wrong with the words ends with exit code 2 and a line that says what to do, never with a traceback of penstock's own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who may do what: every request but those for `/healthz` and `/readyz` comes by here.
+"""Who may do what: every route but `/healthz` and `/readyz` asks here first.
 
 | question | no |
 |---|---|

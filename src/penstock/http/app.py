@@ -355,7 +355,8 @@ async def on_error(request: Request, error: Exception) -> Response:
         where = f"{request.method} {request.url.path}"
         tell(service.observer.on_error, error, error_id=error_id, where=where)
     tell(service.observer.refused, answer.status, answer.code)
-    if answer.status in FOR_NOW and is_event_source(request.scope) and request.method == "GET":
+    streams = isinstance(request.scope.get("endpoint"), _StreamRun) and request.method == "GET"
+    if streams and answer.status in FOR_NOW and is_event_source(request.scope):  # as in `response.py`
         return Response(RETRY, media_type="text/event-stream", headers={"cache-control": "no-store"})
     rendered, body = answer.render(service.dialect)
     response = Response(body, answer.status)

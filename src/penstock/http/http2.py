@@ -86,7 +86,7 @@ class Streams(H2Protocol):
     - A response that fails after its headers never ends at all.
     - A connection whose last stream was reset, or that never had one, is not closed for being idle.
     - A request that comes during a shutdown is refused, and its body then ends the connection, with all its streams.
-    - The limit on headers counts when the client has acknowledged it; one that never does has four times as much.
+    - The limit on headers is told to clients, and not kept: 64 KiB are let in.
     - A frame is waited for, and kept, that says it has 16 MiB, which none may have.
     - Priorities, which RFC 9113 (5.3) deprecates, are kept of streams that nobody opens, up to a limit that ends the
       connection. Here they are of no account.
