@@ -201,10 +201,10 @@ def left_over(supervisor: Supervisor) -> dict[str, Any]:
         "live": services.live,
         "tails": len(services.tails),
         "bytes": services.tails.size + committer.pending_bytes,
-        "outboxes": {**committer._dirty, **committer._lost, **committer._without_room},
+        "outboxes": committer.waiting,
         "channels": wakeups._channels.keys() - {wakeups._process},
-        "moved": {**wakeups._moved, **services.fetcher._moved},
-        "missing": services.fetcher._missing,
+        "moved": wakeups._moved,
+        "missing": services.fetcher.waiting,
     }
     return {name: what for name, what in kept.items() if what}
 

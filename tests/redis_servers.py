@@ -117,7 +117,7 @@ def _is_up(url: str, pid: int) -> bool:
         (info,) = _talk(url, ("INFO",))
     except redis.RedisError:
         return False
-    return bool(info["process_id"] == pid and not info["loading"])
+    return bool(info["process_id"] == pid and not info.get("loading"))  # a Sentinel loads nothing
 
 
 class Endpoint:
@@ -134,7 +134,25 @@ class Endpoint:
         self._executable = executable
         self._options = {"save": "", "appendonly": "no"} | dict(options)
         self.folder = folder
+        self._choose_ports()
+
+    def _choose_ports(self) -> None:
+        """Take what is free now: one for clients and, if it is a node of a cluster, one for the other nodes."""
         self.port = _free_port()
+        if self._options.get("cluster_enabled") == "yes":
+            self._options["cluster_port"] = _free_port()
+
+    @property
+    def bus_port(self) -> int:
+        """Where the other nodes of its cluster find it."""
+        port = self._options["cluster_port"]
+        assert isinstance(port, int)
+        return port
+
+    @property
+    def is_living(self) -> bool:
+        """Whether it can answer, as far as is known here: nobody has killed or paused it."""
+        return True
 
     @property
     def url(self) -> str:
@@ -204,17 +222,24 @@ class RedisServer(Endpoint):
     """A redis-server of a test's own."""
 
     _process: trio.Process | None = None
+    _paused = False
 
     @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def is_living(self) -> bool:
+        return self._process is not None and self._process.returncode is None and not self._paused
+
     def pause(self) -> None:
         """Stop it where it is: connections stay, and nothing answers."""
+        self._paused = True
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
+        self._paused = False
         self._signal(signal.SIGCONT)
 
     async def kill(self) -> None:
@@ -237,16 +262,18 @@ class RedisServer(Endpoint):
         await self.kill()
         if empty:
             shutil.rmtree(self.folder / "data")
-        await self._start(port=self.port)
+        await self._start(keep_ports=True)
 
-    async def _start(self, *, port: int | None = None) -> None:
-        """Start it on this port, however long that takes to be free; None: on any."""
+    async def _start(self, *, keep_ports: bool = False) -> None:
+        """Start it: on the ports that it has, however long they take to be free, or else on any."""
         with trio.fail_after(GUARD):
             while not await self._launch() and self._port_was_taken():
-                self.port = port or _free_port()
+                if not keep_ports:
+                    self._choose_ports()
 
     async def _launch(self) -> bool:
         """Start it and wait until it answers; False: it has ended instead."""
+        self._paused = False
         with self._new_log() as log:
             self._process = await trio.lowlevel.open_process(
                 self._command_line(), stdout=log, stderr=log, start_new_session=True
@@ -282,12 +309,19 @@ async def redis_server(
         options = {"appendonly": "yes", "appendfsync": "always"} | options
     with tempfile.TemporaryDirectory(prefix="penstock-redis-", ignore_cleanup_errors=True) as folder:
         server = RedisServer(executable or next(iter(redis_servers().values())), Path(folder), options)
-        try:
-            await server._start()
+        async with running(server):
             yield server
-        finally:
-            with trio.CancelScope(shield=True):
-                await server.kill()
+
+
+@asynccontextmanager
+async def running(server: RedisServer) -> AsyncIterator[None]:
+    """Start it, and kill it when the block is left, whatever has become of it."""
+    try:
+        await server._start()
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await server.kill()
 
 
 @cache
@@ -297,12 +331,16 @@ def shared_server(version: str | None = None) -> Endpoint:
     It is not to be stopped or reconfigured. Whoever uses it begins with `flushall`, or keeps to keys of its own.
     """
     servers = redis_servers()
-    executable = servers[version] if version else next(iter(servers.values()))
+    return start_shared(servers[version] if version else next(iter(servers.values())))
+
+
+def start_shared(executable: Path, **options: Option) -> Endpoint:
+    """Start a redis-server that answers until this process ends."""
     folder = tempfile.mkdtemp(prefix="penstock-redis-")
     atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
-    server = Endpoint(executable, Path(folder), {})
+    server = Endpoint(executable, Path(folder), options)
     while not _launch_shared(server) and server._port_was_taken():
-        server.port = _free_port()
+        server._choose_ports()
     return server
 
 

@@ -23,7 +23,7 @@ from penstock.sse import Decoder, Event
 from penstock.supervisor import Supervisor, open_supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 
     from penstock.log import (
         Appended,
@@ -135,8 +135,14 @@ class View:
         reply: Appended = await self._do("restore", self.log.restore, run, lease, oldest)
         return reply
 
-    async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
-        reaped: Sequence[str] = await self._do("reap", self.log.reap, obituary)
+    def part(self, run_id: str) -> str:
+        return self.log.part(run_id)
+
+    def parts(self) -> Collection[str]:
+        return self.log.parts()
+
+    async def reap(self, obituary: Callable[[], Obituary], **where: Any) -> Sequence[str]:
+        reaped: Sequence[str] = await self._do("reap", self.log.reap, obituary, **where)
         return reaped
 
     @asynccontextmanager
@@ -146,8 +152,8 @@ class View:
         async with self.log.wakeups(owner) as wakeups:
             yield _Told(self, wakeups)
 
-    async def check(self) -> None:
-        await self._do("check", self.log.check)
+    async def check(self, part: str | None = None) -> None:
+        await self._do("check", self.log.check, part)
 
 
 ALL_CALLS: Final = (
@@ -365,7 +371,7 @@ def assert_nothing_is_left(supervisor: Supervisor) -> None:
     assert supervisor.live_runs == 0
     assert len(services.tails) == services.tails.size == 0
     assert services.committer.pending_bytes == 0
-    assert not services.committer._dirty
+    assert not services.committer.waiting
     assert not [timer for timer in services.timers._heap if timer.callback is not None]
     wakeups: Any = services.fetcher._wakeups
     assert not (wakeups.wakeups if isinstance(wakeups, _Told) else wakeups)._subscribed

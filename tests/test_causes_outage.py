@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from penstock.contact import REAP_INTERVAL
 from penstock.errors import Draining, LogUnavailable, PenstockError, ReaderReleased, RunEnded, RunNotFound
 from penstock.log.memory import MemoryLog
 from penstock.log.retries import LONGEST_PAUSE
 from penstock.sse import Event
 from penstock.supervisor import Supervisor, open_supervisor
-from penstock.watch import REAP_INTERVAL
 from tests.committing import forget
 from tests.supervising import (
     FIRST,
@@ -415,11 +415,12 @@ async def test_an_outage_that_ends_in_the_instant_in_which_it_would_be_noticed_l
         witness = Witness()
         run = await works.owner.start(witness.waits)
         async with readers((works.owner, run.id), (works.other, run.id)) as (here, there):
-            reached = works.owner._services._watch._reached
+            contact = works.owner._services._watch._contacts[""]
+            reached = contact._reached
             go_away(works.view)
             await trio.sleep(0.7)
-            assert works.owner._services._watch._reached <= reached + 0.5
-            due = works.owner._services._watch._reached + REAP_INTERVAL + LIMIT
+            assert contact._reached <= reached + 0.5
+            due = contact._reached + REAP_INTERVAL + LIMIT
             await trio.sleep(due - trio.current_time() - early)
             come_back(works.view)
             await trio.sleep(3 * LEASE)
@@ -439,7 +440,7 @@ async def test_i4_a_log_that_is_back_in_the_instant_after_the_runs_were_given_up
     async with house(lease=20.0) as works:
 
         async def away_once() -> None:
-            if works.owner._services.fetcher._released is not None:
+            if works.owner._services.fetcher._away:
                 come_back(works.view)
             else:
                 await unavailable()
@@ -682,7 +683,7 @@ async def test_i4_a_reader_that_comes_in_the_instant_in_which_the_log_is_back_en
         await trio.sleep(TOO_LATE)
         come_back(works.view)
         works.view.after["read"] = slow(LONGEST_PAUSE + 1)  # the outage is over before the reply is here
-        assert works.owner._services.fetcher._released is not None
+        assert works.owner._services.fetcher._away
         reader = Reader(works.owner, run.id)
         with trio.fail_after(200):
             await reader.run()

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from penstock.committer import LOADED
+from penstock.lane import LOADED
 from penstock.outbox import BATCH_BYTES, BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus
 from tests.committing import committing, shown

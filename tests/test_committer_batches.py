@@ -11,8 +11,8 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.committer import FULL_PAUSE
 from penstock.errors import LogUnavailable
+from penstock.lane import FULL_PAUSE
 from penstock.log import Appended, AppendStatus
 from penstock.outbox import BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus
@@ -83,7 +83,7 @@ async def nothing_is_left(works: Works) -> None:
     """Nothing is pending, and nothing is asked of the log any more."""
     committer = works.committer
     await trio.sleep(1)
-    assert (committer._dirty, committer._lost, committer._without_room) == ({}, {}, {})
+    assert committer.waiting == []
     assert committer.pending_bytes == 0
     for owner in works.owners.values():
         assert (owner.outbox.size, owner.outbox.entries) == (0, [])

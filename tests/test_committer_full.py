@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from penstock.committer import FULL_PAUSE
+from penstock.lane import FULL_PAUSE
 from penstock.log import PAGE_ENTRIES, Appended, AppendStatus
 from penstock.outbox import BATCH_BYTES, BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus

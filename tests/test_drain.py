@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from penstock import create_app, serve
 from penstock.errors import Draining, ReaderReleased, RunNotFound
 from penstock.log import Batch, Lease
-from penstock.log.fetcher import MISSING_GRACE, MISSING_PAUSE
+from penstock.log.feed import MISSING_GRACE, MISSING_PAUSE
 from penstock.log.memory import MemoryLog
 from penstock.log.retries import LONGEST_PAUSE
 from penstock.supervisor import Supervisor, open_supervisor

@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
 from penstock.log import Batch, News
-from penstock.log.fetcher import LOADED, MISSING_GRACE, MISSING_PAUSE
+from penstock.log.feed import LOADED, MISSING_GRACE, MISSING_PAUSE
 from penstock.log.retries import LONGEST_PAUSE
 from penstock.log.tail import Tails
 from tests.committing import lose_last
@@ -356,7 +356,7 @@ async def test_the_readers_of_a_run_that_comes_back_in_time_go_on(autojump_clock
             assert works.log.calls.total() == 0  # it is looked for no more
             await works.append(6, 7, COMPLETED)
         assert seen == [[1, 2, 3, 4, 5, 6, 7], [6, 7]]
-        assert works.fetcher._missing == {}
+        assert works.fetcher.waiting == []
 
 
 async def test_the_readers_of_a_run_that_is_missing_for_too_long_are_told_so_and_those_to_come_as_well(
@@ -375,7 +375,7 @@ async def test_the_readers_of_a_run_that_is_missing_for_too_long_are_told_so_and
             assert works.log.calls.total() == 0
             with pytest.raises(RunNotFound):
                 await works.follow(5).__aenter__()
-        assert works.fetcher._missing == {}
+        assert works.fetcher.waiting == []
 
 
 async def test_a_run_that_is_missing_is_looked_for_with_a_pause_however_often_it_is_told_of(
@@ -443,7 +443,7 @@ async def test_a_run_whose_readers_leave_while_it_is_missing_is_looked_for_no_mo
         works.log.calls.clear()
         await trio.sleep(100)
         assert works.log.calls.total() == 0
-        assert works.fetcher._missing == {}
+        assert works.fetcher.waiting == []
 
 
 async def test_a_wake_up_of_what_a_tail_has_already_costs_no_fetch(autojump_clock: MockClock) -> None:
@@ -497,13 +497,13 @@ async def test_readers_that_were_released_for_a_while_may_come_again(autojump_cl
         await works.run(3)
         away = ReaderReleased("the log is away")
         async with works.follow(3) as follower:
-            works.fetcher.release(away, everyone=True)
+            works.fetcher.release(away, everyone=True, part="")
             with pytest.raises(ReaderReleased) as caught:
                 await anext(follower)
             assert caught.value is away
             with pytest.raises(ReaderReleased):
                 await works.follow(3).__aenter__()
-        works.fetcher.readmit(away)
+        works.fetcher.readmit(away, "")
         async with works.follow(1) as follower:
             await works.append(4, 4, COMPLETED)
             assert await read_to_the_end(follower) == [2, 3, 4]
@@ -517,8 +517,8 @@ async def test_readers_that_were_released_for_good_are_not_readmitted_with_those
         for_good, away = ReaderReleased("the server is shutting down"), ReaderReleased("the log is away")
         async with works.follow(3) as follower:
             works.fetcher.release(for_good)
-            works.fetcher.release(away, everyone=True)
-            works.fetcher.readmit(away)
+            works.fetcher.release(away, everyone=True, part="")
+            works.fetcher.readmit(away, "")
             for reader in (follower, works.follow(3)):
                 with pytest.raises(ReaderReleased) as caught:
                     await (anext(reader) if reader is follower else reader.__aenter__())
@@ -535,11 +535,11 @@ async def test_a_release_spares_the_readers_of_runs_that_are_fed_here_unless_eve
         works.fetcher.release(ReaderReleased("for those of others"))
         assert tail.released is None
         away = ReaderReleased("for everyone")
-        works.fetcher.release(away, everyone=True)
+        works.fetcher.release(away, everyone=True, part="")
         assert tail.released is away
-        works.fetcher.readmit(ReaderReleased("of another outage"))
+        works.fetcher.readmit(ReaderReleased("of another outage"), "")
         assert works.tails.get("r") is tail
-        works.fetcher.readmit(away)
+        works.fetcher.readmit(away, "")
         assert works.tails.get("r") is None  # it stays released, and those to come get another
         works.fetcher.give_back(tail)
 
@@ -550,7 +550,7 @@ async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgott
     async with reading() as works:
         await works.run(3)
         away = ReaderReleased("the log is away")
-        works.fetcher.release(away, everyone=True)
+        works.fetcher.release(away, everyone=True, part="")
         works.log.latency = 1.0
         seen: list[int] = []
         with trio.fail_after(100):
@@ -564,7 +564,7 @@ async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgott
 
                 nursery.start_soon(read)
                 await trio.sleep(0.5)
-                works.fetcher.readmit(away)
+                works.fetcher.readmit(away, "")
                 await trio.sleep(5)
                 await works.append(4, 5, COMPLETED)
         assert seen == [1, 2, 3, 4, 5]

@@ -15,7 +15,8 @@ from trio.testing import wait_all_tasks_blocked
 from penstock import Event, MemoryLog, open_supervisor
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
 from penstock.log import Entry
-from penstock.log.fetcher import MISSING_GRACE, Ahead
+from penstock.log.feed import MISSING_GRACE
+from penstock.log.fetcher import Ahead
 from tests.following import cancelling_at, read_to_the_end, reading, seqs_of
 from tests.logs import COMPLETED, Unreliable
 from tests.supervising import View, broken, slow

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
 
-from penstock.committer import FULL_PAUSE
+from penstock.lane import FULL_PAUSE
 from penstock.log import PAGE_ENTRIES, Appended, AppendStatus, Batch, Entry
 from penstock.log.redis import scripts
 from penstock.log.redis.log import RedisLog
@@ -16,6 +17,7 @@ from penstock.log.redis.records import Keys
 from penstock.log.urls import open_log
 from penstock.outbox import BATCH_ENTRIES, BATCHES
 from penstock.runs import RunStatus
+from tests.clustered import CLUSTER, clustered, everywhere
 from tests.committing import committing, shown
 from tests.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, batch, entries, record, seqs
 from tests.proxy import Reply, proxy
@@ -34,7 +36,7 @@ NOW = 1_767_225_600_123
 
 @pytest.fixture(params=VERSIONS)
 def server(request: pytest.FixtureRequest) -> Endpoint:
-    server = shared_server(request.param)
+    server = clustered() if request.param == CLUSTER else shared_server(request.param)
     server.flushall()
     return server
 
@@ -48,7 +50,7 @@ async def log(server: Endpoint) -> AsyncIterator[RedisLog]:
 
 async def in_redis(log: RedisLog, run_id: str = "r") -> list[list[Any]]:
     """The entries of a run as they lie there: each its id, and its fields and values, in order."""
-    return cast("list[list[Any]]", await log._client.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
+    return cast("list[list[Any]]", await log._servers.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
 
 
 def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
@@ -246,16 +248,18 @@ async def test_nothing_but_these_fields_lies_in_redis(log: RedisLog, ending: Any
 
 @pytest.mark.parametrize("count", [1, 2, 200])
 @pytest.mark.parametrize("ending", [None, COMPLETED, FAILED])
+@everywhere
 async def test_an_append_has_as_many_words_however_many_entries_it_has(log: RedisLog, count: int, ending: Any) -> None:
     command = log._append(batch(5, 4 + count, ending))
     one = log._append(batch(1, 1, ending))
     assert len(command) == len(one)
     made = entries(5, 4 + count)
-    wire, lengths, times = command[-3:]
+    wire, lengths, times, channel, publish = command[-5:]
     assert wire == b"".join(each.wire for each in made)
     assert struct.unpack(f"<{count}I", lengths) == tuple(len(each.wire) for each in made)
     assert struct.unpack(f"<{count}d", times) == tuple(each.timestamp for each in made)
-    assert command[:-3][3:6] == (KEYS.stream("r"), KEYS.record("r"), KEYS.wake("r"))
+    assert (channel, publish) == (KEYS.wake("r"), "SPUBLISH" if log._servers.clustered else "PUBLISH")
+    assert command[3:5] == (KEYS.stream("r"), KEYS.record("r"))
 
 
 # --- several batches of a run in one append -------------------------------------------------------------------------
@@ -280,6 +284,7 @@ async def test_several_batches_of_one_run_are_stored_in_order_in_one_round_trip(
         assert (await log.get("r")).status is RunStatus.COMPLETED
 
 
+@everywhere
 async def test_batches_of_many_runs_keep_the_order_of_each(log: RedisLog) -> None:
     runs = [f"r{number}" for number in range(40)]
     for run_id in runs:
@@ -294,6 +299,7 @@ async def test_batches_of_many_runs_keep_the_order_of_each(log: RedisLog) -> Non
         assert await in_redis(log, run_id) == as_it_lies(entries(1, 50, terminal=True))
 
 
+@everywhere
 async def test_batches_of_more_bytes_than_a_round_trip_takes_are_stored_in_order(log: RedisLog) -> None:
     await log.start(record(), LEASE)
     batches = [batch(n, n, size=MIB, ending=COMPLETED if n == 5 else None) for n in range(1, 6)]
@@ -302,6 +308,7 @@ async def test_batches_of_more_bytes_than_a_round_trip_takes_are_stored_in_order
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
+@everywhere
 async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: RedisLog, missing: int) -> None:
     await log.start(record(), LEASE)
     batches = [batch(10 * n - 9, 10 * n) for n in range(1, 6) if n != missing]
@@ -313,6 +320,7 @@ async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: Redis
     await is_stored(log, entries(1, 50, terminal=True))
 
 
+@everywhere
 async def test_every_batch_of_a_run_that_is_anothers_over_or_gone_is_refused(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE)
     refused = [batch(1, 10, epoch="yours"), batch(11, 20, epoch="yours")]
@@ -339,6 +347,7 @@ async def test_a_cancel_on_record_comes_with_the_reply_to_the_first_and_refuses_
     await is_stored(log, entries(1, 20))
 
 
+@everywhere
 async def test_several_batches_for_a_server_that_has_forgotten_the_script_are_stored_in_order(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -404,6 +413,7 @@ async def is_the_runs(log: RedisLog, tail: Sequence[Entry], run_id: str = "r") -
 @pytest.mark.parametrize(
     "count", [BATCHES * BATCH_ENTRIES - 1, BATCHES * BATCH_ENTRIES, 2 * BATCHES * BATCH_ENTRIES + 1]
 )
+@everywhere
 async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_order(log: RedisLog, count: int) -> None:
     async with to_redis(log) as works:
         boxes = [await works.run(run_id) for run_id in ("r", "other")]
@@ -445,6 +455,7 @@ async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost
             await is_the_runs(log, list(shown(outbox.tail)))
 
 
+@everywhere
 async def test_what_redis_loses_of_a_run_with_many_batches_is_given_again_whole(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -480,7 +491,9 @@ async def test_a_run_with_many_batches_goes_on_when_a_full_server_has_room(versi
                 works.warnings.append(words)
                 told.set()
 
-            works.committer._on_warning = tell
+            works.committer._commits = replace(works.committer._commits, on_warning=tell)
+            for lane in works.committer._lanes.values():
+                lane._commits = works.committer._commits
             works.put(outbox, BATCHES * BATCH_ENTRIES + 5)
             with trio.fail_after(20 * FULL_PAUSE):
                 await told.wait()

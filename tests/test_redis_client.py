@@ -21,7 +21,6 @@ from penstock.log.redis.client import (
     BYTES_PER_ROUND_TRIP,
     COMMANDS_PER_ROUND_TRIP,
     Client,
-    Command,
     call,
     open_client,
 )
@@ -34,13 +33,14 @@ from tests.redis_servers import Endpoint, _free_port, redis_server, redis_server
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from penstock.log.redis.servers import Command
     from tests.proxy import Proxy
 
 GUARD = 10
 SHORT = 0.3
 """How long Redis may take to answer where a test waits for it to be too long."""
 
-DUE = call(scripts.DUE, ["live"], 10)
+DUE = call(scripts.DUE, ["live"], 0, 10)
 VERSIONS = list(redis_servers())
 
 ENLIST = call(scripts.ENLIST, ["live"], 60_000, "1", "r")

@@ -10,6 +10,7 @@ import trio
 
 from penstock.errors import CursorExpired, RunEnded, RunExists, RunNotFound
 from penstock.sse import Event
+from tests.clustered import on_a_cluster
 from tests.proxy import Proxy, proxy
 from tests.redis_runs import (
     Ticks,
@@ -153,6 +154,7 @@ async def test_d29_leaving_while_an_append_is_under_way_loses_nothing(
     assert (record["status"], len(data)) == ends[how]
 
 
+@on_a_cluster
 async def test_d30_a_run_that_redis_refuses_harms_no_other(server: Endpoint) -> None:
     notes = Notes()
     async with supervisors(server.url, server.url, observer=notes, lease=1.5) as (owner, other):
@@ -172,6 +174,7 @@ async def test_d30_a_run_that_redis_refuses_harms_no_other(server: Endpoint) -> 
         assert any(runs[1].id in words for words in notes.warnings)
 
 
+@on_a_cluster
 async def test_d30_a_run_that_cannot_be_put_back_is_given_up_in_clear_words(server: Endpoint) -> None:
     notes, ticks = Notes(), Ticks(0.02)
     async with supervisors(server.url, observer=notes) as (owner,):
@@ -186,6 +189,7 @@ async def test_d30_a_run_that_cannot_be_put_back_is_given_up_in_clear_words(serv
         assert any(run.id in words and "WRONGTYPE" in words for words in notes.warnings)
 
 
+@on_a_cluster
 async def test_d31_a_run_is_not_begun_again_by_whoever_comes_after(server: Endpoint) -> None:
     async with supervisors(server.url) as (other,):
         async with supervisor_at(server.url) as owner:
@@ -207,6 +211,7 @@ async def test_d31_a_run_is_not_begun_again_by_whoever_comes_after(server: Endpo
                 await whole(server, run_id)
 
 
+@on_a_cluster
 async def test_d32_the_history_of_a_silent_run_outlives_the_ttl_again_and_again(server: Endpoint) -> None:
     ttl, lease = 100.0, 20.0
     async with supervisors(server.url, server.url, limits={"ttl": ttl}, lease=lease) as (owner, other):
@@ -238,6 +243,7 @@ async def first_of(supervisor: Any, run_id: str) -> Any:
         return await anext(entries)
 
 
+@on_a_cluster
 async def test_d33_resuming_at_or_past_the_end_ends_at_once(server: Endpoint) -> None:
     async with supervisors(server.url, server.url) as (owner, other):
         run = await owner.start(count, 3)
@@ -254,6 +260,7 @@ async def test_d33_resuming_at_or_past_the_end_ends_at_once(server: Endpoint) ->
                 assert (answer.status_code, answer.content) == (204, b"")
 
 
+@on_a_cluster
 async def test_d34_a_run_that_is_missing_or_has_expired_is_not_found(server: Endpoint) -> None:
     async with supervisors(server.url, limits={"ttl": 100.0}) as (supervisor,), serving({}, server.url) as http:
         run = await supervisor.start(count, 3)
@@ -269,11 +276,13 @@ async def test_d34_a_run_that_is_missing_or_has_expired_is_not_found(server: End
         await nothing_is_left(supervisor)
 
 
+@on_a_cluster
 async def test_d34_the_reader_of_a_run_that_nobody_gives_back_is_told_so(
     server: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penstock.log.fetcher.MISSING_GRACE", 0.5)
-    monkeypatch.setattr("penstock.log.redis.wakeups.PING_INTERVAL", 0.2)
+    monkeypatch.setattr("penstock.log.feed.MISSING_GRACE", 0.5)
+    monkeypatch.setattr("penstock.log.redis.listener.PING_INTERVAL", 0.2)
     async with supervisors(server.url, server.url, lease=3_600.0) as (owner, other):
         run = await owner.start(Witness().waits)
         async with readers((other, run.id)) as (reader,):
@@ -283,6 +292,7 @@ async def test_d34_the_reader_of_a_run_that_nobody_gives_back_is_told_so(
         await nothing_is_left(other)
 
 
+@on_a_cluster
 async def test_d37_a_cursor_before_what_was_trimmed_is_refused_with_the_oldest_seq(server: Endpoint) -> None:
     async with supervisors(server.url, server.url, limits={"max_entries": 200}, tail_entries=10) as (owner, other):
         ticks = Ticks(0.0)
@@ -316,6 +326,7 @@ async def test_d38_the_length_of_a_run_does_not_count_for_a_resume_at_its_end(se
         assert spent == [1, 1]
 
 
+@on_a_cluster
 async def test_d40_a_run_that_goes_on_for_longer_than_ended_ones_are_kept_does_not_expire(server: Endpoint) -> None:
     ttl, lease = 60.0, 30.0
     async with supervisors(server.url, server.url, limits={"ttl": ttl}, lease=lease) as (owner, other):
@@ -386,6 +397,7 @@ async def test_d42_two_hundred_readers_that_come_at_once_share_a_few_connections
         await nothing_is_left(there)
 
 
+@on_a_cluster
 async def test_d31_a_run_written_by_hand_whose_owner_is_fenced_is_cut_short(server: Endpoint) -> None:
     async with supervisors(server.url, lease=0.6) as (owner,):
         with pytest.raises(RunEnded):  # noqa: PT012

@@ -153,7 +153,7 @@ async def test_a_run_that_cannot_be_read_harms_no_reader_of_another(server: Endp
             await until(lambda: min(map(last_seq, [harmed, *following])) >= 1)
             await spoil(server, spoiled.id)
             await server.command("PUBLISH", KEYS.wake(spoiled.id), "999999999")
-            await until(lambda: spoiled.id in other._services.fetcher._missing)
+            await until(lambda: spoiled.id in other._services.fetcher.waiting)
             seen = min(map(last_seq, following))
             await until(lambda: min(map(last_seq, following)) >= seen + 200)
             harmed.leave()
@@ -186,10 +186,10 @@ async def test_a_member_of_the_live_runs_that_is_no_text_keeps_no_dead_run_from_
         run = await owner.start(ticks)
         async with readers((owner, run.id), (other, run.id)) as following:
             await all_may_reap(server)
-            await server.command("ZADD", KEYS.live, "1", NO_TEXT)
+            await server.command("ZADD", KEYS.live(), "1", NO_TEXT)
             await log.start(record("dead"), Lease("nobody", "epoch", 0.01))
             await until_it_is(lambda: server.command("HGET", record_of("dead"), "status"), "lost")
-            await until_it_is(lambda: server.command("ZRANGE", KEYS.live, 0, -1), [run.id])
+            await until_it_is(lambda: server.command("ZRANGE", KEYS.live(), 0, -1), [run.id])
             await all_may_reap(server)
             ticks.enough.set()
         counted(await same_everywhere(server, run.id, following), ticks)
@@ -254,7 +254,7 @@ async def test_the_list_passes_over_a_member_that_is_no_text(server: Endpoint) -
     async with redis_log(server.url) as log:
         for number in range(3):
             await log.start(record(f"r{number}", created_at=float(number)), LEASE)
-        await server.command("ZADD", KEYS.runs, "1.5", NO_TEXT)
+        await server.command("ZADD", KEYS.runs(), "1.5", NO_TEXT)
         assert [run.id for run in await log.list()] == ["r2", "r1", "r0"]
 
 
@@ -481,9 +481,8 @@ async def test_readers_that_come_send_no_other_reader_to_the_log(server: Endpoin
 def set_forward(log: EventLog, seconds: float) -> None:
     """As if the clock of Redis had been set forward since the last look for the dead."""
     assert isinstance(log, RedisLog)
-    assert log._clock is not None
-    redis, here = log._clock
-    log._clock = (redis - seconds, here)
+    redis, here = log._reaper._clocks[""]
+    log._reaper._clocks[""] = (b"%d" % (int(redis) - round(1000 * seconds)), here)
 
 
 async def test_a_clock_that_is_set_forward_kills_nobody_at_the_look_that_finds_it(server: Endpoint) -> None:
@@ -556,7 +555,7 @@ async def test_a_run_whose_record_is_missing_stays_on_the_list_while_it_is_young
         for run_id in ("young", "old"):
             await server.command("DEL", record_of(run_id))
         assert [run.id for run in await log.list()] == ["there"]
-        assert await server.command("ZRANGE", KEYS.runs, 0, -1) == ["there", "young"]
+        assert await server.command("ZRANGE", KEYS.runs(), 0, -1) == ["there", "young"]
         await log.start(young.run, LEASE)
         assert [run.id for run in await log.list()] == ["young", "there"]
 

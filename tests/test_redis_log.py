@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from penstock.log.redis.log import RedisLog
 from penstock.log.redis.records import Keys
 from penstock.log.urls import open_log
 from penstock.runs import Ending, RunError, RunStatus
+from tests.clustered import CLUSTER, clustered, everywhere
 from tests.following import cancelling_at
 from tests.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entry, record, seqs
 from tests.proxy import Reply, proxy
@@ -38,7 +40,7 @@ SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
 
 @pytest.fixture(params=VERSIONS)
 def server(request: pytest.FixtureRequest) -> Endpoint:
-    server = shared_server(request.param)
+    server = clustered() if request.param == CLUSTER else shared_server(request.param)
     server.flushall()
     return server
 
@@ -75,8 +77,9 @@ async def test_a_key_is_taken_before_its_run_is_started(server: Endpoint) -> Non
     assert seen.index("SET") < seen.index("START")
 
 
+@everywhere
 async def test_a_key_whose_start_broke_off_is_started_again_under_its_first_id(log: RedisLog) -> None:
-    await log._client.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
+    await log._servers.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
     started = await log.start(record("second"), LEASE, KEY)
     assert (started.created, started.run.id) == (True, "first")
     assert await is_gone(log, "second")
@@ -84,8 +87,9 @@ async def test_a_key_whose_start_broke_off_is_started_again_under_its_first_id(l
     assert again == Started(started.run, created=False)
 
 
+@everywhere
 async def test_a_key_whose_start_broke_off_is_free_for_another_request(log: RedisLog) -> None:
-    await log._client.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
+    await log._servers.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
     started = await log.start(record("second"), LEASE, Idempotency("key", "other request"))
     assert (started.created, started.run.id) == (True, "second")
     with pytest.raises(IdempotencyConflict) as caught:
@@ -93,6 +97,7 @@ async def test_a_key_whose_start_broke_off_is_free_for_another_request(log: Redi
     assert caught.value.run_id == "second"
 
 
+@everywhere
 async def test_starts_under_one_key_at_the_same_time_are_one_run(server: Endpoint) -> None:
     started: list[Started] = []
     async with open_log(server.url) as one, open_log(server.url) as other, trio.open_nursery() as nursery:
@@ -107,6 +112,7 @@ async def test_starts_under_one_key_at_the_same_time_are_one_run(server: Endpoin
     assert len({each.run.id for each in started}) == 1
 
 
+@everywhere
 async def test_a_key_is_kept_as_long_as_its_run_whatever_the_ttl_is(server: Endpoint) -> None:
     async with open_log(server.url, ttl=2) as log:
         await log.start(record("first"), LEASE, KEY)
@@ -117,6 +123,7 @@ async def test_a_key_is_kept_as_long_as_its_run_whatever_the_ttl_is(server: Endp
         assert (again.created, again.run.id) == (False, "first")
 
 
+@everywhere
 async def test_a_key_is_kept_by_each_renewal_and_by_the_end(server: Endpoint) -> None:
     async with open_log(server.url, ttl=200) as log:
         await log.start(record(), LEASE, KEY)
@@ -130,6 +137,7 @@ async def test_a_key_is_kept_by_each_renewal_and_by_the_end(server: Endpoint) ->
         assert not (await log.start(record("second"), LEASE, KEY)).created
 
 
+@everywhere
 async def test_a_key_is_put_back_with_its_run(server: Endpoint, log: RedisLog) -> None:
     started = await log.start(record(), LEASE, KEY)
     server.flushall()
@@ -139,6 +147,7 @@ async def test_a_key_is_put_back_with_its_run(server: Endpoint, log: RedisLog) -
 
 
 @pytest.mark.parametrize("by", ["append", "restore", "renew"])
+@everywhere
 async def test_d10_no_key_is_remembered_of_a_run_that_another_has_ended(
     server: Endpoint, log: RedisLog, by: str
 ) -> None:
@@ -156,12 +165,14 @@ async def test_d10_no_key_is_remembered_of_a_run_that_another_has_ended(
     assert log._starting._idempotency == {}
 
 
+@everywhere
 async def test_d10_no_key_is_remembered_of_a_run_that_has_ended(log: RedisLog) -> None:
     await log.start(record(), LEASE, KEY)
     await log.append([batch(1, 1, COMPLETED)])
     assert log._starting._idempotency == {}
 
 
+@everywhere
 async def test_a_key_that_was_used_for_a_run_id_in_use_is_free_for_a_request_for_another(log: RedisLog) -> None:
     await log.start(record("taken"), LEASE)
     for _ in range(2):
@@ -171,6 +182,7 @@ async def test_a_key_that_was_used_for_a_run_id_in_use_is_free_for_a_request_for
     assert (started.created, started.run.id) == (True, "free")
 
 
+@everywhere
 async def test_a_key_is_refused_to_another_request_even_after_its_mapping_is_lost(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -185,9 +197,11 @@ async def test_a_key_is_refused_to_another_request_even_after_its_mapping_is_los
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("warm", [False, True], ids=["with a first connection", "with connections"])
+@everywhere
 async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_run_that_nobody_knows(
-    server: Endpoint, key: Idempotency | None, *, warm: bool
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch, key: Idempotency | None, *, warm: bool
 ) -> None:
+    monkeypatch.setattr("penstock.log.redis.starting.PENDING_LIMIT", 0.1)
     cancelled = 0
     for step in range(1_000):
         server.flushall()
@@ -275,7 +289,7 @@ async def test_a_start_whose_replies_are_all_lost_is_taken_back(server: Endpoint
         with pytest.raises(RunNotFound):
             await log.get("r")
         assert [run.id for run in await log.list()] == ["earlier"]
-        assert await server.command("ZRANGE", KEYS.live, 0, -1) == ["earlier"]
+        assert await server.command("ZRANGE", KEYS.live(), 0, -1) == ["earlier"]
 
 
 # --- cancel requests ------------------------------------------------------------------------------------------------
@@ -284,11 +298,12 @@ async def test_a_start_whose_replies_are_all_lost_is_taken_back(server: Endpoint
 async def cancel_without_post(log: RedisLog, words: str | None) -> None:
     """A cancel request that broke off before it reached the owner's inbox."""
     reason = ("", "") if words is None else ("1", words)
-    said, _ = await log._client.ask(*call(scripts.CANCEL, [STREAM, RECORD], "token", 10_000_000, *reason))
+    said, _ = await log._servers.ask(*call(scripts.CANCEL, [STREAM, RECORD], "token", 10_000_000, *reason))
     assert said == b"REQUESTED"
 
 
 @pytest.mark.parametrize("words", ["why", "", None])
+@everywhere
 async def test_a_cancel_that_did_not_reach_the_inbox_is_heard_with_the_next_renewal(
     log: RedisLog, words: str | None
 ) -> None:
@@ -301,6 +316,7 @@ async def test_a_cancel_that_did_not_reach_the_inbox_is_heard_with_the_next_rene
     assert await log.cancel_requests("owner") == {}
 
 
+@everywhere
 async def test_no_cancel_is_heard_of_a_run_that_is_over_or_another_owners(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE)
     await cancel_without_post(log, "why")
@@ -312,6 +328,7 @@ async def test_no_cancel_is_heard_of_a_run_that_is_over_or_another_owners(server
 
 
 @pytest.mark.parametrize("words", ["why", "", None])
+@everywhere
 async def test_a_repeated_cancel_posts_again_what_is_on_record_and_wakes_the_owner(
     log: RedisLog, words: str | None
 ) -> None:
@@ -338,6 +355,7 @@ async def test_an_inbox_survives_a_reply_that_is_lost(server: Endpoint) -> None:
         assert await server.command("EXISTS", KEYS.inbox("owner")) == 0
 
 
+@everywhere
 async def test_an_inbox_survives_a_poll_that_is_cancelled_at_any_moment(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE)
     await log.request_cancel("r", "why")
@@ -359,13 +377,14 @@ async def test_an_inbox_is_gone_some_time_after_its_owner(server: Endpoint) -> N
         assert 90_000 < await server.command("PTTL", KEYS.inbox("owner")) <= 100_000
 
 
+@everywhere
 async def test_a_request_that_comes_while_others_are_taken_is_not_lost(log: RedisLog) -> None:
     for run_id in ("a", "b"):
         await log.start(record(run_id), LEASE)
     await log.request_cancel("a", "first")
-    assert await log.cancel_requests("owner") == {"a": "first"}
+    await until_it_is(partial(log.cancel_requests, "owner"), {"a": "first"})
     await log.request_cancel("b", "second")
-    assert await log.cancel_requests("owner") == {"b": "second"}
+    await until_it_is(partial(log.cancel_requests, "owner"), {"b": "second"})
     assert await log.cancel_requests("owner") == {}
 
 
@@ -385,38 +404,56 @@ async def test_a_request_that_was_taken_is_not_taken_again_because_a_poll_has_fa
 
 
 @pytest.mark.parametrize("dead", [2, 3, 4, 9, 10])
+@everywhere
 async def test_all_that_are_dead_are_reaped_however_many_there_are(
     server: Endpoint, log: RedisLog, monkeypatch: pytest.MonkeyPatch, dead: int
 ) -> None:
-    monkeypatch.setattr("penstock.log.redis.log.REAPED_AT_ONCE", 3)
+    monkeypatch.setattr("penstock.log.redis.reaping.REAPED_AT_ONCE", 3)
     for number in range(dead):
         await log.start(record(f"r{number}"), LEASE)
     await let_pass(server, 31)
     await log.start(record("alive"), LEASE)
     assert sorted(await log.reap(lambda: OBITUARY)) == sorted(f"r{number}" for number in range(dead))
     assert await log.reap(lambda: OBITUARY) == []
-    assert await server.command("ZRANGE", KEYS.live, 0, -1) == ["alive"]
+    assert await listed(server, all_live(log)) == ["alive"]
 
 
+@everywhere
 async def test_a_run_that_cannot_be_reaped_keeps_no_other_from_being_reaped(server: Endpoint, log: RedisLog) -> None:
     for run_id in ("a", "bad", "z"):
         await log.start(record(run_id), LEASE)
     await server.command("SET", KEYS.stream("bad"), "not a stream")
     await let_pass(server, 31)
     assert sorted(await log.reap(lambda: OBITUARY)) == ["a", "z"]
-    assert await server.command("ZRANGE", KEYS.live, 0, -1) in (["bad"], [])
+    assert await listed(server, all_live(log)) in (["bad"], [])
+
+
+def all_live(log: RedisLog) -> list[str]:
+    """The lists of live runs: one, or those of a cluster."""
+    return [KEYS.live(number) for number in log._lists._numbers]
+
+
+async def listed(server: Endpoint, lists: list[str]) -> list[str]:
+    """What stands in these lists."""
+    return [each for key in lists for each in await server.command("ZRANGE", key, 0, -1)]
 
 
 # --- list -----------------------------------------------------------------------------------------------------------
 
 
+@everywhere
 async def test_the_list_drops_what_has_no_record(server: Endpoint, log: RedisLog) -> None:
     for number in range(6):
         await log.start(record(f"r{number}", created_at=float(number)), LEASE)
     for number in (0, 3, 5):
         await server.command("DEL", KEYS.record(f"r{number}"))
     assert [run.id for run in await log.list()] == ["r4", "r2", "r1"]
-    assert await server.command("ZRANGE", KEYS.runs, 0, -1) == ["r1", "r2", "r4"]
+    await until_it_is(lambda: all_of(server, log), {"r1", "r2", "r4"})
+
+
+async def all_of(server: Endpoint, log: RedisLog) -> set[str]:
+    """What stands in the lists by age."""
+    return {*await listed(server, log._lists.runs())}
 
 
 async def test_the_list_keeps_to_so_many_of_the_newest(
@@ -426,10 +463,11 @@ async def test_the_list_keeps_to_so_many_of_the_newest(
     for number in (3, 9, 1, 8, 2, 7, 4, 6, 5):
         await log.start(record(f"r{number}", created_at=float(number)), LEASE)
     assert [run.id for run in await log.list()] == ["r9", "r8", "r7", "r6", "r5"]
-    assert await server.command("ZCARD", KEYS.runs) == 5
+    assert await server.command("ZCARD", KEYS.runs()) == 5
     assert (await log.get("r1")).id == "r1"
 
 
+@everywhere
 async def test_a_run_whose_id_was_that_of_an_older_one_is_listed_as_new(server: Endpoint, log: RedisLog) -> None:
     for run_id, created_at in (("r", 1.0), ("s", 2.0)):
         await log.start(record(run_id, created_at=created_at), LEASE)
@@ -439,6 +477,7 @@ async def test_a_run_whose_id_was_that_of_an_older_one_is_listed_as_new(server: 
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 7, 50])
+@everywhere
 async def test_the_list_is_looked_up_in_pages_without_a_seam(
     server: Endpoint, log: RedisLog, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
@@ -447,7 +486,8 @@ async def test_the_list_is_looked_up_in_pages_without_a_seam(
         await log.start(record(f"r{number}", created_at=float(number)), LEASE)
     for number in (1, 4, 5, 8):
         await log.append([batch(1, 1, COMPLETED, run_id=f"r{number}")])
-    await server.command("DEL", KEYS.record("r6"), KEYS.record("r8"))
+    for number in (6, 8):
+        await server.command("DEL", KEYS.record(f"r{number}"))
     assert [run.id for run in await log.list(limit=limit)] == ["r9", "r7", "r5", "r4", "r3", "r2", "r1", "r0"][:limit]
     ended = await log.list(limit=limit, status=RunStatus.COMPLETED)
     assert [run.id for run in ended] == ["r5", "r4", "r1"][:limit]
@@ -456,6 +496,7 @@ async def test_the_list_is_looked_up_in_pages_without_a_seam(
 # --- prefix ---------------------------------------------------------------------------------------------------------
 
 
+@everywhere
 async def test_two_prefixes_on_one_server_know_nothing_of_each_other(server: Endpoint) -> None:
     async with open_log(server.url, prefix="a:run:") as a, open_log(server.url, prefix="b:run:") as b:
         assert (await a.start(record(), LEASE, KEY)).created
@@ -564,11 +605,12 @@ async def test_data_is_kept_to_the_byte_whatever_it_is(log: RedisLog, data: byte
 
 
 @pytest.mark.parametrize("words", ["", "\x00", "a\x00b", "\N{SNOWMAN}\U0001f6b0", "\r\n", '"', "x" * 100_000, " "])
+@everywhere
 async def test_the_words_of_a_cancel_are_kept_wherever_they_go(log: RedisLog, words: str) -> None:
     await log.start(record(), LEASE)
     reply = await log.request_cancel("r", words)
     assert reply.run.cancel_reason == words
-    assert await log.cancel_requests("owner") == {"r": words}
+    await until_it_is(partial(log.cancel_requests, "owner"), {"r": words})  # to a cluster it is sent in the background
     await log.renew("owner", {"r": "epoch"}, 30.0)
     assert await log.cancel_requests("owner") == {"r": words}
     (appended,) = await log.append([batch(1, 1)])
@@ -581,6 +623,7 @@ async def test_the_words_of_a_cancel_are_kept_wherever_they_go(log: RedisLog, wo
 @pytest.mark.parametrize(
     "metadata", [{}, {"": ""}, {"\x00": ["\N{SNOWMAN}", None, 1.5, {"a": []}]}, {"half": "\ud800"}]
 )
+@everywhere
 async def test_the_rest_of_a_record_is_kept_as_it_is(log: RedisLog, metadata: dict[str, Any]) -> None:
     run = replace(record(), producer="\N{SNOWMAN}\x00", metadata=metadata, created_at=1234567890.123456)
     started = await log.start(run, LEASE)

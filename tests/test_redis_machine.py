@@ -1,4 +1,4 @@
-"""The random operations of `test_log_machine.py` on real redis-servers, beside the same model.
+"""The random operations of `test_log_machine.py` on real redis-servers and a cluster, beside the same model.
 
 What differs from memory, and is in the overridden methods: Redis trims approximately, drops a running run of which
 nobody has heard for long, and looks at the stream itself when a run is put back.
@@ -14,6 +14,7 @@ from hypothesis import Phase, settings
 
 from penstock.log.redis.log import RedisLog
 from penstock.log.urls import open_log
+from tests.clustered import CLUSTER, PREFIXES, clustered
 from tests.redis_servers import let_pass, redis_servers, shared_server
 from tests.test_log_machine import MAX_ENTRIES, TTL, LogMachine, Model
 
@@ -31,16 +32,17 @@ class RedisLogMachine(LogMachine):
     """The machine for a RedisLog that keeps few entries, on the first version."""
 
     version = VERSIONS[0]
+    prefix = "sse:run:"
 
     def __init__(self) -> None:
         super().__init__()
-        self.server = shared_server(self.version)
+        self.server = clustered() if self.version == CLUSTER else shared_server(self.version)
         self.synchronous = 0.0
         """When the server's time and the model's were the same, by the monotonic clock."""
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[EventLog]:
-        async with open_log(self.server.url, max_entries=MAX_ENTRIES, ttl=TTL) as log:
+        async with open_log(self.server.url, max_entries=MAX_ENTRIES, ttl=TTL, prefix=self.prefix) as log:
             assert isinstance(log, RedisLog)
             yield log
             await self.keep_the_keys(log)
@@ -52,7 +54,7 @@ class RedisLogMachine(LogMachine):
         """
         keep = [log._keys.idempotency(key) for key in self.world.keys]
         drop = [log._keys.idempotency(key) for key in {"k1", "k2"} - self.world.keys.keys()]
-        await log._client.execute([*(("PERSIST", key) for key in keep), *(("DEL", key) for key in drop)])
+        await log._servers.execute([*(("PERSIST", key) for key in keep), *(("DEL", key) for key in drop)])
 
     def make_clock(self) -> None:
         return None
@@ -87,7 +89,24 @@ class OtherRedisLogMachine(RedisLogMachine):
     version = VERSIONS[-1]
 
 
+class ClusterLogMachine(RedisLogMachine):
+    """The same on a cluster, in which each of the runs is on another node."""
+
+    version = CLUSTER
+    prefix = PREFIXES[0]
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[EventLog]:
+        async with super().opened() as log:
+            assert isinstance(log, RedisLog)
+            # What is sent in the background comes when it comes; the model knows of what has come.
+            log._servers.beside = log._servers.execute  # type: ignore[assignment]
+            yield log
+
+
 SETTINGS = settings(max_examples=10, stateful_step_count=30, deadline=None, phases=PHASES)
 RedisLogMachine.TestCase.settings = OtherRedisLogMachine.TestCase.settings = SETTINGS
+ClusterLogMachine.TestCase.settings = settings(SETTINGS, max_examples=5)  # each takes twice as long
 TestRedisLog = RedisLogMachine.TestCase
 TestOtherRedisLog = OtherRedisLogMachine.TestCase
+TestClusterLog = ClusterLogMachine.TestCase

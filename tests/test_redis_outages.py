@@ -72,7 +72,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis counts as out of reach after half a second."""
     monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr("penstock.log.redis.requests.ANSWER_TIMEOUT", 0.5)
-    monkeypatch.setattr("penstock.log.redis.wakeups.ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr("penstock.log.redis.listener.ANSWER_TIMEOUT", 0.5)
 
 
 # Killed
@@ -174,7 +174,7 @@ async def test_a_server_that_stands_still_for_two_leases_loses_no_run(
 ) -> None:
     monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", timeout)
     monkeypatch.setattr("penstock.log.redis.requests.ANSWER_TIMEOUT", timeout)
-    monkeypatch.setattr("penstock.log.redis.wakeups.ANSWER_TIMEOUT", timeout)
+    monkeypatch.setattr("penstock.log.redis.listener.ANSWER_TIMEOUT", timeout)
     lease, notes = 1.0, Notes()
     async with (
         redis_server() as server,

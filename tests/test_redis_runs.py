@@ -15,6 +15,7 @@ from penstock.log.redis import scripts
 from penstock.log.tail import Tail
 from penstock.log.urls import open_log
 from penstock.runs import Ending, RunStatus
+from tests.clustered import on_a_cluster
 from tests.redis_runs import (
     Ticks,
     all_may_reap,
@@ -187,6 +188,7 @@ async def test_an_owner_that_was_cut_off_and_reaped_is_fenced_and_stores_nothing
 
 
 @pytest.mark.parametrize("hears_of_it_by", ["append", "renewal"])
+@on_a_cluster
 async def test_of_two_owners_the_one_whose_epoch_is_on_record_goes_on(server: Endpoint, hears_of_it_by: str) -> None:
     notes, witness, ticks = Notes(), Witness(), Ticks()
     lease = 60.0 if hears_of_it_by == "append" else 1.0
@@ -247,7 +249,7 @@ async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_c
     server: Endpoint, monkeypatch: pytest.MonkeyPatch, runs: int, most: int
 ) -> None:
     window = 3.0
-    monkeypatch.setattr("penstock.log.redis.wakeups.PING_INTERVAL", 1.0)  # what else comes in a lump every 5 s
+    monkeypatch.setattr("penstock.log.redis.listener.PING_INTERVAL", 1.0)  # what else comes in a lump every 5 s
     named = f"{server.url}?client_name=readers"
     async with supervisors(server.url, named, lease=3_600.0) as (owner, there):
         let_go = trio.Event()
@@ -289,6 +291,7 @@ async def channels(server: Endpoint) -> int:
     return len(found)
 
 
+@on_a_cluster
 async def test_a_reader_that_comes_wakes_none_of_those_that_are_there(
     server: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +341,7 @@ async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server
             taps[0].set()
             await busy.wait()
             taps[1].set()
-            await until(lambda: fetcher._moved.get(other.id) == 2)
+            await until(lambda: fetcher._feeds[""]._moved.get(other.id) == 2)
             wakeups._moved[other.id] = 1  # the reply to a look-up that was asked before the append
             wakeups._lot.unpark_all()
             await until(lambda: not wakeups._moved)

@@ -18,6 +18,7 @@ from penstock.log.redis.log import RedisLog
 from penstock.log.redis.records import Keys
 from penstock.log.urls import open_log
 from penstock.runs import RunStatus
+from tests.clustered import CLUSTER, clustered, everywhere
 from tests.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entries, record, seqs
 from tests.proxy import Reply, proxy
 from tests.redis_servers import Endpoint, RedisServer, let_pass, redis_server, redis_servers, shared_server
@@ -36,7 +37,7 @@ TTL = 100.0
 
 @pytest.fixture(params=VERSIONS)
 def server(request: pytest.FixtureRequest) -> Endpoint:
-    server = shared_server(request.param)
+    server = clustered() if request.param == CLUSTER else shared_server(request.param)
     server.flushall()
     return server
 
@@ -97,7 +98,7 @@ async def nothing(log: RedisLog) -> None:
 
 async def no_record(log: RedisLog) -> None:
     await running(log, 3)
-    await log._client.ask("DEL", RECORD)
+    await log._servers.ask("DEL", RECORD)
 
 
 async def three(log: RedisLog) -> None:
@@ -238,6 +239,7 @@ async def test_a_stream_is_trimmed_by_whole_nodes_and_never_below_its_limit(serv
 
 
 @pytest.mark.parametrize("ending", [None, FAILED], ids=["going on", "ending"])
+@everywhere
 async def test_a_stream_that_vanished_under_its_record_is_a_hole_and_is_restored(
     server: Endpoint, log: RedisLog, ending: Ending | None
 ) -> None:
@@ -283,6 +285,7 @@ async def test_what_there_is_before_a_restore_that_begins_later_is_dropped(serve
     assert await stored(log) == [6, 7]
 
 
+@everywhere
 async def test_a_record_that_is_lost_is_restored_and_goes_on_where_its_stream_is(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -335,6 +338,7 @@ async def test_what_is_another_owners_or_over_is_not_restored(server: Endpoint, 
     assert await contents(server) == before
 
 
+@everywhere
 async def test_a_restored_run_is_reaped_and_listed_like_any_other(server: Endpoint, log: RedisLog) -> None:
     await running(log, 2)
     server.flushall()
@@ -349,6 +353,7 @@ async def test_a_restored_run_is_reaped_and_listed_like_any_other(server: Endpoi
 # --- for how long things are kept -----------------------------------------------------------------------------------
 
 
+@everywhere
 async def test_d32_d40_a_running_run_is_kept_for_four_leases_from_each_sign_of_life(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -385,6 +390,7 @@ async def test_a_running_run_is_kept_for_the_ttl_if_that_is_longer(server: Endpo
 
 
 @pytest.mark.parametrize("by", ["owner", "reaper"])
+@everywhere
 async def test_an_ended_run_is_kept_for_the_ttl_whoever_ended_it(server: Endpoint, log: RedisLog, by: str) -> None:
     await running(log, 1)
     await let_pass(server, 31)
@@ -440,7 +446,7 @@ async def test_scripts_that_are_flushed_in_mid_run_are_sent_again_and_nothing_is
 async def losing(server: Endpoint, script: scripts.Script) -> AsyncIterator[RedisLog]:
     """A log of which the next reply to this script is lost, after it has taken effect."""
     async with proxy(server.port) as between, redis_log(between.url) as log:
-        await log._client.ask("SCRIPT LOAD", script.source)
+        await log._servers.ask("SCRIPT LOAD", script.source)
         digest = script.digest.encode()
         between.drop_reply_when(lambda reply: reply.arguments[:1] == (digest,) and not reply.is_error, times=1)
         yield log
@@ -482,7 +488,7 @@ async def test_a_reaping_whose_reply_is_lost_has_reaped_once(server: Endpoint) -
         await let_pass(server, 31)
         await log.reap(lambda: OBITUARY)
         assert await stored(log) == [1, 2, 3]
-        assert await server.command("ZCARD", KEYS.live) == 0
+        assert await server.command("ZCARD", KEYS.live()) == 0
 
 
 @pytest.mark.parametrize("oldest", [1, 9])
@@ -498,6 +504,7 @@ async def test_a_restore_whose_reply_is_lost_is_answered_as_the_first_would_have
 # --- start.lua, forget.lua, cancel.lua, due.lua, enlist.lua, reap.lua -----------------------------------------------
 
 
+@everywhere
 async def test_a_start_drops_the_stream_of_an_older_run_whose_record_has_expired(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -519,6 +526,7 @@ async def test_a_start_drops_the_stream_of_an_older_run_whose_record_has_expired
         ("nothing", "epoch", 0),
     ],
 )
+@everywhere
 async def test_a_start_is_taken_back_only_by_its_own_epoch_and_before_anything_is_written(
     server: Endpoint, log: RedisLog, given: str, epoch: str, forgotten: int
 ) -> None:
@@ -529,13 +537,13 @@ async def test_a_start_is_taken_back_only_by_its_own_epoch_and_before_anything_i
     elif given == "ended":
         await append(log, 1, 1, COMPLETED)
     before = await server.command("EXISTS", RECORD)
-    assert await log._client.ask(*call(scripts.FORGET, [RECORD], epoch)) == forgotten
+    assert await log._servers.ask(*call(scripts.FORGET, [RECORD], epoch)) == forgotten
     assert await server.command("EXISTS", RECORD) == before - forgotten
 
 
 async def test_a_cancel_is_the_same_request_by_its_token(log: RedisLog) -> None:
     def cancel(token: str, words: str) -> Any:
-        return log._client.ask(*call(scripts.CANCEL, [STREAM, RECORD], token, 1000, "1", words))
+        return log._servers.ask(*call(scripts.CANCEL, [STREAM, RECORD], token, 1000, "1", words))
 
     assert await cancel("one", "why") == [b"GONE", []]
     await running(log, 1)
@@ -559,10 +567,10 @@ async def test_the_list_of_live_runs_is_only_a_hint_and_the_records_decide(serve
     await append(log, 1, 1, COMPLETED, run_id="ended")
     await server.command("DEL", KEYS.record("gone"))
     await let_pass(server, 31)
-    await server.command("ZADD", KEYS.live, 1, "alive", 2, "ended", 3, "never", 4, "gone", 5, "dead")
+    await server.command("ZADD", KEYS.live(), 1, "alive", 2, "ended", 3, "never", 4, "gone", 5, "dead")
     assert await log.reap(lambda: OBITUARY) == ["dead"]
-    assert await server.command("ZRANGE", KEYS.live, 0, -1) == ["alive"]
-    due = await server.command("ZSCORE", KEYS.live, "alive")
+    assert await server.command("ZRANGE", KEYS.live(), 0, -1) == ["alive"]
+    due = await server.command("ZSCORE", KEYS.live(), "alive")
     lease_end = float(await server.command("HGET", KEYS.record("alive"), "lease_end"))
     assert due == pytest.approx(lease_end, abs=2_000)
 
@@ -570,23 +578,23 @@ async def test_the_list_of_live_runs_is_only_a_hint_and_the_records_decide(serve
 async def test_due_are_those_whose_time_is_over_the_most_overdue_first_and_no_more_than_asked_for(
     server: Endpoint, log: RedisLog
 ) -> None:
-    now, none = await log._client.ask(*call(scripts.DUE, [KEYS.live], 10))
+    now, none = await log._servers.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
     assert none == []
     assert int(now) == pytest.approx(time.time() * 1000, abs=60_000)
-    await server.command("ZADD", KEYS.live, 3, "c", 1, "a", 2, "b", int(now) + 1_000_000, "later")
-    assert (await log._client.ask(*call(scripts.DUE, [KEYS.live], 10)))[1] == [b"a", b"b", b"c"]
-    assert (await log._client.ask(*call(scripts.DUE, [KEYS.live], 2)))[1] == [b"a", b"b"]
+    await server.command("ZADD", KEYS.live(), 3, "c", 1, "a", 2, "b", int(now) + 1_000_000, "later")
+    assert (await log._servers.ask(*call(scripts.DUE, [KEYS.live()], 0, 10)))[1] == [b"a", b"b", b"c"]
+    assert (await log._servers.ask(*call(scripts.DUE, [KEYS.live()], 0, 2)))[1] == [b"a", b"b"]
 
 
 @pytest.mark.parametrize("only_new", ["1", ""])
 async def test_a_start_notes_only_what_is_new_and_a_renewal_whatever_is_alive(
     server: Endpoint, log: RedisLog, only_new: str
 ) -> None:
-    await server.command("ZADD", KEYS.live, 1, "old")
-    await log._client.ask(*call(scripts.ENLIST, [KEYS.live], 5_000, only_new, "old", "new"))
+    await server.command("ZADD", KEYS.live(), 1, "old")
+    await log._servers.ask(*call(scripts.ENLIST, [KEYS.live()], 5_000, only_new, "old", "new"))
     due = pytest.approx(time.time() * 1000 + 5_000, abs=60_000)
-    assert await server.command("ZSCORE", KEYS.live, "new") == due
-    assert await server.command("ZSCORE", KEYS.live, "old") == (1 if only_new else due)
+    assert await server.command("ZSCORE", KEYS.live(), "new") == due
+    assert await server.command("ZSCORE", KEYS.live(), "old") == (1 if only_new else due)
 
 
 @pytest.mark.parametrize("renewed", [True, False])
@@ -595,11 +603,11 @@ async def test_a_run_that_was_renewed_since_it_was_found_due_is_not_reaped(
 ) -> None:
     await running(log, 1)
     await let_pass(server, 31)
-    now, due = await log._client.ask(*call(scripts.DUE, [KEYS.live], 10))
+    now, due = await log._servers.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
     assert due == [b"r"]
     if renewed:
         await log.renew("owner", {"r": "epoch"}, 30.0)
-    status, left = await log._client.ask(*log._reap("r", now, OBITUARY))
+    status, left = await log._servers.ask(*log._reaper._reap("r", now, OBITUARY))
     assert status == (b"OK" if renewed else b"FENCED")
     assert left / 1000 == (about(31) if renewed else 0)
     assert (await log.get("r")).status is (RunStatus.RUNNING if renewed else RunStatus.LOST)
@@ -609,14 +617,15 @@ async def test_a_reaping_that_was_long_under_way_decides_by_the_time_at_which_it
     server: Endpoint, log: RedisLog
 ) -> None:
     await running(log, 1)
-    now, _ = await log._client.ask(*call(scripts.DUE, [KEYS.live], 10))
+    now, _ = await log._servers.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
     await let_pass(server, 31)
     long_ago = b"%d" % (int(now) - 10_000)
-    status, left = await log._client.ask(*log._reap("r", long_ago, OBITUARY))
+    status, left = await log._servers.ask(*log._reaper._reap("r", long_ago, OBITUARY))
     assert (status, left / 1000) == (b"OK", about(10))
     assert (await log.get("r")).status is RunStatus.RUNNING
 
 
+@everywhere
 async def test_the_epoch_of_a_reaped_run_is_nobodys(server: Endpoint, log: RedisLog) -> None:
     await running(log, 1)
     await let_pass(server, 31)
@@ -721,7 +730,7 @@ async def test_on_a_full_server_runs_are_renewed_cancelled_read_and_reaped(versi
         await grow_older(server, 20)
         assert await log.renew("owner", {"old": "epoch", "new": "epoch"}, 30.0) == {"old": OK, "new": OK}
         assert await lives(server, "old") == (about(120), about(120))
-        due = await server.command("ZSCORE", KEYS.live, "old")
+        due = await server.command("ZSCORE", KEYS.live(), "old")
         assert due == pytest.approx(float(await server.command("HGET", KEYS.record("old"), "lease_end")), abs=2_000)
         assert (await log.request_cancel("old", "stop")).status is CancelStatus.REQUESTED
         assert (await log.request_cancel("old", "stop")).status is CancelStatus.REPEATED
@@ -785,7 +794,7 @@ async def test_all_keys_of_a_call_are_on_one_slot_whatever_the_run_is_called(ser
         await log.renew("owner", {run_id: "epoch"}, 30.0)
         await log.request_cancel(run_id, "stop")
         await log.restore(record(run_id), LEASE, 1)
-        await log._starting._forget(log._client, run_id, "epoch")
+        await log._starting._forget(log._servers, run_id, "epoch")
         await let_pass(server, 31)
         assert await log.reap(lambda: OBITUARY) == [run_id]
     assert called.keys() == scripts.BY_DIGEST.keys()
@@ -800,9 +809,9 @@ async def test_all_keys_of_a_call_are_on_one_slot_whatever_the_run_is_called(ser
 @pytest.mark.parametrize("script", scripts.BY_DIGEST.values(), ids=lambda script: script.source.partition("\n")[0][3:])
 def test_a_script_has_no_key_but_those_it_is_given_and_no_shebang(script: scripts.Script) -> None:
     code = re.sub(r"--.*", "", script.source)
-    named = set(re.findall(r"redis\.call\('\w+', ([\w\[\]]+)", code)) - {"KEYS[1]", "KEYS[2]", "KEYS[3]"}
-    published = re.findall(r"redis\.call\('PUBLISH', (\w+\[\d\])", code)  # channels have no slot
+    named = set(re.findall(r"redis\.call\('\w+', ([\w\[\]]+)", code)) - {"KEYS[1]", "KEYS[2]"}
     given = re.findall(r"local (\w+), (\w+) = KEYS\[", code)
-    assert named <= {name for names in given for name in names} | set(published)
+    assert named <= {name for names in given for name in names}
+    assert "PUBLISH'" not in code  # a cluster has another command for that, and a channel is no key
     assert not code.startswith("#!")
     assert "sse:" not in code

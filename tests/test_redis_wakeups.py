@@ -14,9 +14,11 @@ import trio.testing
 
 from penstock.errors import LogUnavailable
 from penstock.log import News, Wakeups
-from penstock.log.redis.client import Subscription, open_client
+from penstock.log.redis.client import open_client
+from penstock.log.redis.listener import CHANNELS_PER_COMMAND
 from penstock.log.redis.records import Keys
-from penstock.log.redis.wakeups import CHANNELS_PER_COMMAND, RedisWakeups
+from penstock.log.redis.subscription import Subscription
+from penstock.log.redis.wakeups import RedisWakeups
 from penstock.log.urls import open_log
 from tests.logs import COMPLETED, LEASE, batch, record
 from tests.redis_servers import Endpoint, redis_server
@@ -47,8 +49,8 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
     """Sets the seconds between two pings, and those within which every run is looked up."""
 
     def pace(ping: float, check: float) -> None:
-        monkeypatch.setattr("penstock.log.redis.wakeups.PING_INTERVAL", ping)
-        monkeypatch.setattr("penstock.log.redis.wakeups.CHECK_INTERVAL", check)
+        monkeypatch.setattr("penstock.log.redis.listener.PING_INTERVAL", ping)
+        monkeypatch.setattr("penstock.log.redis.listener.CHECK_INTERVAL", check)
 
     return pace
 
@@ -64,7 +66,7 @@ def _soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.3)
     monkeypatch.setattr("penstock.log.redis.requests.ANSWER_TIMEOUT", 0.3)
-    monkeypatch.setattr("penstock.log.redis.wakeups.ANSWER_TIMEOUT", 0.3)
+    monkeypatch.setattr("penstock.log.redis.listener.ANSWER_TIMEOUT", 0.3)
 
 
 class Listener:
@@ -340,7 +342,7 @@ async def test_the_late_confirmation_of_a_subscription_given_up_confirms_no_late
             await wakeups.subscribe("r")
         wakeups.unsubscribe("r")
         await given_up.wait()
-        assert wakeups._unconfirmed.total() == 1
+        assert wakeups._listeners[""]._unconfirmed.total() == 1
         subscribed = trio.Event()
 
         async def subscribe_again() -> None:
@@ -349,11 +351,11 @@ async def test_the_late_confirmation_of_a_subscription_given_up_confirms_no_late
 
         nursery.start_soon(subscribe_again)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        assert wakeups._unconfirmed.total() == (2 if sending else 1)
+        assert wakeups._listeners[""]._unconfirmed.total() == (2 if sending else 1)
 
         async def confirmed() -> bool:
             await trio.testing.wait_all_tasks_blocked()
-            return wakeups._unconfirmed.total() <= int(sending)
+            return wakeups._listeners[""]._unconfirmed.total() <= int(sending)
 
         await until(confirmed)
         assert not subscribed.is_set()

@@ -11,11 +11,11 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from penstock.contact import REAP_INTERVAL, RENEWALS_PER_CALL
 from penstock.log import AppendStatus, News
 from penstock.log.memory import MemoryLog
 from penstock.log.retries import LONGEST_PAUSE
 from penstock.supervisor import open_supervisor
-from penstock.watch import REAP_INTERVAL, RENEWALS_PER_CALL
 from tests.committing import forget
 from tests.logs import LEASE as ANOTHERS
 from tests.logs import batch, record
@@ -481,14 +481,14 @@ async def test_an_outage_is_declared_once_and_only_after_the_limit(autojump_cloc
         began = trio.current_time()
         go_away(view)
         await trio.sleep_until(began + 6.9)
-        assert owner._services.fetcher._released is None
+        assert not owner._services.fetcher._away
         await trio.sleep_until(began + 7.1 + REAP_INTERVAL)
-        assert owner._services.fetcher._released is not None
+        assert owner._services.fetcher._away
         await trio.sleep(50)
         assert len([warning for warning in notes.warnings if "given up" in warning]) == 1
         come_back(view)
         await trio.sleep(LONGEST_PAUSE)
-        assert owner._services.fetcher._released is None
+        assert not owner._services.fetcher._away
 
 
 async def test_an_idle_watch_asks_the_log_no_more_than_its_rounds_take(autojump_clock: MockClock) -> None:

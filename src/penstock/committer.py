@@ -1,45 +1,28 @@
-"""The committer: group commit on the way in, as one task for all runs of a process.
+"""The committer: group commit on the way in, for all runs of a process.
 
-Each run of this process has an `Outbox`, in which entries get their seq and wait. The committer takes what is pending
-in all of them, hands it to the log in one append, and, once the log has acknowledged it, adds it to the runs' tails,
-where readers see it. It commits at once when it is idle; after a commit of many entries it waits until `commit_spacing`
-is over, and after one of few for a part of that, so that load turns into larger batches instead of more round trips.
+A log may have parts that can be out of reach each on its own, the nodes of a cluster. Each has a lane here, which is a
+task: whoever waits for a part that is away waits in its lane alone. A log of one part has one lane (`lane.py`).
 
-    write ──▶ Outbox: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
-                 ▲                                                 │
-                 ├───────────── room for more ◀────────────────────┤
-                 └──── restore, and again from the tail ◀── lost by the log
-
-Memory is bounded by `max_pending_bytes` for a run and `max_process_pending_bytes` for all: beyond them `room()` waits.
-While the log cannot be reached an append is tried again and again. A run for which a full log has no room waits alone,
-while the others go on. What a log has lost (a failover, a restart without its data) it is given again from the tail.
+Memory is bounded by `max_pending_bytes` for a run and `max_process_pending_bytes` for all, of which each lane has its
+share: beyond them `room()` waits.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import islice
-from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from penstock.errors import RunEnded
-from penstock.log import AppendStatus
-from penstock.log.retries import WARNING_INTERVAL, patiently
-from penstock.observer import Commit
+from penstock.lane import Commits, Lane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from penstock.log import Appended, Batch, EventLog
+    from penstock.log import EventLog
+    from penstock.observer import Commit
     from penstock.outbox import Outbox
     from penstock.runs import Ending
-
-LOADED: Final = 8
-"""The entries of a commit from which on the next one waits for all of the spacing; after fewer for a part of it."""
-FULL_PAUSE: Final = 0.5
-"""Seconds until a full log is asked again whether it has room."""
 
 
 class Committer:
@@ -69,41 +52,42 @@ class Committer:
         on_commit: Callable[[Commit], None],
     ) -> None:
         self._log = log
-        self._flush_interval = flush_interval
         self._flush_size = flush_size
-        self._spacing = spacing
         self._max_pending = max_pending_bytes
-        self._max_process_pending = max_process_pending_bytes
-        self._on_warning = on_warning
-        self._on_commit = on_commit
-        self._dirty: dict[Outbox, None] = {}
-        self._urgent = False
-        self._wake = trio.Event()
-        self._size = 0
-        self._load = 1.0
-        """The part of the spacing that the last commit makes the next one wait."""
-        self._room = trio.lowlevel.ParkingLot()
-        self._lost: dict[Outbox, None] = {}
-        """Runs of which the log has lost something."""
-        self._without_room: dict[Outbox, None] = {}
-        """Runs for which the log has no room, until it is asked again."""
-        self._ask_again_at = inf
-        self._warned_at = -inf
+        self._commits = Commits(
+            log,
+            flush_interval,
+            spacing,
+            max_pending_bytes,
+            max_process_pending_bytes,
+            on_warning,
+            on_commit,
+            self._hand_over,
+        )
+        self._lanes: dict[str, Lane] = {}
+        self._nursery: trio.Nursery | None = None
 
     @property
     def pending_bytes(self) -> int:
         """The bytes that wait for their acknowledgement, of all runs."""
-        return self._size
+        return sum(lane.size for lane in self._lanes.values())
+
+    @property
+    def waiting(self) -> list[Outbox]:
+        """The outboxes of which something is still to be done."""
+        return [outbox for lane in self._lanes.values() for outbox in lane.waiting]
 
     def put(self, outbox: Outbox, blocks: Sequence[bytes]) -> None:
         """Add entries to an outbox, and see to it that they are committed. Synchronous; call `room` before."""
-        self._size += outbox.put(blocks)
-        self._mark(outbox, urgent=len(outbox.entries) >= self._flush_size)
+        lane = self._lane(outbox)
+        lane.size += outbox.put(blocks)
+        lane.mark(outbox, urgent=len(outbox.entries) >= self._flush_size)
 
     def close(self, outbox: Outbox, blocks: Sequence[bytes], ending: Ending) -> None:
         """Add a run's last entries, which never wait for room, with its ending."""
-        self._size += outbox.close(blocks, ending)
-        self._mark(outbox, urgent=True)
+        lane = self._lane(outbox)
+        lane.size += outbox.close(blocks, ending)
+        lane.mark(outbox, urgent=True)
 
     async def flush(self, outbox: Outbox) -> None:
         """Commit what is pending without any linger, and wait until the log has acknowledged it. A checkpoint.
@@ -114,7 +98,7 @@ class Committer:
         await trio.lowlevel.checkpoint()
         goal = outbox.seq
         if outbox.entries:
-            self._mark(outbox, urgent=True)
+            self._lane(outbox).mark(outbox, urgent=True)
         while outbox.stored < goal:
             if outbox.abandoned:
                 raise RunEnded(outbox.run_id)
@@ -128,161 +112,60 @@ class Committer:
 
     def drop(self, outbox: Outbox) -> None:
         """Forget what is pending, and take nothing more; its owner knows. Who waits for room goes on."""
-        self._size -= outbox.abandon()
-        self._room.unpark_all()
+        self._lane(outbox).drop(outbox)
 
     def restore(self, outbox: Outbox) -> None:
         """See to it that the log is given again what it has lost of a run. Synchronous."""
-        self._lost[outbox] = None
-        self._urgent = True
-        self._wake.set()
-
-    def _mark(self, outbox: Outbox, *, urgent: bool) -> None:
-        if outbox in self._without_room and not outbox.closing:
-            return
-        self._dirty[outbox] = None
-        if urgent or not self._flush_interval:
-            self._urgent = True
-        self._wake.set()
+        self._lane(outbox).restore(outbox)
 
     def is_full(self, outbox: Outbox) -> bool:
         """True if a write to the outbox has to wait."""
-        return outbox.size >= self._max_pending or self._size >= self._max_process_pending
+        return self._lane(outbox).is_full(outbox)
 
     async def room(self, outbox: Outbox) -> None:
         """Wait until the outbox takes more. A checkpoint."""
         await trio.lowlevel.checkpoint()
-        while self.is_full(outbox):
-            self._urgent = True  # whoever waits for room does not wait for a linger as well
-            self._wake.set()
-            await (outbox.vacancy if outbox.size >= self._max_pending else self._room).park()
+        while (lane := self._lane(outbox)).is_full(outbox):
+            lane.hurry()
+            await (outbox.vacancy if outbox.size >= self._max_pending else lane.room).park()
+
+    def _lane(self, outbox: Outbox) -> Lane:
+        if outbox.lane is None or outbox.lane.scope.cancel_called:
+            outbox.lane = self._lane_of(self._log.part(outbox.run_id))
+        return outbox.lane
+
+    def _lane_of(self, part: str) -> Lane:
+        if part not in self._lanes:
+            self._close_lanes()
+            lane = self._lanes[part] = Lane(part, self._commits)
+            if self._nursery is not None:
+                self._nursery.start_soon(lane.run)
+        return self._lanes[part]
+
+    def _close_lanes(self) -> None:
+        """Close the lanes of parts that there are no more, once nothing is left in them."""
+        parts = self._log.parts()
+        for part, lane in [*self._lanes.items()]:
+            if part not in parts and lane.idle:
+                del self._lanes[part]
+                lane.scope.cancel(reason="there is no such part of the log any more")
+
+    def _hand_over(self, lane: Lane, outbox: Outbox) -> Lane:
+        """The run is on another part now."""
+        outbox.lane = other = self._lane_of(self._log.part(outbox.run_id))
+        lane.size -= outbox.size
+        other.size += outbox.size
+        lane.room.unpark_all()
+        return other
 
     async def run(self) -> None:
         """Do it, until cancelled."""
-        started = trio.current_time() - self._spacing
-        while True:
-            self._wake = trio.Event()
-            if not self._dirty and not self._lost:
-                with trio.move_on_at(self._ask_again_at):
-                    await self._wake.wait()
-            if not self._urgent:
-                await self._linger()
-            await trio.sleep_until(started + self._spacing * self._load)
-            started = trio.current_time()
-            self._urgent = False
-            if started >= self._ask_again_at:
-                for outbox in self._without_room:
-                    (self._dirty if outbox.entries else self._lost)[outbox] = None
-                self._without_room, self._ask_again_at = {}, inf
-            outboxes, self._dirty = self._dirty, {}
-            if pending := [outbox for outbox in outboxes if outbox.entries]:
-                await self._commit(pending)
-            lost, self._lost = self._lost, {}
-            for outbox in lost:
-                await self._restore(outbox)
-
-    async def _linger(self) -> None:
-        """Wait for more to come, but not once something urgent has."""
-        with trio.move_on_after(self._flush_interval):
-            while not self._urgent:
-                self._wake = trio.Event()
-                await self._wake.wait()
-
-    async def _commit(self, outboxes: list[Outbox]) -> None:
-        parts = [(outbox, outbox.batches()) for outbox in outboxes]
-        self._load = min(1.0, sum(len(batch.entries) for _, batches in parts for batch in batches) / LOADED)
-        began = trio.current_time()
-        runs = entries = size = 0
-        replies = iter(await self._append([batch for _, batches in parts for batch in batches]))
-        for outbox, batches in parts:
-            own = list(islice(replies, len(batches)))
-            before = outbox.stored
-            for batch, reply in zip(batches, own, strict=True):
-                size += self._settle(outbox, batch, reply)
-                if reply.status is not AppendStatus.OK:
-                    break  # what follows a batch that is not stored is not stored either
-            else:
-                if outbox.entries:
-                    self._mark(outbox, urgent=True)
-            runs += outbox.stored > before
-            entries += outbox.stored - before
-        self._room.unpark_all()
-        if entries:
-            self._on_commit(Commit(runs, entries, size, trio.current_time() - began))
-
-    async def _append(self, batches: list[Batch]) -> Sequence[Appended]:
-        """Append, again and again while the log cannot be reached: a batch sent twice is stored once."""
-        return await patiently(partial(self._log.append, batches), what="commit", on_warning=self._on_warning)
-
-    def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
-        """Act on the reply to one batch; the bytes of it that are stored."""
-        if outbox.abandoned:  # while the append was under way
-            return 0
-        match reply.status:
-            case AppendStatus.OK:
-                return self._acknowledge(outbox, batch, reply)
-            case AppendStatus.CANCELLED:
-                self._size -= outbox.reopen()
-                outbox.owner.completion_refused(reply.cancel)
-            case AppendStatus.FULL:
-                self._wait_for_room(outbox, reply)
-            case AppendStatus.GONE | AppendStatus.HOLE:
-                self.restore(outbox)
-            case AppendStatus.REFUSED:
-                self._refuse(outbox, reply)
-            case AppendStatus.FENCED | AppendStatus.ENDED:
-                self.abandon(outbox)
-        return 0
-
-    def _acknowledge(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
-        stored = outbox.acknowledge(batch.entries)
-        self._size -= stored
-        if batch.ending is not None:
-            outbox.owner.run_settled()
-        elif reply.cancelled:
-            outbox.owner.cancel_on_record(reply.cancel)
-        return stored
-
-    def _refuse(self, outbox: Outbox, reply: Appended) -> None:
-        """Give up a run that the log cannot hold."""
-        self._on_warning(f"cannot store run {outbox.run_id}: {reply.words}")
-        outbox.owner.run_refused()
-        self.drop(outbox)
-
-    def _wait_for_room(self, outbox: Outbox, reply: Appended) -> None:
-        """Ask the log again later; until then this run's entries wait, and only its ending does not."""
-        now = trio.current_time()
-        if not self._without_room:
-            self._ask_again_at = now + FULL_PAUSE
-        if now - self._warned_at >= WARNING_INTERVAL:
-            self._warned_at = now
-            self._on_warning(f"cannot commit: {reply.words}; trying again")
-        self._without_room[outbox] = None
-        if not outbox.closing:
-            self._dirty.pop(outbox, None)
-
-    async def _restore(self, outbox: Outbox) -> None:
-        """Put back what the log has lost of a run, and append again what follows."""
-        if outbox.abandoned or outbox.settled:
-            return
-        at_hand = outbox.at_hand()
-        oldest = min([outbox.stored + 1, *(entry.seq for entry in at_hand[:1])])
-        restore = partial(self._log.restore, outbox.run, outbox.lease, oldest)
-        reply = await patiently(restore, what=f"restore run {outbox.run_id}", on_warning=self._on_warning)
-        if outbox.abandoned:
-            return
-        match reply.status:
-            case AppendStatus.OK | AppendStatus.HOLE:
-                self._on_warning(f"the log had lost a part of run {outbox.run_id}; going on from entry {reply.seq + 1}")
-                self._size += outbox.go_back(reply.seq, at_hand)
-                if reply.status is AppendStatus.HOLE:
-                    if outbox.ending is not None:
-                        self._size -= outbox.reopen()
-                    outbox.owner.log_diverged()
-                self._mark(outbox, urgent=True)
-            case AppendStatus.FULL:
-                self._wait_for_room(outbox, reply)
-            case AppendStatus.REFUSED:
-                self._refuse(outbox, reply)
-            case _:
-                self.abandon(outbox)
+        try:
+            async with trio.open_nursery() as self._nursery:
+                for lane in self._lanes.values():
+                    self._nursery.start_soon(lane.run)
+                for part in self._log.parts():
+                    self._lane_of(part)
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None

@@ -17,6 +17,7 @@ from penstock.log import Batch, Entry
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from penstock.lane import Lane
     from penstock.log import Lease
     from penstock.log.tail import Tail
     from penstock.runs import Ending, Run
@@ -61,6 +62,7 @@ class Outbox:
         "ending",
         "entries",
         "epoch",
+        "lane",
         "lease",
         "owner",
         "run",
@@ -82,6 +84,8 @@ class Outbox:
         self.epoch = lease.epoch
         self.tail = tail
         self.owner = owner
+        self.lane: Lane | None = None
+        """Who commits what is here, once there is anything."""
         self.seq = 0
         """The seq that was given out last."""
         self.entries: list[Entry] = []

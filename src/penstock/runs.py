@@ -256,8 +256,8 @@ class Run:
         }
 
 
-def new_run(run_id: str | None, producer: str, metadata: Mapping[str, Any] | None, *, max_metadata_bytes: int) -> Run:
-    """The record of a run that is about to start, with an id of its own if it has none.
+def new_run(run_id: str, producer: str, metadata: Mapping[str, Any] | None, *, max_metadata_bytes: int) -> Run:
+    """The record of a run that is about to start.
 
     Raises:
         MetadataTooLarge: the metadata is larger, as JSON, than `max_metadata_bytes`.
@@ -273,7 +273,7 @@ def new_run(run_id: str | None, producer: str, metadata: Mapping[str, Any] | Non
             f"a run's metadata has at most {max_metadata_bytes} bytes as JSON (max_metadata_bytes), not {len(written)}"
         )
     return Run(
-        new_run_id() if run_id is None else check_run_id(run_id),
+        check_run_id(run_id),
         producer,
         created_at=time.time(),
         metadata=json.loads(written),  # the caller may go on changing the other

@@ -1,9 +1,9 @@
 """The services of a supervisor: the outer of its two nurseries, and what lives there.
 
-    committer   what is pending → the log → tails
-    fetcher     wake-ups → the log → tails of runs that live elsewhere
+    committer   what is pending → the log → tails: a lane for each part of the log
+    fetcher     wake-ups → the log → tails of runs that live elsewhere: a feed for each part
     timers      timeouts, silence, grace
-    watch       cancel requests, renewals, reaper
+    watch       cancel requests; renewals, reaper, outages for each part
     pulse       figures → the observer, once a second
 
 They run in a scope that is shielded without a deadline, the only one of its kind: a cancellation from outside must
@@ -19,7 +19,7 @@ import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -32,7 +32,7 @@ from penstock.log.fetcher import Fetcher
 from penstock.log.tail import Tails
 from penstock.observer import FIGURES_INTERVAL, Figures, new_error_id, tell
 from penstock.readers import Readers
-from penstock.runs import Cause
+from penstock.runs import Cause, new_run_id
 from penstock.timers import Timers
 from penstock.watch import Watch
 
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from penstock.observer import Observer
     from penstock.runs import Run
     from penstock.settings import Settings
+
+
+ID_TRIES: Final = 20
+"""So many ids are made for a run, one of which is likely to be on a part of the log that is in reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,11 @@ class Services:
         """A lease for one more run, with an epoch of its own."""
         return Lease(self.owner, secrets.token_hex(16), self._settings.lease)
 
+    def new_id(self) -> str:
+        """An id for a new run, on a part of the log that is in reach, if there is one."""
+        ids = (new_run_id() for _ in range(ID_TRIES))
+        return next((each for each in ids if not self._watch.is_away(self._log.part(each))), new_run_id())
+
     @contextmanager
     def starting(self) -> Iterator[Callable[[Run, Lease], Execution]]:
         """A start is under way: the services wait for it, and a cancel request that overtakes its reply is kept.
@@ -151,16 +160,17 @@ class Services:
             for early in self._starts.values():
                 early[run_id] = reason
 
-    def _outage(self, away: ReaderReleased, *, over: bool) -> None:
-        """The log has been away for too long, or is back after that."""
+    def _outage(self, away: ReaderReleased, part: str, *, over: bool) -> None:
+        """A part of the log has been away for too long, or is back after that."""
         if over:
-            self.fetcher.readmit(away)
+            self.fetcher.readmit(away, part)
             return
         self._warn(f"{away}: its runs are given up, and readers sent away")
-        self.fetcher.release(away, everyone=True, for_now=True)
+        self.fetcher.release(away, everyone=True, part=part)
         for execution in list(self.live.values()):
-            self.unstored += self.draining and not execution.settled.is_set()
-            execution.cut_off()
+            if self._log.part(execution.run.id) == part:
+                self.unstored += self.draining and not execution.settled.is_set()
+                execution.cut_off()
 
     async def drain(self, timeout: float) -> None:
         """Let the runs end within `timeout` seconds, or until somebody interrupts them; then do that."""
@@ -228,9 +238,7 @@ class Services:
             self.committer.run,
             self.timers.run,
             self._watch.cancels,
-            self._watch.renewals,
-            self._watch.reaper,
-            self._watch.outages,
+            self._watch.contacts,
             self.fetcher.run,
             self._pulse,
         )

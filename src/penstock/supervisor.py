@@ -328,6 +328,7 @@ class Supervisor:
         check_duration("max_silence", max_silence)
         if settings.max_duration and (timeout or 0) > settings.max_duration:
             raise DurationTooLong(f"a run takes at most {settings.max_duration:g} s (max_duration), not {timeout:g} s")
+        run_id = services.new_id() if run_id is None else run_id
         run = new_run(run_id, name, metadata, max_metadata_bytes=settings.max_metadata_bytes)
         if services.present >= settings.max_runs:
             raise TooManyRuns(f"this process has {settings.max_runs} runs, as many as max_runs allows")

@@ -1,46 +1,30 @@
-"""What a supervisor does by the clock: look for cancels, renew leases, reap the runs of the dead, notice outages.
+"""What a supervisor does by the clock: look for cancels, and keep in contact with each part of the log (`contact.py`).
 
-None of these can harm a run by failing: while the log cannot be reached they warn, back off and try again. In
-particular a poll that fails cancels nothing, and a reaper that was itself out of contact reaps nothing until it has
-been in contact for one lease. Only when the log has been away for `outage_limit` are the runs given up.
+None of it can harm a run by failing: while the log cannot be reached it warns, backs off and tries again. In particular
+a poll that fails cancels nothing.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from math import inf
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
-from penstock.endings import Facts, ending_of
-from penstock.errors import LogUnavailable, ReaderReleased
-from penstock.log import AppendStatus, Obituary
+from penstock.contact import REAP_INTERVAL, Contact, Rounds
 from penstock.log.retries import patiently
-from penstock.observer import new_error_id, tell
-from penstock.runs import Cause
+from penstock.observer import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from penstock.contact import OnOutage
     from penstock.execution import Execution, Office
     from penstock.log import EventLog
 
-REAP_INTERVAL: Final = 1.0
-"""Seconds between two looks for leases that have run out."""
-RENEWALS_PER_CALL: Final = 100
-"""The most leases in one renewal."""
-
-
-class OnOutage(Protocol):
-    """Whoever is told of an outage."""
-
-    def __call__(self, away: ReaderReleased, *, over: bool) -> None:
-        """The log has been away for too long, or is back after that; `away` is the same both times."""
-
 
 class Watch:
-    """The four rounds of one supervisor, each a task of its own.
+    """The rounds of one supervisor, each a task of its own.
 
     Args:
         log: the event log.
@@ -48,7 +32,8 @@ class Watch:
         live: the executions that are not over yet, by run id.
         office: what they share.
         deliver: called with each cancel request: a run id and a reason.
-        on_outage: called when the log has been away for too long, with what readers are told, and when it is back.
+        on_outage: called when a part of the log has been away for too long, with what readers are told, and when it is
+            back.
     """
 
     def __init__(
@@ -62,16 +47,14 @@ class Watch:
     ) -> None:
         self._log = log
         self._owner = owner
-        self._live = live
         self._office = office
         self._deliver = deliver
-        self._on_outage = on_outage
+        self._rounds = Rounds(log, owner, live, office, on_outage, self._on_away, self._may_reap)
+        self._contacts: dict[str, Contact] = {}
+        self._away: dict[str, float] = {}
+        """The parts that are out of reach, and since when."""
+        self._away_since = 0.0
         self._cancel_came = trio.Event()
-        self._renew_now = trio.Event()
-        self._reached = trio.current_time()
-        """When the log was last reached, and took a write."""
-        self._away_since: float | None = None
-        """When the log was first found out of reach, while it is."""
 
     def wake(self) -> None:
         """A cancel request has come in: look now."""
@@ -79,7 +62,8 @@ class Watch:
 
     def renew_now(self) -> None:
         """The log can be reached again: see whether it still has the runs of this process."""
-        self._renew_now.set()
+        for contact in self._contacts.values():
+            contact.renew_now()
 
     async def cancels(self) -> None:
         """Deliver cancel requests: at once when woken, else within `cancel_check_interval`."""
@@ -93,93 +77,38 @@ class Watch:
             for run_id, reason in requests.items():
                 self._deliver(run_id, reason)
 
-    async def renewals(self) -> None:
-        """Renew the leases of all live runs, three times in the length of a lease, and after every outage."""
-        while True:
-            with trio.move_on_after(self._office.settings.lease / 3):
-                await self._renew_now.wait()
-            self._renew_now = trio.Event()
-            await patiently(self._renew, what="renew leases", on_warning=self._warn)
+    async def contacts(self) -> None:
+        """Keep in contact with every part that there is."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                parts, late = self._log.parts(), bool(self._contacts)
+                for part in self._contacts.keys() - {*parts}:
+                    self._contacts.pop(part).scope.cancel(reason="there is no such part of the log any more")
+                for part in parts:
+                    if part not in self._contacts:
+                        contact = self._contacts[part] = Contact(part, self._rounds, late=late)
+                        nursery.start_soon(contact.run)
+                await trio.sleep(REAP_INTERVAL)
 
-    async def _renew(self) -> None:
-        lease = self._office.settings.lease
-        epochs = [(e.run.id, e.outbox.epoch) for e in self._live.values() if not e.settled.is_set()]
-        for start in range(0, len(epochs), RENEWALS_PER_CALL):
-            piece = dict(epochs[start : start + RENEWALS_PER_CALL])
-            for run_id, status in (await self._log.renew(self._owner, piece, lease)).items():
-                execution = self._live.get(run_id)
-                if execution is None or execution.settled.is_set() or execution.outbox.epoch != piece[run_id]:
-                    continue
-                if status is AppendStatus.FENCED:
-                    self._office.committer.abandon(execution.outbox)
-                elif status is AppendStatus.GONE:
-                    self._office.committer.restore(execution.outbox)
+    def is_away(self, part: str) -> bool:
+        """Whether this part could not be reached at the last look."""
+        return part in self._away
 
-    async def reaper(self) -> None:
-        """End the runs whose owner is gone, after a lease of unbroken contact with the log."""
-        try:
-            await self._reap_on()
-        finally:
-            self._end_outage()
+    def _may_reap(self, part: str) -> bool:
+        contact = self._contacts.get(part)
+        return contact is not None and contact.may_reap
 
-    async def _reap_on(self) -> None:
-        lease = self._office.settings.lease
-        in_contact_since = trio.current_time()
-        while True:
-            due = trio.current_time() + REAP_INTERVAL
-            await trio.sleep_until(due)
-            began = trio.current_time()
-            if began - due > lease / 3:
-                in_contact_since = began  # this process stood still, and its own renewals with it
-            reap = began - in_contact_since >= lease
-            in_contact_since = min(in_contact_since, began)
-            try:
-                # A log that takes so long to answer stood still, and the renewals of the living wait before its door.
-                with trio.fail_after(max(lease / 3, REAP_INTERVAL / 2)):
-                    await self._reap_or_check(reap=reap)
-            except (LogUnavailable, trio.TooSlowError) as error:
-                if in_contact_since < began:
-                    self._warn(f"cannot reap: {str(error) or 'the log is slow'}; trying again")
-                in_contact_since = inf
-                if self._away_since is None:
-                    self._away_since = began
-                    tell(self._office.observer.outage_began)
-            else:
-                self._reached = trio.current_time()
-                self._end_outage()
-
-    def _end_outage(self) -> None:
-        if self._away_since is not None:
-            tell(self._office.observer.outage_ended, trio.current_time() - self._away_since)
-            self._away_since = None
-
-    async def _reap_or_check(self, *, reap: bool) -> None:
-        """One look at the log, and at the dead."""
-        if not reap:
-            await self._log.check()
-        elif lost := await self._log.reap(self._obituary):
-            tell(self._office.observer.runs_lost, lost)
-
-    async def outages(self) -> None:
-        """Tell when the log has been out of reach for `outage_limit`, and when it is back after that."""
-        limit = self._office.settings.outage_limit
-        while True:
-            # An outage that begins now is noticed at the next look.
-            await trio.sleep_until(self._reached + REAP_INTERVAL + limit)
-            if trio.current_time() < self._reached + REAP_INTERVAL + limit:
-                continue
-            try:
-                await self._log.check()  # it may have been this process that stood still
-            except LogUnavailable:
-                away = ReaderReleased(f"the event log has been out of reach for {limit:g} s; come back with the cursor")
-                self._on_outage(away, over=False)
-                await patiently(self._log.check, what="reach the log", on_warning=self._warn)
-                self._on_outage(away, over=True)
-            self._reached = trio.current_time()
-
-    def _obituary(self) -> Obituary:
-        blocks, ending = ending_of(Facts(cause=Cause.ABANDONED), self._office.dialect, error_id=new_error_id())
-        return Obituary(blocks, ending)
+    def _on_away(self, part: str, since: float | None) -> None:
+        """A part is out of reach, or in reach again; an outage lasts from the first to the last of them."""
+        if since is None:
+            del self._away[part]
+            if not self._away:
+                tell(self._office.observer.outage_ended, trio.current_time() - self._away_since)
+        else:
+            if not self._away:
+                self._away_since = since
+                tell(self._office.observer.outage_began)
+            self._away[part] = since
 
     def _warn(self, message: str) -> None:
         tell(self._office.observer.warning, message)

@@ -66,7 +66,7 @@ class Hosted:
         producers: what runs can be started of.
         admission: who may use it.
         log_url: the event log.
-        limits: `open_log`'s `ttl`, `max_entries` and `prefix`.
+        limits: `open_log`'s `ttl`, `max_entries`, `prefix` and `wait_replicas`.
         ping_interval: see `create_app`.
         max_body_bytes: see `create_app`.
         body_timeout: see `create_app`.

@@ -55,8 +55,9 @@ Exit codes:
     metavar="URL",
     envvar="PENSTOCK_LOG",
     help="The event log. memory:// is this process's memory, gone with it; redis://[:PASSWORD@]HOST[:PORT][/DB] "
-    "(rediss:// over TLS, unix:///PATH) is a Redis that any number of servers share. A password is better kept in the "
-    "environment variable.",
+    "(rediss:// over TLS, unix:///PATH) is a Redis that any number of servers share; "
+    "redis+sentinel://HOST[:PORT],.../SERVICE[/DB] is the one that Sentinels name, redis+cluster://HOST[:PORT],... a "
+    "cluster. A password is better kept in the environment variable.",
 )
 @shared_options
 @admission_options
@@ -79,6 +80,14 @@ Exit codes:
     default="sse:run:",
     metavar="PREFIX",
     help="What the keys of entries in Redis begin with; it ends with run:, and all others begin with what is before.",
+)
+@option(
+    "--wait-replicas",
+    default=0,
+    metavar="REPLICAS",
+    type=click.IntRange(min=0),
+    help="How many replicas must have a write in Redis before it counts: a failover then loses less, and each commit "
+    "takes longer.",
 )
 @option(
     "--ping-interval",
@@ -159,6 +168,7 @@ def serve(
     ttl: float,
     max_entries: int,
     prefix: str,
+    wait_replicas: int,
     ping_interval: float,
     max_body_bytes: int,
     body_timeout: float,
@@ -208,7 +218,7 @@ def serve(
             load_producers(producers),
             admitted,
             log_url=log_url,
-            limits={"ttl": ttl, "max_entries": max_entries, "prefix": prefix},
+            limits={"ttl": ttl, "max_entries": max_entries, "prefix": prefix, "wait_replicas": wait_replicas},
             ping_interval=ping_interval or None,
             max_body_bytes=max_body_bytes,
             body_timeout=body_timeout,

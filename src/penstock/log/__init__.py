@@ -13,6 +13,9 @@ that such a store can do in one atomic step:
 * **cancel requests** are kept with the record, and a `completed` ending is refused while one is kept.
 * **wake-ups carry no data**: they say which run has moved, and how far. Losing one must do no harm.
 * **restore** puts back what a log has lost (a failover, a restart without its data) from its owner's copy.
+
+A log may have *parts* that can be out of reach each on its own (the nodes of a cluster): what is asked of one of them
+then fails, and nothing else does. The part of a run may change.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from penstock.runs import Ending, Run, RunStatus
@@ -143,6 +146,8 @@ class AppendStatus(Enum):
     """A `completed` ending is refused, because a cancel is on record."""
     FULL = auto()
     """The log has no room for it now; what is sent again later may find some."""
+    AWAY = auto()
+    """The part of the log that has the run is out of reach now; others were not. It may be stored."""
     REFUSED = auto()
     """The log cannot hold this run, now or later; `words` says why."""
 
@@ -241,8 +246,14 @@ class Wakeups(Protocol):
 class EventLog(Protocol):
     """The protocol of an event log; see the module's own words for what it must promise.
 
-    All methods may raise `LogUnavailable`. None may leave half a step behind when it is cancelled.
+    All methods that wait may raise `LogUnavailable`. None may leave half a step behind when it is cancelled.
     """
+
+    def part(self, run_id: str) -> str:
+        """The part that has this run, as far as is known: ever the same word if there is one part. Never blocks."""
+
+    def parts(self) -> Collection[str]:
+        """All parts, as far as is known; at least one. Never blocks."""
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
         """Create the record; from the return on any reader finds it.
@@ -257,6 +268,9 @@ class EventLog(Protocol):
 
         Several may be of one run, each following the one before. What follows a batch that is not stored is not stored
         either; and a batch that is there already, because it is sent again, is `OK`.
+
+        Raises:
+            LogUnavailable: none of the parts concerned is in reach; if some are, the others' batches are `AWAY`.
         """
 
     async def read(
@@ -269,7 +283,10 @@ class EventLog(Protocol):
         """
 
     async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
-        """`read` for many runs in one round trip; None for a run that is not there."""
+        """`read` for many runs in one round trip; None for a run that is not there.
+
+        Runs whose part is out of reach are left out, if others are not.
+        """
 
     async def get(self, run_id: str) -> Run:
         """The record.
@@ -292,7 +309,10 @@ class EventLog(Protocol):
         """Take the cancel requests for the runs of `owner` that came in since the last call: run id → reason."""
 
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
-        """Renew the leases of these runs (run id → epoch); the replies are `OK`, `FENCED`, `ENDED` or `GONE`."""
+        """Renew the leases of these runs (run id → epoch); the replies are `OK`, `FENCED`, `ENDED` or `GONE`.
+
+        Runs whose part is out of reach are left out, if others are not.
+        """
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         """Put a run's record back after the log has lost it, or some of its last entries.
@@ -308,14 +328,29 @@ class EventLog(Protocol):
             `ENDED`, `FULL`: as for an append.
         """
 
-    async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
+    async def reap(
+        self,
+        obituary: Callable[[], Obituary],
+        *,
+        part: str | None = None,
+        ready: Callable[[str], bool] = lambda part: True,  # noqa: ARG005
+    ) -> Sequence[str]:
         """End the runs whose lease has run out, each with an obituary of its own; their ids.
 
         Each of them ends in a step of its own, so this may be cut short at any point.
+
+        Args:
+            obituary: makes what is written for a run.
+            part: where to look for such runs; None: everywhere.
+            ready: whether the runs of a part may be ended.
         """
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[Wakeups]:
         """Open the wake-ups of one supervisor."""
 
-    async def check(self) -> None:
-        """Return if the log can be reached, else raise `LogUnavailable`."""
+    async def check(self, part: str | None = None) -> None:
+        """Return if this part of the log can be reached and takes writes; None: if any does.
+
+        Raises:
+            LogUnavailable: it cannot, or does not.
+        """

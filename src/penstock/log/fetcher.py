@@ -1,20 +1,20 @@
 """The fetcher: group fetch on the way out.
 
 Tails of this process's own runs are fed by the committer. The tails of runs that live elsewhere, if they have readers
-here, are fed by this one task: a wake-up says which runs have moved, and one `fetch` brings what all of their tails
-lack. Replay, live and the repair of a lost wake-up are thus one path: whatever was missed is in the next page.
+here, are fed by one task for each part of the log (`feed.py`): a wake-up says which runs have moved, and one `fetch`
+brings what all of their tails lack. Replay, live and the repair of a lost wake-up are thus one path: whatever was
+missed is in the next page.
 """
 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager, suppress
-from functools import partial
-from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from penstock.errors import LogUnavailable, RunNotFound
+from penstock.log.feed import MISSING_GRACE, MISSING_PAUSE, Feed, Feeding
 from penstock.log.retries import patiently
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
     from penstock.log import EventLog, Page, Wakeups
     from penstock.log.tail import Tail, Tails
     from penstock.runs import Run
-
-LOADED: Final = 8
-"""The runs of a fetch from which on the next one waits for all of the spacing; after fewer for a part of it."""
-MISSING_GRACE: Final = 10.0
-"""For how many seconds a run that has readers may be missing: a log that has lost it is given it again by its owner."""
-MISSING_PAUSE: Final = 0.5
-"""Seconds between two looks for runs that are missing."""
 
 
 class Ahead:
@@ -81,16 +74,20 @@ class Fetcher:
         self.log = log
         self._tails = tails
         self._wakeups: Wakeups
-        self._spacing = spacing
         self._on_cancel = on_cancel
         self._on_reconnect = on_reconnect
         self._on_warning = on_warning
+        self._feeding = Feeding(log, tails, spacing, on_warning, self._tell)
+        self._feeds: dict[str, Feed] = {}
         self._released: PenstockError | None = None
-        self._moved: dict[str, int] = {}
-        self._missing: dict[str, float] = {}
-        """The runs with readers here that the log does not have at the moment, and since when."""
-        self._news = trio.Event()
+        self._away: dict[str, PenstockError] = {}
+        """What readers are told whose part of the log has been away for too long."""
         self._nursery: trio.Nursery | None = None
+
+    @property
+    def waiting(self) -> list[str]:
+        """The runs of which something is still to be fetched."""
+        return [run_id for feed in self._feeds.values() for run_id in feed.waiting]
 
     def connect(self, wakeups: Wakeups) -> None:
         """Take the wake-ups, before anything is read or run."""
@@ -114,8 +111,8 @@ class Fetcher:
         try:
             if tail.fed:
                 pass
-            elif self._released is not None:
-                tail.release(self._released)
+            elif (gone := self._released or self._away.get(self.log.part(run_id))) is not None:
+                tail.release(gone)
             else:
                 await self._wakeups.subscribe(run_id)
         except BaseException:
@@ -128,18 +125,20 @@ class Fetcher:
         if self._tails.give_back(tail) and self._tails.get(tail.run_id) is None:
             self._wakeups.unsubscribe(tail.run_id)
 
-    def release(self, error: PenstockError, *, everyone: bool = False, for_now: bool = False) -> None:
+    def release(self, error: PenstockError, *, everyone: bool = False, part: str | None = None) -> None:
         """Send away the readers of runs that live elsewhere, or of all, and those to come; ended runs are read on.
 
         Args:
             error: what they are told.
             everyone: the readers of this process's own runs as well.
-            for_now: until `readmit`, unless readers are sent away for good already.
+            part: only those of runs on this part of the log, and only until `readmit`.
         """
-        if not for_now or self._released is None:
+        if part is None:
             self._released = error
+        else:
+            self._away[part] = error
         for tail in self._tails.all():
-            if everyone or not tail.fed:
+            if (everyone or not tail.fed) and (part is None or self.log.part(tail.run_id) == part):
                 tail.release(error)
 
     def learn(self, tail: Tail, run: Run) -> None:
@@ -147,13 +146,12 @@ class Fetcher:
         if not tail.last or tail.last >= run.seq:
             tail.advance(run.seq, ended=run.status.terminal)
         elif not tail.fed:
-            self._moved[tail.run_id] = max(run.seq, self._moved.get(tail.run_id, 0))
-            self._news.set()
+            self._tell(tail.run_id, run.seq)
 
-    def readmit(self, error: PenstockError) -> None:
+    def readmit(self, error: PenstockError, part: str) -> None:
         """Readers may come again, if it was `error` that released them."""
-        if self._released is error:
-            self._released = None
+        if self._away.get(part) is error:
+            del self._away[part]
         self._tails.retire(error)
 
     async def read(self, tail: Tail, after: int) -> Page:
@@ -193,8 +191,9 @@ class Fetcher:
         async def catch_up() -> None:
             async with self.reading(run_id) as tail:
                 behind = {run_id: tail.last}
-                while behind := await self._fetch(behind):
-                    if behind.keys() <= self._missing.keys():
+                feed = self._feed(self.log.part(run_id))
+                while behind := await feed.fetch(behind):
+                    if feed.is_stuck(behind):
                         await trio.sleep(MISSING_PAUSE)
 
         await patiently(catch_up, what=f"follow {run_id}", on_warning=self._on_warning)
@@ -203,30 +202,13 @@ class Fetcher:
         """Do it, until cancelled."""
         try:
             async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._listen)
-                await self._fetch_on()
+                for feed in self._feeds.values():
+                    self._nursery.start_soon(feed.run)
+                for part in self.log.parts():
+                    self._feed(part)
+                await self._listen()
         finally:
             self._nursery = None
-
-    async def _fetch_on(self) -> None:
-        """Bring what the tails lack, whenever a run has moved."""
-        behind: dict[str, int] = {}
-        while True:
-            if behind.keys() <= self._missing.keys() and not self._moved:
-                self._news = trio.Event()
-                with trio.move_on_after(MISSING_PAUSE if behind else inf):
-                    await self._news.wait()
-            started = trio.current_time()
-            # A run that cannot be caught up with must not keep the news of the others waiting.
-            moved, self._moved = self._moved, {}
-            for run_id, seq in moved.items():
-                tail = self._tails.get(run_id)
-                if tail is not None and tail.last != seq:  # less: the log has lost something, and perhaps ended it
-                    behind[run_id] = tail.last
-            load = min(1.0, len(behind) / LOADED)
-            if behind:
-                behind = await self._fetch(behind)
-            await trio.sleep_until(started + self._spacing * load)
 
     async def _listen(self) -> None:
         """Take what the wake-ups tell, at once."""
@@ -236,32 +218,25 @@ class Fetcher:
                 self._on_cancel()
             if news.reconnected:
                 self._on_reconnect()
-            for run_id, seq in news.moved.items():  # a look-up may have been overtaken by a message
-                self._moved[run_id] = max(seq, self._moved.get(run_id, 0))
-            self._news.set()
+            for run_id, seq in news.moved.items():
+                self._tell(run_id, seq)
 
-    async def _fetch(self, behind: dict[str, int]) -> dict[str, int]:
-        """Feed the tails that are behind; those that still are."""
-        pages = await patiently(partial(self.log.fetch, behind), what="fetch entries", on_warning=self._on_warning)
-        still: dict[str, int] = {}
-        for run_id, page in pages.items():
-            tail = self._tails.get(run_id)
-            missing_since = self._missing.pop(run_id, trio.current_time())
-            if tail is None:
-                continue
-            if page is None:
-                if trio.current_time() - missing_since >= MISSING_GRACE:
-                    gone = RunNotFound(run_id)
-                    tail.release(gone)
-                    self._tails.retire(gone)  # who stays all the same keeps nobody from a run that comes back
-                else:
-                    self._missing[run_id] = missing_since
-                    still[run_id] = tail.last
-                continue
-            if page.entries:
-                tail.extend(page.entries)
-            else:  # trimmed away already: its readers will find that out, and nobody else waits for it
-                tail.advance(page.run.seq, ended=page.run.status.terminal)
-            if tail.last < page.run.seq:
-                still[run_id] = tail.last
-        return still
+    def _tell(self, run_id: str, seq: int) -> None:
+        """A run has got as far as `seq`."""
+        self._feed(self.log.part(run_id)).tell(run_id, seq)
+
+    def _feed(self, part: str) -> Feed:
+        if part not in self._feeds:
+            self._close_feeds()
+            feed = self._feeds[part] = Feed(part, self._feeding)
+            if self._nursery is not None:
+                self._nursery.start_soon(feed.run)
+        return self._feeds[part]
+
+    def _close_feeds(self) -> None:
+        """Close the feeds of parts that there are no more, once nothing is left to fetch there."""
+        parts = self.log.parts()
+        for part, feed in [*self._feeds.items()]:
+            if part not in parts and feed.idle:
+                del self._feeds[part]
+                feed.scope.cancel(reason="there is no such part of the log any more")

@@ -255,7 +255,13 @@ class MemoryLog:
         stored.run = replace(stored.run, seq=stored.ring.last)
         return Appended(AppendStatus.HOLE if lost else AppendStatus.OK, stored.ring.last)
 
-    async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
+    async def reap(
+        self,
+        obituary: Callable[[], Obituary],
+        *,
+        part: str | None = None,  # noqa: ARG002
+        ready: Callable[[str], bool] | None = None,  # noqa: ARG002
+    ) -> Sequence[str]:
         """End the runs whose lease has run out, under a new epoch that nobody has. A checkpoint."""
         now = trio.current_time()  # before the checkpoint: what is reaped was due when its caller looked at the clock
         await trio.lowlevel.checkpoint()
@@ -279,7 +285,15 @@ class MemoryLog:
             del self._wakeups[owner]
             self._inboxes.pop(owner, None)
 
-    async def check(self) -> None:
+    def part(self, run_id: str) -> str:  # noqa: ARG002
+        """There is one part."""
+        return ""
+
+    def parts(self) -> Sequence[str]:
+        """The only one."""
+        return ("",)
+
+    async def check(self, part: str | None = None) -> None:  # noqa: ARG002
         """Memory can always be reached. A checkpoint."""
         await trio.lowlevel.checkpoint()
 

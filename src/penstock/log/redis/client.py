@@ -7,6 +7,9 @@ own connection and no other, so no reply is ever taken for another's.
 redis-py's own retries and timeouts are off. What is sent here may be sent twice, since every command that penstock
 sends is one that may be: so a broken connection is tried again, once and at once, and what is still wrong then is
 `LogUnavailable`.
+
+Where Sentinels watch over the server, they are asked for each new connection. So whenever a server says that it is a
+replica, the connections to it are dropped.
 """
 
 from __future__ import annotations
@@ -14,27 +17,32 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 import redis.asyncio
 import trio
 import trio_asyncio
 from redis import exceptions
-from redis.asyncio.client import PubSub
-from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import (
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 from redis.backoff import NoBackoff
 
 from penstock.errors import ConfigurationError, LogUnavailable
 from penstock.groups import raise_unchanged
-from penstock.log.redis.refusals import judged, unavailable
+from penstock.log.redis import addresses
+from penstock.log.redis.refusals import judged, unavailable, words_of
 from penstock.log.redis.scripts import BY_DIGEST, Script
+from penstock.log.redis.subscription import OneConnection, Subscription, whole
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 
-Command = tuple[Any, ...]
-"""A command and its arguments."""
+    from penstock.log.redis.addresses import Addresses
+    from penstock.log.redis.servers import Command
 
 ANSWER_TIMEOUT: Final = 5.0
 """How many seconds Redis may take to answer before it counts as out of reach."""
@@ -52,6 +60,10 @@ OPTIONS: Final[dict[str, Any]] = {
     "retry": Retry(NoBackoff(), 0),
 }
 """How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
+REPLICAS_TIMEOUT: Final = 1.0
+"""How many seconds the replicas that a write waits for may take."""
+SENTINEL_TIMEOUT: Final = 1.0
+"""How many seconds a Sentinel may take to answer before the next one is asked."""
 CALLBACKS_PER_ROUND: Final = 64
 """How many more of asyncio's callbacks run in one round of Trio's scheduler, if they are ready."""
 _CLOSING: Final = 1.0
@@ -66,15 +78,49 @@ def call(script: Script, keys: Sequence[str], *args: Any) -> Command:
 
 
 class Client:
-    """Commands to one Redis, on a few connections. Made by `open_client`."""
+    """Commands to one Redis, on a few connections. Made by `open_client`.
 
-    def __init__(self, client: redis.asyncio.Redis, loop: trio_asyncio.TrioEventLoop, address: str) -> None:
+    Args:
+        client: redis-py's, on `loop`.
+        loop: where that lives.
+        address: where the server is, without any password.
+        wait_replicas: how many replicas are to have what is sent as `kept`.
+        clustered: it is a node of a cluster.
+    """
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis,
+        loop: trio_asyncio.TrioEventLoop,
+        address: str,
+        *,
+        wait_replicas: int = 0,
+        clustered: bool = False,
+    ) -> None:
         self.address = address
         """Where Redis is, without any password."""
+        self.clustered = clustered
+        """Its channels are those of a shard, and it may refuse what belongs to other nodes."""
+        client.response_callbacks.clear()  # replies are taken as they come
         self._client = client
         self._loop = loop
+        self._wait_replicas = wait_replicas
 
-    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+    def part(self, key: str) -> str:  # noqa: ARG002
+        """There is one part."""
+        return ""
+
+    def parts(self) -> Sequence[str]:
+        """The only one."""
+        return ("",)
+
+    def watch(self, moved: Callable[[], None]) -> None:
+        """Keys stay where they are."""
+
+    def doubt(self) -> None:
+        """There is no doubt about that."""
+
+    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
         """Send commands, in as few round trips as is good for others; their replies, in order.
 
         A command that was refused has its exception as its reply: `LogFull`, or a `redis.exceptions.ResponseError`.
@@ -82,61 +128,84 @@ class Client:
         Raises:
             LogUnavailable: Redis could not be reached, did not answer in time, or is in no state to.
         """
-        replies: list[Any] = []
-        piece: list[Command] = []
-        size = 0
-        for command in commands:
-            piece.append(command)
-            size += sum(len(word) for word in command if isinstance(word, bytes | str))
-            if len(piece) == COMMANDS_PER_ROUND_TRIP or size >= BYTES_PER_ROUND_TRIP:
-                replies += await self._execute(piece)
-                piece, size = [], 0
-        if piece:
-            replies += await self._execute(piece)
-        return replies
+        judged_replies: list[Any] = []
+        for piece in _pieces(commands):
+            judged_replies += self._judged(await self._replies(piece, kept=kept))
+        return judged_replies
 
-    async def ask(self, *command: Any) -> Any:
+    async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
+        """The same: one server does things in the order in which they come."""
+        return await self.execute([command for stage in stages for command in stage], kept=True)
+
+    async def ask(self, *command: Any, kept: bool = False) -> Any:
         """Send one command; its reply.
 
         Raises:
             LogUnavailable: as for `execute`, and also if the command was refused.
         """
-        (reply,) = await self._execute([command])
-        if isinstance(reply, LogUnavailable):
-            raise reply
-        if isinstance(reply, Exception):
-            raise LogUnavailable(f"Redis at {self.address} refuses a command: {reply}") from reply
-        return reply
+        (reply,) = self._judged(await self._replies([command], kept=kept))
+        return answer(reply, self.address)
 
-    async def _execute(self, commands: list[Command]) -> list[Any]:
-        replies = await self._send(commands)
+    async def beside(self, commands: Sequence[Command]) -> None:
+        """`execute`: what is good to have is as near as anything else."""
+        await self.execute(commands)
+
+    async def replies(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+        """`execute` for who judges the replies: each refusal is there as it came.
+
+        Raises:
+            LogUnavailable: Redis could not be reached, or did not answer in time.
+        """
+        return [reply for piece in _pieces(commands) for reply in await self._replies(piece, kept=kept)]
+
+    def _judged(self, replies: Sequence[Any]) -> list[Any]:
+        return [
+            judged(reply, self.address) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies
+        ]
+
+    async def _replies(self, commands: list[Command], *, kept: bool) -> list[Any]:
+        replies = await self._send_kept(commands) if kept else await self._send(commands)
         for _ in range(_SCRIPT_TRIES):
             forgotten = [n for n, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
             if not forgotten:
                 break
             digests = dict.fromkeys(commands[n][1] for n in forgotten)
             loads: list[Command] = [("SCRIPT LOAD", BY_DIGEST[digest].source) for digest in digests]
-            again = await self._send(loads + [commands[n] for n in forgotten])
-            for reply in again[: len(loads)]:
+            again = loads + [commands[n] for n in forgotten]
+            repeated = await self._send_kept(again) if kept else await self._send(again)
+            for reply in repeated[: len(loads)]:
                 if isinstance(reply, exceptions.ResponseError):
                     raise unavailable(reply, self.address)
-            for n, reply in zip(forgotten, again[len(loads) :], strict=True):
+            for n, reply in zip(forgotten, repeated[len(loads) :], strict=True):
                 replies[n] = reply
-        return [
-            judged(reply, self.address) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies
-        ]
+        if any(isinstance(reply, exceptions.ResponseError) and "READONLY" in words_of(reply) for reply in replies):
+            await self.run(self._client.connection_pool.disconnect(inuse_connections=False))
+        return replies
+
+    async def _send_kept(self, commands: list[Command]) -> list[Any]:
+        """`_send`, and see to it that enough replicas have it."""
+        if not self._wait_replicas:
+            return await self._send(commands)
+        wait = ("WAIT", self._wait_replicas, round(REPLICAS_TIMEOUT * 1000))
+        *replies, there = await self._send([*commands, wait])
+        if isinstance(there, exceptions.ResponseError):
+            raise unavailable(there, self.address)
+        if there < self._wait_replicas:
+            words = f"{there} of the {self._wait_replicas} replicas that were to have it have taken a write"
+            raise LogUnavailable(f"Redis at {self.address}: {words} within {REPLICAS_TIMEOUT:g} s")
+        return replies
 
     async def _send(self, commands: list[Command]) -> list[Any]:
         async def round_trip() -> list[Any]:
             if len(commands) == 1:
                 try:
-                    return [await _whole(self._client.execute_command, *commands[0])]
+                    return [await whole(self._client.execute_command, *commands[0])]
                 except exceptions.ResponseError as error:
                     return [error]
             async with self._client.pipeline(transaction=False) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
-                replies: list[Any] = await _whole(pipeline.execute, raise_on_error=False)
+                replies: list[Any] = await whole(pipeline.execute, raise_on_error=False)
                 return replies
 
         async def twice() -> list[Any]:
@@ -165,115 +234,100 @@ class Client:
             raise unavailable(error, self.address) from error
 
     @asynccontextmanager
-    async def subscription(self) -> AsyncIterator[Subscription]:
+    async def subscription(self, part: str = "") -> AsyncIterator[Subscription]:  # noqa: ARG002
         """A connection of its own that listens to channels."""
-        pubsub = _OneConnection(self._client.connection_pool)
+        pubsub = OneConnection(self._client.connection_pool)
         try:
             yield Subscription(self, pubsub)
         finally:
             with trio.move_on_after(_CLOSING, shield=True):
                 await self._loop.run_aio_coroutine(pubsub.aclose())  # type: ignore[no-untyped-call]
 
-
-class _OneConnection(PubSub):
-    """A PubSub that does not connect again by itself, in whichever task first sees that its connection is gone."""
-
-    async def connect(self) -> None:
-        """Connect the first time."""
-        if self.connection is None:
-            await super().connect()  # type: ignore[no-untyped-call]
-        self._check_connection()
-
-    async def parse_response(self, block: bool = True, timeout: float = 0) -> Any:
-        """Wait for what comes."""
-        self._check_connection()
-        return await super().parse_response(block, timeout)
-
-    async def _execute(self, conn: Any, command: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        return await _whole(command, *args, **kwargs)
-
-    def _check_connection(self) -> None:
-        if self.connection is None or not self.connection.is_connected:
-            raise exceptions.ConnectionError("the connection is gone")
+    async def aclose(self) -> None:
+        """Close the connections. It has a shield with a deadline."""
+        with trio.move_on_after(_CLOSING, shield=True):
+            await self._loop.run_aio_coroutine(self._client.aclose())
 
 
-class Subscription:
-    """One connection that listens. All that goes wrong with it is `LogUnavailable`, and it is of no use then."""
+def answer(reply: Any, address: str) -> Any:
+    """The reply to one command that is not to be refused.
 
-    def __init__(self, client: Client, pubsub: _OneConnection) -> None:
-        self._client = client
-        self._pubsub = pubsub
-
-    async def subscribe(self, channels: Sequence[str]) -> None:
-        """Ask for these channels; a message of kind `subscribe` confirms each."""
-        await self._client.run(_called(self._pubsub.subscribe, *channels))
-
-    async def unsubscribe(self, channels: Sequence[str]) -> None:
-        """Ask for these channels no more."""
-        await self._client.run(_called(self._pubsub.unsubscribe, *channels))
-
-    async def ping(self) -> None:
-        """Ask for a sign of life: a message of kind `pong`."""
-        await self._client.run(_called(self._pubsub.ping))
-
-    async def pump(self, take: Callable[[str, str, bytes], None]) -> None:
-        """Hand over every message (kind, channel, data), until the connection breaks."""
-
-        async def listen() -> None:
-            while True:
-                message = await self._pubsub.get_message(timeout=None)
-                if message is not None:
-                    channel, data = message["channel"] or b"", message["data"]
-                    take(message["type"], channel.decode(), data if isinstance(data, bytes) else b"")
-
-        await self._client.run(listen(), deadline=float("inf"))
-
-
-async def _whole(function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    """Call what may write to a connection that has just been lost.
-
-    asyncio's transport (Python 3.12 and 3.13) then looks for the loop that it has let go: no error of ours, but of the
-    connection.
+    Raises:
+        LogUnavailable: it was.
     """
-    try:
-        return await function(*args, **kwargs)
-    except AttributeError as error:
-        if "_add_writer" not in str(error):
-            raise
-        raise exceptions.ConnectionError("the connection is gone") from error
+    if isinstance(reply, LogUnavailable):
+        raise reply
+    if isinstance(reply, Exception):
+        raise LogUnavailable(f"Redis at {address} refuses a command: {reply}") from reply
+    return reply
 
 
-async def _called(function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-    """Call it on the loop, and not before: what is cancelled on the way there leaves nothing that was not awaited."""
-    await function(*args)
+def _pieces(commands: Sequence[Command]) -> Iterator[list[Command]]:
+    """The commands of each round trip."""
+    piece: list[Command] = []
+    size = 0
+    for command in commands:
+        piece.append(command)
+        size += sum(len(word) for word in command if isinstance(word, bytes | str))
+        if len(piece) == COMMANDS_PER_ROUND_TRIP or size >= BYTES_PER_ROUND_TRIP:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 @asynccontextmanager
-async def open_client(url: str) -> AsyncIterator[Client]:
-    """A client for as long as the block lasts; the connections are made when they are needed.
-
-    Raises:
-        ConfigurationError: redis-py cannot read the URL.
-    """
-    address, pool = _pool(url)
+async def open_loop() -> AsyncIterator[trio_asyncio.TrioEventLoop]:
+    """The loop on which clients live, for as long as the block lasts; what the block raises comes out unchanged."""
     raised: BaseException | None = None
     try:
         async with trio_asyncio.open_loop() as loop:
             _hurry(loop)
-            client = redis.asyncio.Redis.from_pool(pool)
-            client.response_callbacks.clear()  # replies are taken as they come
             try:
-                yield Client(client, loop, address)
+                yield loop
             except BaseException as error:
                 raised = error
                 raise
-            finally:
-                with trio.move_on_after(_CLOSING, shield=True):
-                    await loop.run_aio_coroutine(client.aclose())
     except BaseExceptionGroup:
         if raised is None:
             raise
         raise_unchanged(raised)  # the loop's nurseries are nothing that a caller should see
+
+
+@asynccontextmanager
+async def open_client(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Client]:
+    """A client for as long as the block lasts; the connections are made when they are needed.
+
+    Args:
+        url: `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `rediss+sentinel://`.
+        wait_replicas: how many replicas are to have what is sent as `kept`.
+
+    Raises:
+        ConfigurationError: the URL cannot be read.
+    """
+    watched = url.partition("://")[0].endswith("+sentinel")
+    there = addresses.sentinel(url) if watched else addresses.one(url)
+    sentinel = _sentinel(there) if watched else None
+    pool = _pool(there, sentinel)
+    async with open_loop() as loop:
+        client = Client(redis.asyncio.Redis.from_pool(pool), loop, there.label, wait_replicas=wait_replicas)
+        try:
+            yield client
+        finally:
+            await client.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
+            if sentinel is not None:
+                with trio.move_on_after(_CLOSING, shield=True):
+                    await loop.run_aio_coroutine(sentinel.aclose())
+
+
+def client_at(
+    address: tuple[str, int], options: dict[str, Any], loop: trio_asyncio.TrioEventLoop, *, wait_replicas: int = 0
+) -> Client:
+    """A client of one node of a cluster. Whoever makes it closes it."""
+    host, port = address
+    there = addresses.Addresses(addresses.address_of(host, port), [], {**options, "host": host, "port": port})
+    redis_py = redis.asyncio.Redis.from_pool(_pool(there, None))
+    return Client(redis_py, loop, there.label, wait_replicas=wait_replicas, clustered=True)
 
 
 def _hurry(loop: trio_asyncio.TrioEventLoop) -> None:
@@ -298,19 +352,28 @@ def _hurry(loop: trio_asyncio.TrioEventLoop) -> None:
     loop._main_loop_one = steps  # noqa: SLF001
 
 
-def _pool(url: str) -> tuple[str, redis.asyncio.ConnectionPool]:
-    """The address that a URL names, and the connections to it. What is wrong with a URL is said without quoting it."""
-    shape = "write redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], with % escapes for what is no letter or digit"
+def _sentinel(there: Addresses) -> Sentinel:
+    """The Sentinels of a URL. One that does not answer is passed over for the next."""
+    options = {**(there.sentinel_options or {}), **OPTIONS}
+    timeouts = {"socket_timeout": SENTINEL_TIMEOUT, "socket_connect_timeout": SENTINEL_TIMEOUT}
+    secure = options.pop("connection_class", None) is not None
+    return Sentinel(  # type: ignore[no-untyped-call]
+        there.hosts, sentinel_kwargs={**options, **timeouts, "ssl": secure}
+    )
+
+
+def _pool(there: Addresses, sentinel: Sentinel | None) -> redis.asyncio.ConnectionPool:
+    """The connections to a server, or to the one that Sentinels name."""
+    options = {**there.options, **OPTIONS}
     try:
-        parts = urlsplit(url)
-        address = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-    except ValueError:
-        raise ConfigurationError(f"this is no URL of a Redis; {shape}") from None
-    if parts.fragment or (parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit()):
-        raise ConfigurationError(f"what follows the slash in the URL of a Redis is the number of a database; {shape}")
-    try:
-        pool = redis.asyncio.ConnectionPool(**{**parse_url(url), **OPTIONS})
+        if sentinel is None:
+            pool = redis.asyncio.ConnectionPool(**options)
+        else:
+            secure = options.pop("connection_class", None) is not None
+            kind = SentinelManagedSSLConnection if secure else SentinelManagedConnection
+            pool = SentinelConnectionPool(there.service, sentinel, connection_class=kind, **options)  # type: ignore[no-untyped-call]
         pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of
     except (ValueError, TypeError, exceptions.RedisError) as error:
-        raise ConfigurationError(f"this is no URL of a Redis: {error}; {shape}") from None
-    return address, pool
+        shape = addresses.ONE if sentinel is None else addresses.SENTINEL
+        raise ConfigurationError(f"this is no URL of a Redis: {error}; write {shape}") from None
+    return pool

@@ -2,8 +2,8 @@
 
 Each operation is a few commands in one round trip, each of which may be sent twice and is one atomic step on one
 cluster slot; what belongs to other slots (the lists of runs, inboxes, idempotency keys) is written beside them in an
-order in which nothing is lost if it breaks off. Requests share `REQUESTS_AT_ONCE` connections, however many readers
-there are; appends, fetches and the watch's rounds do not wait behind them.
+order in which nothing is lost if it breaks off. Requests share `REQUESTS_AT_ONCE` connections to each part, however
+many readers there are; appends, fetches and the watch's rounds do not wait behind them.
 """
 
 from __future__ import annotations
@@ -12,36 +12,34 @@ import json
 import secrets
 import struct
 import time
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
-
-import trio
 
 from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
 from penstock.log.redis.client import call
+from penstock.log.redis.lists import Lists
+from penstock.log.redis.reaping import Reaper
 from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of, touch
+from penstock.log.redis.refusals import is_away
 from penstock.log.redis.replies import LOST, appended_of, checked, found, page_of, reason_of, text_of
 from penstock.log.redis.requests import Requests
 from penstock.log.redis.starting import Starting
 from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from penstock.log import Appended, Batch, Idempotency, Lease, Obituary, Page, Started
-    from penstock.log.redis.client import Client, Command
+    from penstock.log.redis.servers import Command, Servers
     from penstock.runs import Run, RunStatus
 
 REQUESTS_AT_ONCE: Final = 8
 """The most requests, and so connections, that are under way for readers and callers."""
-REAPED_AT_ONCE: Final = 100
-"""The most runs that are reaped in one round trip."""
 INBOX_TTL: Final = 60_000
 """The least time, in milliseconds, for which an inbox keeps what its owner has not looked for."""
-CLOCK_TOLERANCE: Final = 1.0
-"""So many seconds may Redis' clock gain on this process's between two looks for dead owners."""
 UNLISTED_AFTER: Final = 60.0
 """So many seconds after its start a run without a record is taken off the list; before, it may be on its way."""
 LIST_PAGE: Final = 100
@@ -49,10 +47,10 @@ LIST_PAGE: Final = 100
 
 
 class RedisLog:
-    """An `EventLog` in Redis 6.2 or later. Opened by `open_log`.
+    """An `EventLog` in Redis 6.2 or later, or in a cluster of Redis 7 or later. Opened by `open_log`.
 
     Args:
-        client: the connection to it.
+        servers: the way to it.
         ttl: how long a run is kept after its end, in seconds.
         max_entries: the entries that are kept of one run; Redis may keep some more.
         prefix: see `Keys`.
@@ -62,20 +60,21 @@ class RedisLog:
     """
 
     def __init__(
-        self, client: Client, *, ttl: float = 10_800.0, max_entries: int = 10_000, prefix: str = "sse:run:"
+        self, servers: Servers, *, ttl: float = 10_800.0, max_entries: int = 10_000, prefix: str = "sse:run:"
     ) -> None:
         if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0.001 <= ttl < 2**53 / 1000:  # noqa: PLR2004
             raise ConfigurationError(f"ttl is a number of seconds above 0, not {ttl!r}")
         if isinstance(max_entries, bool) or not isinstance(max_entries, int) or not max_entries > 0:
             raise ConfigurationError(f"max_entries is a whole number above 0, not {max_entries!r}")
-        self._client = client
+        self._servers = servers
+        self._publish = "SPUBLISH" if servers.clustered else "PUBLISH"
         self._ttl = ms(ttl)
         self._max_entries = max_entries
         self._keys = Keys(prefix)
-        self._requests = Requests(client, REQUESTS_AT_ONCE)
-        self._starting = Starting(self._requests, self._keys, self._ttl)
-        self._clock: tuple[float, float] | None = None
-        """What Redis' clock and this process's said at the last look for dead owners."""
+        self._lists = Lists(self._keys, servers)
+        self._requests = Requests(servers, REQUESTS_AT_ONCE)
+        self._starting = Starting(servers, self._requests, self._keys, self._lists, self._ttl)
+        self._reaper = Reaper(servers, self._keys, self._lists, self._starting, publish=self._publish, ttl=self._ttl)
         self._heard: dict[str, dict[str, str | None]] = {}
         """For each owner, the cancel requests that came with a renewal, because the inbox may have missed them."""
         self._taken: dict[str, list[str]] = {}
@@ -108,11 +107,11 @@ class RedisLog:
         Raises:
             LogUnavailable: Redis cannot be reached, or takes no writes; any of the batches may be stored.
         """
-        replies = await self._client.execute([self._append(batch) for batch in batches])
+        replies = await self._servers.execute([self._append(batch) for batch in batches], kept=True)
         appended = [appended_of(reply) for reply in replies]
         settled = [(batch, reply.status) for batch, reply in zip(batches, appended, strict=True)]
         over = [batch.run_id for batch, status in settled if batch.ending is not None and status is AppendStatus.OK]
-        await self._client.execute(self._starting.over(over))
+        await self._starting.over(over)
         self._starting.drop(batch.run_id for batch, status in settled if status in LOST)
         return appended
 
@@ -122,7 +121,7 @@ class RedisLog:
         number = len(wires)
         return call(
             scripts.APPEND,
-            [self._keys.stream(batch.run_id), self._keys.record(batch.run_id), self._keys.wake(batch.run_id)],
+            [self._keys.stream(batch.run_id), self._keys.record(batch.run_id)],
             batch.epoch,
             self._ttl,
             self._max_entries,
@@ -133,6 +132,8 @@ class RedisLog:
             b"".join(wires),
             struct.pack(f"<{number}I", *map(len, wires)),
             struct.pack(f"<{number}d", *[entry.timestamp for entry in batch.entries]),
+            self._keys.wake(batch.run_id),
+            self._publish,
         )
 
     # Reading
@@ -159,10 +160,11 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached.
         """
         commands = [self._read(run_id, after, PAGE_ENTRIES, PAGE_BYTES) for run_id, after in positions.items()]
-        replies = await self._client.execute(commands)
+        replies = await self._servers.execute(commands)
         return {
             run_id: page_of(run_id, after, reply)
             for (run_id, after), reply in zip(positions.items(), replies, strict=True)
+            if not is_away(reply)
         }
 
     def _read(self, run_id: str, after: int, max_entries: int, max_bytes: int) -> Command:
@@ -189,30 +191,41 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached.
         """
         runs: dict[str, Run] = {}
-        gone: list[str] = []
-        start = 0
-        while len(runs) < limit:
-            page = ("ZREVRANGE", self._keys.runs, start, start + LIST_PAGE - 1, "WITHSCORES")
-            listed = await self._requests.ask(*page)
-            if not listed:
-                break
-            ids = [each.decode(errors="replace") for each in listed[::2]]
-            replies = await self._requests.execute([("HGETALL", self._keys.record(run_id)) for run_id in ids])
-            for run_id, created_at, reply in zip(ids, map(float, listed[1::2]), replies, strict=True):
+        gone: list[Command] = []
+        start, end = 0, LIST_PAGE
+        while len(runs) < limit and (page := await self._newest(start, end)):
+            replies = await self._requests.execute([("HGETALL", self._keys.record(run_id)) for run_id, _, _ in page])
+            for (run_id, created_at, key), reply in zip(page, replies, strict=True):
                 run = found(run_id, reply)
                 if run is not None and status in {None, run.status}:
                     runs[run_id] = run
                 elif run is None and created_at < time.time() - UNLISTED_AFTER:
-                    gone.append(run_id)
-            start += LIST_PAGE
+                    gone.append(("ZREM", key, run_id))
+            start, end = end, 2 * end
         if gone:
-            await self._requests.ask("ZREM", self._keys.runs, *gone)
+            await self._servers.beside(gone)
         return [*runs.values()][:limit]
+
+    async def _newest(self, start: int, end: int) -> Sequence[tuple[str, float, str]]:
+        """Of the listed runs, newest first, these: the ids, when they were made, and the list in which they stand."""
+        lists = self._lists.runs()
+        page = (start, end - 1) if len(lists) == 1 else (0, end - 1)
+        replies = await self._requests.execute([("ZREVRANGE", key, *page, "WITHSCORES") for key in lists])
+        listed = [
+            (each.decode(errors="replace"), float(created_at), key)
+            for key, flat in zip(lists, map(checked, replies), strict=True)
+            for each, created_at in zip(flat[::2], flat[1::2], strict=True)
+        ]
+        if len(lists) == 1:
+            return listed
+        return sorted(listed, key=itemgetter(1), reverse=True)[start:end]
 
     # Cancelling
 
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
         """Put a cancel request on record and into the owner's inbox, and wake it. A checkpoint.
+
+        In a cluster the owner hears of it with the run's next append or renewal, if it is its inbox that is away.
 
         Raises:
             RunNotFound: there is no such run.
@@ -221,7 +234,7 @@ class RedisLog:
         words = ("1", reason) if reason is not None else ("", "")
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
         command = call(scripts.CANCEL, keys, secrets.token_hex(8), self._ttl, *words)
-        what, flat = await self._requests.ask(*command)
+        what, flat = await self._requests.ask(*command, kept=True)
         if what == b"GONE":
             raise RunNotFound(run_id)
         record = record_of(flat)
@@ -233,10 +246,11 @@ class RedisLog:
                 [self._keys.inbox(owner)],
                 max(self._ttl, INBOX_TTL),
                 self._keys.process(owner),
+                self._publish,
                 run_id,
                 words_on_record,
             )
-            await self._requests.ask(*post)
+            await self._servers.beside([post])
         return CancelReply(status, run_of(run_id, record))
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
@@ -248,7 +262,12 @@ class RedisLog:
         inbox = self._keys.inbox(owner)
         taken = self._taken.get(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
-        flat = checked((await self._client.execute([*commands, ("HGETALL", inbox)]))[-1])
+        try:
+            flat = checked((await self._servers.execute([*commands, ("HGETALL", inbox)]))[-1])
+        except LogUnavailable:
+            if owner not in self._heard:
+                raise
+            return self._heard.pop(owner)
         requests: dict[str, str | None] = {run_id: reason_of(reason) for run_id, reason in record_of(flat).items()}
         self._taken.pop(owner, None)
         if requests:
@@ -265,90 +284,63 @@ class RedisLog:
         """
         if not epochs:
             return {}
-        keys = [key for run_id in epochs for key in (self._keys.stream(run_id), self._keys.record(run_id))]
-        renewed = await self._client.ask(*call(scripts.RENEW, keys, ms(seconds), self._ttl, *epochs.values()))
+        each = 1 if self._servers.clustered else len(epochs)
+        pieces = [[*epochs][start : start + each] for start in range(0, len(epochs), each)]
+        renewed = await self._servers.execute([self._renew(piece, epochs, ms(seconds)) for piece in pieces])
         replies: dict[str, AppendStatus] = {}
-        for run_id, (status, cancelled, reason) in zip(epochs, renewed, strict=True):
-            replies[run_id] = AppendStatus[status.decode()]
-            if replies[run_id] in LOST:
-                self._starting.drop([run_id])
-            if cancelled and replies[run_id] is AppendStatus.OK:
-                self._heard.setdefault(owner, {})[run_id] = text_of(reason)
+        for piece, reply in zip(pieces, renewed, strict=True):
+            if not is_away(reply):
+                for run_id, (status, cancelled, reason) in zip(piece, checked(reply), strict=True):
+                    replies[run_id] = AppendStatus[status.decode()]
+                    if cancelled and replies[run_id] is AppendStatus.OK:
+                        self._heard.setdefault(owner, {})[run_id] = text_of(reason)
+        self._starting.drop(run_id for run_id, status in replies.items() if status in LOST)
         alive = [run_id for run_id, status in replies.items() if status is AppendStatus.OK]
-        if alive:
-            enlist = call(scripts.ENLIST, [self._keys.live], ms(seconds), "", *alive)
-            enlisted, *_ = await self._client.execute([enlist, *self._starting.keep(alive)])
-            checked(enlisted)
+        hints = [
+            call(scripts.ENLIST, [live], ms(seconds), "", *runs) for live, runs in self._lists.by_live(alive).items()
+        ]
+        await self._servers.beside([*hints, *self._starting.keep(alive)])
         return replies
 
-    async def reap(self, obituary: Callable[[], Obituary]) -> Sequence[str]:
+    def _renew(self, piece: Sequence[str], epochs: Mapping[str, str], lease: int) -> Command:
+        keys = [key for run_id in piece for key in (self._keys.stream(run_id), self._keys.record(run_id))]
+        return call(scripts.RENEW, keys, lease, self._ttl, *[epochs[run_id] for run_id in piece])
+
+    async def reap(
+        self,
+        obituary: Callable[[], Obituary],
+        *,
+        part: str | None = None,
+        ready: Callable[[str], bool] = lambda part: True,  # noqa: ARG005
+    ) -> Sequence[str]:
         """End the runs whose lease has run out by Redis' clock, `REAPED_AT_ONCE` in one round trip. A checkpoint.
 
         Raises:
-            LogUnavailable: Redis cannot be reached; some may have been reaped.
+            LogUnavailable: the part, or one of them, cannot be reached; some may have been reaped.
         """
-        reaped: list[str] = []
-        while True:
-            now, dead = await self._due()
-            reaped += await self._reap_all(dead, now, obituary)
-            if len(dead) < REAPED_AT_ONCE:
-                return reaped
-
-    async def _due(self) -> tuple[bytes, Sequence[str]]:
-        """Redis' clock, and the runs whose lease may be over by it.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached, or its clock has been set forward: no lease is over by that.
-        """
-        began = trio.current_time()
-        due = call(scripts.DUE, [self._keys.live], REAPED_AT_ONCE)
-        touched, reply = await self._client.execute([touch(self._keys), due])
-        checked(touched)
-        now, ids = checked(reply)
-        last, self._clock = self._clock, (int(now) / 1000, began)
-        if last is not None and self._clock[0] - last[0] > trio.current_time() - last[1] + CLOCK_TOLERANCE:
-            raise LogUnavailable("the clock of Redis has been set forward")
-        dead = [each.decode(errors="replace") for each in ids]
-        odd = [each for each, run_id in zip(ids, dead, strict=True) if run_id.encode() != each]
-        if odd:  # no run's id
-            await self._client.execute([("ZREM", self._keys.live, *odd)])
-        return now, dead
-
-    async def _reap_all(self, dead: Sequence[str], now: bytes, obituary: Callable[[], Obituary]) -> Sequence[str]:
-        """Reap what was due at `now`; the runs that were."""
-        replies = await self._client.execute([self._reap(run_id, now, obituary()) for run_id in dead])
-        reaped: list[str] = []
-        over: list[str] = []
-        alive: list[Command] = []
-        for run_id, reply in zip(dead, replies, strict=True):
-            if isinstance(reply, LogUnavailable):
-                continue  # the next round has it again
-            # What is refused is no record of a run: whatever it is, it keeps no other from being reaped.
-            status, lease = (b"GONE", 0) if isinstance(reply, Exception) else reply
-            if status == b"OK":
-                alive.append(call(scripts.ENLIST, [self._keys.live], lease, "", run_id))
-            else:
-                over.append(run_id)
-            if status == b"FENCED":
-                reaped.append(run_id)
-        await self._client.execute([*alive, *self._starting.over(over)])
-        return reaped
-
-    def _reap(self, run_id: str, now: bytes, words: Obituary) -> Command:
-        keys = [self._keys.stream(run_id), self._keys.record(run_id), self._keys.wake(run_id)]
-        ending = fields_of_ending(words.ending)
-        return call(scripts.REAP, keys, now, self._ttl, len(ending), *ending, *words.blocks)
+        parts = self._servers.parts() if part is None else [part]
+        return [run_id for each in parts for run_id in await self._reaper.reap(each, obituary, ready)]
 
     # The rest
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[RedisWakeups]:
         """The wake-ups of the supervisor named `owner`."""
-        return open_wakeups(self._client, self._keys, owner)
+        return open_wakeups(self._servers, self._keys, self._lists, owner)
 
-    async def check(self) -> None:
-        """Return if Redis can be reached and takes writes. A checkpoint.
+    def part(self, run_id: str) -> str:
+        """The node of a cluster that has the run; "" if there is no cluster. Never blocks."""
+        return self._servers.part(self._keys.record(run_id))
+
+    def parts(self) -> Collection[str]:
+        """The nodes of a cluster that have runs; "" if there is no cluster. Never blocks."""
+        return self._servers.parts()
+
+    async def check(self, part: str | None = None) -> None:
+        """Return if Redis (this part of it; None: any) can be reached and takes writes. A checkpoint.
 
         Raises:
             LogUnavailable: it cannot, or does not.
         """
-        await self._client.ask(*touch(self._keys))
+        parts = self._servers.parts() if part is None else [part]
+        replies = await self._servers.execute([touch(self._lists.probe(each)) for each in parts])
+        checked(next((reply for reply in replies if not isinstance(reply, Exception)), replies[0]))

@@ -6,9 +6,10 @@ With the prefix `sse:run:` the keys are
     {sse:run:ID}:meta     the record: a hash; the braces put it on the stream's own cluster slot
     {sse:run:ID}:wake     the channel that is told the last seq after every append
     sse:runs              the runs by the time of their making, for `list`
-    sse:live              the runs by the end of their lease: where a reaper looks first
+    sse:live              the runs by the end of their lease: where a reaper looks first; in a cluster there are
+                          several of both, `sse:runs:{0}`, `sse:live:{0}` ..., see `lists.py`
     sse:idem:KEY          an idempotency key: the fingerprint of its request, and the run
-    sse:proc:OWNER        the channel of a process; `sse:proc:OWNER:inbox` has the cancel requests for its runs
+    sse:proc:OWNER        the channel of a process; `{sse:proc:OWNER}:inbox` has the cancel requests for its runs
 
 Times are seconds since the Unix epoch in records, milliseconds in entries and leases.
 """
@@ -72,15 +73,13 @@ class Keys:
         """The run whose channel this is."""
         return channel[len(self.prefix) + 1 : -len("}:wake")]
 
-    @property
-    def runs(self) -> str:
-        """The runs by the time of their making."""
-        return f"{self._base}runs"
+    def runs(self, number: int | None = None) -> str:
+        """A list of runs by the time of their making: the only one, or the one with this number in a cluster."""
+        return f"{self._base}runs" + _numbered(number)
 
-    @property
-    def live(self) -> str:
-        """The runs by the end of their lease."""
-        return f"{self._base}live"
+    def live(self, number: int | None = None) -> str:
+        """A list of runs by the end of their lease: the only one, or the one with this number in a cluster."""
+        return f"{self._base}live" + _numbered(number)
 
     def idempotency(self, key: str) -> str:
         """What a start under this idempotency key led to."""
@@ -91,8 +90,12 @@ class Keys:
         return f"{self._base}proc:{owner}"
 
     def inbox(self, owner: str) -> str:
-        """The cancel requests for the runs of a process."""
-        return f"{self._base}proc:{owner}:inbox"
+        """The cancel requests for the runs of a process; on the slot of its channel."""
+        return f"{{{self._base}proc:{owner}}}:inbox"
+
+
+def _numbered(number: int | None) -> str:
+    return "" if number is None else f":{{{number}}}"
 
 
 def ms(seconds: float) -> int:
@@ -100,9 +103,9 @@ def ms(seconds: float) -> int:
     return max(1, min(round(seconds * 1000), 2**53))
 
 
-def touch(keys: Keys) -> tuple[str, str]:
-    """A write that changes nothing: whether Redis takes any."""
-    return "PERSIST", keys.live
+def touch(key: str) -> tuple[str, str]:
+    """A write that changes nothing, of a key that has no TTL: whether Redis takes any."""
+    return "PERSIST", key
 
 
 def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> list[str]:

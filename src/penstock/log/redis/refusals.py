@@ -22,10 +22,16 @@ ADVICE: Final = {
     "MISCONF": "it cannot save its data, and takes no writes",
     "BUSY": "it is busy with a script of somebody else's",
     "CLUSTERDOWN": "its cluster is down",
-    "MOVED": "it is a node of a cluster, and not the one for this key",
-    "unknown command": "it does not know a command; penstock needs Redis 6.2 or later",
+    "MOVED": "it is a node of a cluster, and not the one for this key; write redis+cluster:// for it",
+    "cluster support disabled": "it is no node of a cluster; write redis:// for it",
+    "unknown command": "it does not know a command; penstock needs Redis 6.2 or later, and 7.0 for a cluster",
 }
 """What is wrong with a server that answers so, whatever it is asked."""
+
+
+def is_away(reply: object) -> bool:
+    """Whether a reply says that a server cannot be reached, or is in no state to answer."""
+    return isinstance(reply, LogUnavailable) and not isinstance(reply, LogFull)
 
 
 def judged(error: exceptions.ResponseError, address: str) -> Exception:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from penstock.errors import LogFull, LogUnavailable
 from penstock.log import Appended, AppendStatus, Page
 from penstock.log.redis.records import entries_of, record_of, run_of
+from penstock.log.redis.refusals import is_away
 
 if TYPE_CHECKING:
     from penstock.runs import Run
@@ -36,6 +37,8 @@ def text_of(word: bytes | None) -> str | None:
 
 def appended_of(reply: Any) -> Appended:
     """The reply to one batch, or to a restore."""
+    if is_away(reply):
+        return Appended(AppendStatus.AWAY, words=str(reply))
     if isinstance(reply, LogFull):
         return Appended(AppendStatus.FULL, words=str(reply))
     if isinstance(reply, Exception):

@@ -24,12 +24,13 @@ from penstock.log.redis.replies import LOST, appended_of, checked
 from penstock.runs import RunStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from penstock.log import Appended, Idempotency, Lease
-    from penstock.log.redis.client import Client, Command
+    from penstock.log.redis.lists import Lists
     from penstock.log.redis.records import Keys
     from penstock.log.redis.requests import Requests
+    from penstock.log.redis.servers import Command, Servers
     from penstock.runs import Run
 
 LISTED_RUNS: Final = 10_000
@@ -57,14 +58,18 @@ class Starting:
     """How the runs of this process come to be in Redis.
 
     Args:
-        requests: the way there.
+        servers: the way there.
+        requests: the same, in turns.
         keys: the names of the keys.
+        lists: where the lists of runs are.
         ttl: how long a run is kept after its end, in milliseconds.
     """
 
-    def __init__(self, requests: Requests, keys: Keys, ttl: int) -> None:
+    def __init__(self, servers: Servers, requests: Requests, keys: Keys, lists: Lists, ttl: int) -> None:
+        self._servers = servers
         self._requests = requests
         self._keys = keys
+        self._lists = lists
         self._ttl = ttl
         self._idempotency: dict[str, _Kept] = {}
         """The keys of this process's runs, which are kept for as long as the runs are."""
@@ -95,34 +100,35 @@ class Starting:
         keys = self._keys
         record = [keys.stream(run.id), keys.record(run.id)]
         fields = fields_of(run, lease.owner, idempotency)
-        commands = [
-            call(scripts.ENLIST, [keys.live], ms(lease.seconds), "1", run.id),
-            ("ZADD", keys.runs, "NX", repr(run.created_at), run.id),
-            ("ZREMRANGEBYRANK", keys.runs, 0, -LISTED_RUNS - 1),
-            call(scripts.START, record, lease.epoch, self._ttl, ms(lease.seconds), *fields),
-        ]
-        async with self._requests.turn() as client:
+        async with self._requests.turn(keys.record(run.id)) as servers:
+            listing = self._lists.runs_of(run.id)
+            hint = call(scripts.ENLIST, [self._lists.live_of(run.id)], ms(lease.seconds), "1", run.id)
+            start = [
+                ("ZADD", listing, "NX", repr(run.created_at), run.id),
+                ("ZREMRANGEBYRANK", listing, 0, -LISTED_RUNS - 1),
+                call(scripts.START, record, lease.epoch, self._ttl, ms(lease.seconds), *fields),
+            ]
             try:
-                enlisted, listed, *_, reply = await client.execute(commands)
+                enlisted, listed, *_, reply = await servers.in_turn([hint], start)
                 mine, flat = checked(reply)
                 checked(enlisted)
                 if mine == b"1" and not listed:  # by an older run with this id
-                    await client.ask("ZADD", keys.runs, repr(run.created_at), run.id)
+                    await servers.ask("ZADD", listing, repr(run.created_at), run.id)
             except BaseException:
-                await self._forget(client, run.id, lease.epoch)  # noqa: ASYNC102  (it has a shield with a deadline)
+                await self._forget(servers, run.id, lease.epoch)  # noqa: ASYNC102  (it has a shield with a deadline)
                 raise
             if mine == b"1" and idempotency is not None:
-                await self._make_known(client, run.id)
+                await self._make_known(servers, run.id)
         return mine == b"1", record_of(flat)
 
-    async def _make_known(self, client: Client, run_id: str) -> None:
+    async def _make_known(self, servers: Servers, run_id: str) -> None:
         """Say that the run's starter knows of it, even if it is cancelled: from here on there is nothing to take back.
 
         If nobody hears that, a repeated start may take the run over while it is still without an entry.
         """
         with trio.move_on_after(FORGETTING, shield=True):
             try:
-                await client.ask("HDEL", self._keys.record(run_id), "pending")
+                await servers.ask("HDEL", self._keys.record(run_id), "pending")
             except LogUnavailable:
                 return
 
@@ -130,7 +136,8 @@ class Starting:
         """Take the idempotency key: the id to start under, or what a start under this key has led to before."""
         key = self._keys.idempotency(idempotency.key)
         value = json.dumps([idempotency.fingerprint, run.id])
-        taken, there = await self._requests.execute([("SET", key, value, "NX", "PX", ttl), ("GET", key)])
+        commands = [("SET", key, value, "NX", "PX", ttl), ("GET", key)]
+        taken, there = await self._requests.execute(commands, kept=True)
         if checked(taken):
             return run.id
         fingerprint, known = json.loads(checked(there) or value)
@@ -158,14 +165,13 @@ class Starting:
                 return record
             await trio.sleep(PENDING_PAUSE)
 
-    async def _forget(self, client: Client, run_id: str, epoch: str) -> None:
+    async def _forget(self, servers: Servers, run_id: str, epoch: str) -> None:
         """Take back a start of which nobody will know, if Redis can be reached; if not, it ends with its lease."""
         with trio.move_on_after(FORGETTING, shield=True):
             try:
-                if await client.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
-                    await client.execute(
-                        [("ZREM", self._keys.live, run_id), ("ZREM", self._keys.runs, run_id)],
-                    )
+                if await servers.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
+                    lists = (self._lists.live_of(run_id), self._lists.runs_of(run_id))
+                    await servers.execute([("ZREM", each, run_id) for each in lists])
             except LogUnavailable:
                 return  # what there is, is reaped
 
@@ -175,15 +181,15 @@ class Starting:
         kept = self._idempotency.get(run.id)
         fields = fields_of(run, lease.owner, None if kept is None else kept.idempotency)
         record = [keys.stream(run.id), keys.record(run.id)]
-        commands = [
-            call(scripts.ENLIST, [keys.live], ms(lease.seconds), "1", run.id),
-            ("ZADD", keys.runs, repr(run.created_at), run.id),
-            call(scripts.RESTORE, record, lease.epoch, self._ttl, ms(lease.seconds), oldest, *fields),
-        ]
         if kept is not None:
             value = json.dumps([kept.idempotency.fingerprint, run.id])
-            commands.insert(0, ("SET", keys.idempotency(kept.idempotency.key), value, "NX", "PX", kept.ttl))
-        restored = appended_of((await self._requests.execute(commands))[-1])
+            key = keys.idempotency(kept.idempotency.key)
+            await self._servers.beside([("SET", key, value, "NX", "PX", kept.ttl)])
+        async with self._requests.turn(keys.record(run.id)) as servers:
+            hint = call(scripts.ENLIST, [self._lists.live_of(run.id)], ms(lease.seconds), "1", run.id)
+            restore = call(scripts.RESTORE, record, lease.epoch, self._ttl, ms(lease.seconds), oldest, *fields)
+            listing = ("ZADD", self._lists.runs_of(run.id), repr(run.created_at), run.id)
+            restored = appended_of((await servers.in_turn([hint], [listing, restore]))[-1])
         if restored.status in LOST:
             self.drop([run.id])
         return restored
@@ -197,14 +203,16 @@ class Starting:
                 commands.append(("PEXPIRE", self._keys.idempotency(kept.idempotency.key), kept.ttl))
         return commands
 
-    def over(self, runs: Iterable[str]) -> list[Command]:
-        """What is written beside the scripts for runs that have ended."""
-        ended = [*runs]
-        if not ended:
-            return []
-        commands = [("ZREM", self._keys.live, *ended), *self.keep(ended)]
-        self.drop(ended)
-        return commands
+    async def over(self, runs: Sequence[str]) -> None:
+        """Write what is written beside the scripts for runs of this process that have ended.
+
+        Raises:
+            LogUnavailable: Redis cannot be reached.
+        """
+        if runs:
+            gone = [("ZREM", live, *ended) for live, ended in self._lists.by_live(runs).items()]
+            await self._servers.beside([*gone, *self.keep(runs)])
+            self.drop(runs)
 
     def _kept(self, lease: Lease) -> int:
         """For how many milliseconds a record is kept after its last sign of life, as the scripts reckon it."""

@@ -1,21 +1,13 @@
-"""Wake-ups through Redis: one subscription connection per process, and what is done when it breaks.
+"""Wake-ups through Redis: one subscription connection per process and part, each with a task of its own.
 
-    keeper  ── SUBSCRIBE, UNSUBSCRIBE, PING ──▶ Redis
-    pump    ◀── messages, confirmations, pongs ── Redis
-
-Messages are lost only with their connection. So it is pinged every `PING_INTERVAL`; one that has not answered by the
-next ping is given up. After every new connection the last seq of each run is looked up, and that is told as if it had
-been a message. Besides, a run that falls silent is looked up once, and then about every `CHECK_INTERVAL` like all
-others, in case something between here and Redis swallows messages without breaking a connection.
+In a cluster a channel is on a slot, and only the nodes that have the slot tell of it. When slots come to another node
+their channels come to its listener, and their runs are looked up there once Redis has confirmed it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from contextlib import asynccontextmanager
-from itertools import islice
-from math import ceil
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -23,56 +15,36 @@ import trio
 from penstock.errors import LogUnavailable
 from penstock.groups import raise_bare
 from penstock.log import News
-from penstock.log.redis.client import ANSWER_TIMEOUT
+from penstock.log.redis.listener import Listener
 from penstock.log.redis.records import touch
-from penstock.log.retries import SHORTEST_PAUSE, patiently
-from penstock.observer import logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from penstock.log.redis.client import Client, Subscription
+    from penstock.log.redis.lists import Lists
     from penstock.log.redis.records import Keys
+    from penstock.log.redis.servers import Servers
 
-PING_INTERVAL: Final = 5.0
-"""Seconds between two signs of life of the subscription connection."""
-CHECK_INTERVAL: Final = 60.0
-"""Within about so many seconds the last seq of a silent run is looked up, message or no message."""
-FAILING_TIMEOUT: Final = 1.0
-"""How many seconds a subscription waits while no connection can be made."""
 MAX_SEQ_DIGITS: Final = 16
 """The most digits of a seq; what else is published on a run's channel is none of ours."""
-CHANNELS_PER_COMMAND: Final = 500
-"""The most channels in one SUBSCRIBE or UNSUBSCRIBE."""
 
 
 class RedisWakeups:
     """The wake-ups of one supervisor. Made by `open_wakeups`."""
 
-    def __init__(self, client: Client, keys: Keys, owner: str) -> None:
-        self._client = client
+    def __init__(self, servers: Servers, keys: Keys, owner: str, nursery: trio.Nursery) -> None:
+        self._servers = servers
         self._keys = keys
         self._process = keys.process(owner)
-        self._channels: dict[str, trio.Event] = {self._process: trio.Event()}
-        """The channels that are wanted; the event is set while Redis has confirmed that they are listened to."""
-        self._sent: set[str] = set()
-        """The channels that this connection has asked for, and has not given up since."""
-        self._unconfirmed: Counter[str] = Counter()
-        """How many of its requests for a channel this connection has not confirmed yet."""
-        self._poke = trio.Event()
-        self._pong_due = False
-        self._reconnecting = False
-        self._proven = False
-        """This connection has been of use."""
-        self._failing = False
-        """No connection of use could be made the last time."""
-        self._stirred: set[str] = set()
-        self._quiet: set[str] = set()
-        self._turn = 0
+        self._nursery = nursery
+        self._listeners: dict[str, Listener] = {}
+        self._channels: dict[str, Listener] = {}
+        """The channels that are wanted, and who listens to them."""
         self._moved: dict[str, int] = {}
         self._cancel = False
         self._reconnected = False
         self._lot = trio.lowlevel.ParkingLot()
+        servers.watch(self._rearrange)
 
     async def subscribe(self, run_id: str) -> None:
         """From the return on, every append to the run is told. A checkpoint.
@@ -80,27 +52,26 @@ class RedisWakeups:
         Raises:
             LogUnavailable: Redis has not confirmed it in time.
         """
-        await self._listening(self._keys.wake(run_id))
+        await self.listen(self._keys.wake(run_id))
 
-    async def _listening(self, channel: str) -> None:
+    async def listen(self, channel: str) -> None:
+        """Wait until this channel is listened to. A checkpoint.
+
+        Raises:
+            LogUnavailable: Redis has not confirmed it in time.
+        """
         if channel not in self._channels:
-            confirmed = self._channels[channel] = trio.Event()
-            if channel in self._sent and channel not in self._unconfirmed:  # given up a moment ago, and not told so yet
-                confirmed.set()
-            self._poke.set()
-        seconds = FAILING_TIMEOUT if self._failing else ANSWER_TIMEOUT
-        with trio.move_on_after(seconds):
-            await self._channels[channel].wait()
-            return
-        raise LogUnavailable(f"Redis at {self._client.address} has not confirmed a subscription in {seconds:g} s")
+            listener = self._channels[channel] = self._listener(self._servers.part(channel))
+            listener.want(channel)
+        await self._channels[channel].confirmed(channel)
 
     def unsubscribe(self, run_id: str) -> None:
         """Tell of the run no more. Never blocks."""
-        if self._channels.pop(self._keys.wake(run_id), None) is not None:
+        channel = self._keys.wake(run_id)
+        listener = self._channels.pop(channel, None)
+        if listener is not None:
+            listener.leave(channel)
             self._moved.pop(run_id, None)
-            self._stirred.discard(run_id)
-            self._quiet.discard(run_id)
-            self._poke.set()
 
     async def wait(self) -> News:
         """All that there is to tell, as soon as there is anything. A checkpoint."""
@@ -111,132 +82,81 @@ class RedisWakeups:
         self._moved, self._cancel, self._reconnected = {}, False, False
         return news
 
-    async def run(self) -> None:
-        """Keep a connection, until cancelled."""
-        while True:
-            await patiently(self._session, what="listen to Redis", on_warning=logger.warning)
-            await trio.sleep(SHORTEST_PAUSE)
+    def _listener(self, part: str) -> Listener:
+        if part not in self._listeners:
+            listener = self._listeners[part] = Listener(self._servers, part, self)
+            self._nursery.start_soon(listener.run)
+        return self._listeners[part]
 
-    async def _session(self) -> None:
-        """One connection, to its end: returns if it was of use, else raises `LogUnavailable`."""
-        self._sent.clear()
-        self._unconfirmed.clear()
-        self._pong_due = False
-        for channel, confirmed in self._channels.items():
-            if confirmed.is_set():
-                self._channels[channel] = trio.Event()
-        self._proven = False
-        broken = ""
-        try:
-            async with self._client.subscription() as subscription:
-                await self._send(subscription)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(subscription.pump, self._take)
-                    nursery.start_soon(self._keep, subscription)
-        except* LogUnavailable as errors:
-            broken = " and ".join(str(error) for error in errors.exceptions)
-        self._failing = not self._proven
-        if self._failing:
-            raise LogUnavailable(broken)
-        logger.warning("the subscription to Redis broke: %s", broken)
-        self._reconnecting = True
+    def _rearrange(self) -> None:
+        """Keys have come to other parts: listen to their channels there."""
+        for channel, listener in self._channels.items():
+            part = self._servers.part(channel)
+            if part != listener.part and (confirmed := listener.leave(channel)) is not None:
+                self._channels[channel] = self._listener(part)
+                self._channels[channel].adopt(channel, confirmed)
+        for part, listener in [*self._listeners.items()]:
+            if not listener.channels and part not in self._servers.parts():
+                del self._listeners[part]
+                listener.scope.cancel(reason="the node is no primary any more")
 
-    async def _keep(self, subscription: Subscription) -> None:
-        """Ask for the channels that are wanted, and for signs of life."""
-        with trio.move_on_after(ANSWER_TIMEOUT):
-            while self._unconfirmed:
-                await self._lot.park()
-        if self._unconfirmed:
-            raise LogUnavailable(f"Redis at {self._client.address} has not confirmed what it was asked to tell")
-        if self._reconnecting:
-            self._reconnected = True
-            self._lot.unpark_all()
-            await self._look_up(self._runs())
-        self._proven, self._failing = True, False
-        due = trio.current_time() + PING_INTERVAL
-        while True:
-            with trio.move_on_at(due):
-                await self._poke.wait()
-            self._poke = trio.Event()
-            await self._send(subscription)
-            if trio.current_time() < due:
-                continue
-            if self._pong_due:
-                raise LogUnavailable(f"Redis at {self._client.address} has not answered a ping for {PING_INTERVAL} s")
-            self._pong_due = True
-            due = trio.current_time() + PING_INTERVAL
-            await subscription.ping()
-            await self._look_up(self._to_check())
+    # What a listener tells
 
-    async def _send(self, subscription: Subscription) -> None:
-        """Make what this connection listens to what is wanted."""
-        while piece := [*islice((each for each in self._sent if each not in self._channels), CHANNELS_PER_COMMAND)]:
-            self._sent.difference_update(piece)
-            await subscription.unsubscribe(piece)
-        while piece := [*islice((each for each in self._channels if each not in self._sent), CHANNELS_PER_COMMAND)]:
-            self._sent.update(piece)
-            self._unconfirmed.update(piece)
-            await subscription.subscribe(piece)
+    def heard(self, channel: str, data: bytes) -> bool:
+        """A message has come; whether it was one of a run's."""
+        if channel == self._process:
+            self._cancel = True
+        elif data.isdigit() and len(data) <= MAX_SEQ_DIGITS:
+            run_id = self._keys.woken(channel)
+            self._moved[run_id] = max(self._moved.get(run_id, 0), int(data))
+        else:
+            return False
+        self._lot.unpark_all()
+        return self.is_run(channel)
 
-    def _take(self, kind: str, channel: str, data: bytes) -> None:
-        """A message has come."""
-        if kind == "message":
-            if channel == self._process:
-                self._cancel = True
-            elif channel in self._channels and data.isdigit() and len(data) <= MAX_SEQ_DIGITS:
-                run_id = self._keys.woken(channel)
-                self._stirred.add(run_id)
-                self._moved[run_id] = max(self._moved.get(run_id, 0), int(data))
-        elif kind == "subscribe":
-            self._unconfirmed[channel] -= 1
-            if self._unconfirmed[channel] <= 0:
-                del self._unconfirmed[channel]
-                if channel in self._sent and channel in self._channels:
-                    self._channels[channel].set()
-        elif kind == "pong":
-            self._pong_due = False
+    def is_run(self, channel: str) -> bool:
+        """Whether it is a run's channel, so that it can be looked up."""
+        return channel != self._process
+
+    def reconnected(self) -> None:
+        """Messages may have been lost."""
+        self._reconnected = True
         self._lot.unpark_all()
 
-    def _runs(self) -> list[str]:
-        return [self._keys.woken(channel) for channel in self._channels if channel != self._process]
+    async def look_up(self, channels: Sequence[str]) -> None:
+        """Tell of the runs of these channels as if each had sent a message.
 
-    def _to_check(self) -> list[str]:
-        """The runs whose turn it is: those that have fallen silent, and a share of all."""
-        fallen_silent = self._quiet - self._stirred
-        self._quiet, self._stirred = self._stirred, set()
-        runs = self._runs()
-        share = ceil(len(runs) * PING_INTERVAL / CHECK_INTERVAL)
-        self._turn = self._turn if self._turn < len(runs) else 0
-        turn = runs[self._turn : self._turn + share]
-        self._turn += share
-        return [*fallen_silent.union(turn)]
-
-    async def _look_up(self, runs: Sequence[str]) -> None:
-        """Tell of the runs as if each had sent a message."""
-        if not runs:
-            return
-        replies = await self._client.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
-        for run_id, reply in zip(runs, replies, strict=True):
-            known = reply is None or (isinstance(reply, bytes) and reply.isdigit() and len(reply) <= MAX_SEQ_DIGITS)
-            if known and self._keys.wake(run_id) in self._channels:
-                seq = sys.maxsize if reply is None else int(reply)
-                self._moved[run_id] = max(self._moved.get(run_id, 0), seq)
+        Raises:
+            LogUnavailable: Redis cannot be reached.
+        """
+        runs = [self._keys.woken(channel) for channel in channels if self.is_run(channel)]
+        if runs:
+            replies = await self._servers.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
+            for run_id, reply in zip(runs, replies, strict=True):
+                known = reply is None or (isinstance(reply, bytes) and reply.isdigit() and len(reply) <= MAX_SEQ_DIGITS)
+                if known and self._keys.wake(run_id) in self._channels:
+                    seq = sys.maxsize if reply is None else int(reply)
+                    self._moved[run_id] = max(self._moved.get(run_id, 0), seq)
         self._lot.unpark_all()
 
 
 @asynccontextmanager
-async def open_wakeups(client: Client, keys: Keys, owner: str) -> AsyncIterator[RedisWakeups]:
+async def open_wakeups(servers: Servers, keys: Keys, lists: Lists, owner: str) -> AsyncIterator[RedisWakeups]:
     """The wake-ups of the supervisor named `owner`, for as long as the block lasts.
 
     Raises:
-        LogUnavailable: Redis cannot be reached to begin with, or takes no writes.
+        LogUnavailable: Redis cannot be reached to begin with, or takes no writes. (In a cluster the node may be away
+            that would tell of cancel requests: they are looked for, too.)
     """
-    await client.ask(*touch(keys))
-    wakeups = RedisWakeups(client, keys, owner)
+    await servers.ask(*touch(lists.probe("")))
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wakeups.run)
-            await wakeups._listening(wakeups._process)  # noqa: SLF001  (they are two parts of one thing)
+            wakeups = RedisWakeups(servers, keys, owner, nursery)
+            try:
+                await wakeups.listen(keys.process(owner))
+            except LogUnavailable:
+                if not servers.clustered:
+                    raise
             yield wakeups
             nursery.cancel_scope.cancel(reason="the supervisor has ended")
     except BaseExceptionGroup as group:

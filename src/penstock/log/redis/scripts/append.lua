@@ -1,10 +1,12 @@
 -- Append entries of one run; and, with the last of them, end it.
 --
--- KEYS  1 stream   2 record   3 wake-up channel
+-- KEYS  1 stream   2 record
 -- ARGV  1 epoch   2 ttl (ms)   3 entries to keep   4 seq of the first entry   5 "1": part of what ends the run
 --       6 number of the ending's fields and values, 0 for none   then these, `status` first   then the entries:
 --       all of them as they leave on the wire, each with its `id` line; their lengths (uint32, little-endian); their
 --       timestamps (double, little-endian). Three words, however many entries: words cost both sides more than bytes.
+--       Then the wake-up channel, and the command that publishes there. (A channel among the keys would be a key that
+--       is never there: in a cluster no append would be taken while its slot is being moved.)
 -- Reply {status, last seq, "1" if a cancel is on record, its reason or nil}
 --
 -- Checked in this order: no record: GONE; another epoch: FENCED; not running: OK if all of it is there, else ENDED;
@@ -78,5 +80,5 @@ end
 redis.call('HSET', KEYS[2], unpack(update))
 redis.call('PEXPIRE', KEYS[1], ttl)
 redis.call('PEXPIRE', KEYS[2], ttl)
-redis.call('PUBLISH', KEYS[3], string.format('%d', last))
+redis.call(ARGV[11 + fields], ARGV[10 + fields], string.format('%d', last))
 return reply('OK')

@@ -1,8 +1,8 @@
 -- End a run whose lease has run out, in the name of nobody: its owner is fenced from then on.
 --
--- KEYS  1 stream   2 record   3 wake-up channel
--- ARGV  1 the time at which it was due (ms, from due.lua)   2 ttl (ms)   3 number of the ending's fields and values
---       then these   then the data of the last entries
+-- KEYS  1 stream   2 record
+-- ARGV  1 the time at which it was due (ms, from due.lua)   2 ttl (ms)   3 wake-up channel   4 what publishes there
+--       5 number of the ending's fields and values   then these   then the data of the last entries
 -- Reply {"GONE" | "ENDED" | "OK" (the lease goes on) | "FENCED" (reaped by this call); ms to the lease's end}
 --
 -- The lease must have been over at the time of due.lua: a server that stood still in between, with this call in its
@@ -16,9 +16,9 @@ elseif tonumber(record[3]) >= tonumber(ARGV[1]) then
   return {'OK', record[3] - ARGV[1]}
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-local now, fields, seq = redis.call('TIME'), tonumber(ARGV[3]), tonumber(record[2])
+local now, fields, seq = redis.call('TIME'), tonumber(ARGV[5]), tonumber(record[2])
 local stamp = string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000))
-for at = 4 + fields, #ARGV do
+for at = 6 + fields, #ARGV do
   seq = seq + 1
   local id = string.format('%d', seq)
   if at == #ARGV then
@@ -28,8 +28,8 @@ for at = 4 + fields, #ARGV do
   end
 end
 redis.call('HSET', KEYS[2], 'epoch', '', 'seq', string.format('%d', seq),
-  'ended_at', string.format('%d.%06d', now[1], now[2]), unpack(ARGV, 4, 3 + fields))
+  'ended_at', string.format('%d.%06d', now[1], now[2]), unpack(ARGV, 6, 5 + fields))
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-redis.call('PUBLISH', KEYS[3], string.format('%d', seq))
+redis.call(ARGV[4], ARGV[3], string.format('%d', seq))
 return {'FENCED', 0}

@@ -1,0 +1,134 @@
+"""The URLs that name a Redis, or many. What is wrong with one is said without quoting it: it may hold a password."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, urlsplit
+
+from redis import exceptions
+from redis.asyncio.connection import parse_url
+
+from penstock.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ONE: Final = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB]"
+CLUSTER: Final = "redis+cluster://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT],..."
+SENTINEL: Final = "redis+sentinel://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT],.../SERVICE[/DB]"
+ESCAPES: Final = "with % escapes for what is no letter or digit"
+REDIS_PORT: Final = 6379
+SENTINEL_PORT: Final = 26379
+LAST_PORT: Final = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """What a URL names.
+
+    Attributes:
+        label: where that is, without any password, for messages.
+        hosts: host and port of each server; empty for `unix://`.
+        service: the name that Sentinel knows the primary by; None: it is no URL of Sentinels.
+        options: how redis-py is to make connections: password, database, TLS.
+        sentinel_options: the same for the Sentinels themselves.
+    """
+
+    label: str
+    hosts: Sequence[tuple[str, int]]
+    options: dict[str, Any]
+    service: str | None = None
+    sentinel_options: dict[str, Any] | None = None
+
+
+def one(url: str) -> Addresses:
+    """What `redis://`, `rediss://` or `unix://` names.
+
+    Raises:
+        ConfigurationError: redis-py cannot read it.
+    """
+    shape = f"write {ONE}, {ESCAPES}"
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or "localhost"
+        label = parts.path if parts.scheme == "unix" else f"{host}:{parts.port or REDIS_PORT}"
+    except ValueError:
+        raise ConfigurationError(f"this is no URL of a Redis; {shape}") from None
+    if parts.fragment or (parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit()):
+        raise ConfigurationError(f"what follows the slash in the URL of a Redis is the number of a database; {shape}")
+    return Addresses(label, [], _options(url, shape))
+
+
+def cluster(url: str) -> Addresses:
+    """What `redis+cluster://` or `rediss+cluster://` names: some nodes of a cluster, which know the others.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    shape = f"write {CLUSTER}, {ESCAPES}"
+    scheme, user, hosts, path, query = _many(url, REDIS_PORT, shape)
+    if path not in {"", "0"}:
+        raise ConfigurationError(f"a cluster has one database, so nothing follows its hosts; {shape}")
+    options = _options(f"{scheme}://{user}localhost{query}", shape)
+    return Addresses(_label(hosts), hosts, _without_host(options))
+
+
+def sentinel(url: str) -> Addresses:
+    """What `redis+sentinel://` or `rediss+sentinel://` names: Sentinels, and a service that they watch.
+
+    User and password are those of the Redis; `?sentinel_username=...&sentinel_password=...` those of the Sentinels.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    shape = f"write {SENTINEL}, {ESCAPES}"
+    scheme, user, hosts, path, query = _many(url, SENTINEL_PORT, shape)
+    service, _, database = path.partition("/")
+    if not service or not (database or "0").isdigit():
+        words = "after the Sentinels comes the name of the service that they watch, and perhaps a database's number"
+        raise ConfigurationError(f"{words}; {shape}")
+    options = _without_host(_options(f"{scheme}://{user}localhost/{database or 0}{query}", shape))
+    own = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    same = {name: value for name, value in options.items() if name not in {"db", "username", "password"}}
+    return Addresses(f"{_label(hosts)}/{unquote(service)}", hosts, options, unquote(service), {**same, **own})
+
+
+def _many(url: str, port: int, shape: str) -> tuple[str, str, list[tuple[str, int]], str, str]:
+    """A URL of many hosts: its scheme as redis-py has it, user with `@`, hosts, path, and query with `?`."""
+    scheme, _, rest = url.partition("://")
+    rest, mark, query = rest.partition("?")
+    place, _, path = rest.partition("/")
+    user, at, names = place.rpartition("@")
+    hosts: list[tuple[str, int]] = []
+    for name in names.split(","):
+        try:
+            parts = urlsplit(f"//{name}")
+            host, said = parts.hostname, parts.port if parts.netloc == name else 0
+        except ValueError:
+            host, said = None, 0
+        if not host or said == 0:
+            words = "the hosts in the URL are names or addresses, each with a port from 1 to"
+            raise ConfigurationError(f"{words} {LAST_PORT}; {shape}")
+        hosts.append((host, said or port))
+    return scheme.partition("+")[0], user + at, hosts, path.strip("/"), mark + query
+
+
+def _options(url: str, shape: str) -> dict[str, Any]:
+    try:
+        return dict(parse_url(url))
+    except (ValueError, TypeError, exceptions.RedisError) as error:
+        raise ConfigurationError(f"this is no URL of a Redis: {error}; {shape}") from None
+
+
+def _without_host(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in {"host", "port"}}
+
+
+def _label(hosts: Sequence[tuple[str, int]]) -> str:
+    return ",".join(address_of(host, port) for host, port in hosts)
+
+
+def address_of(host: str, port: int) -> str:
+    """A host and a port in one word."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

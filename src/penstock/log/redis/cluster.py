@@ -1,0 +1,385 @@
+"""A cluster of Redis: its nodes, each with a client of its own, and which of them has what.
+
+redis-py's cluster client sends what it is given to all nodes at once and waits for the slowest. Here a node that is
+away holds up what is on it, and nothing else: whoever sends commands for one node waits for that node alone.
+
+| a node answers | |
+|---|---|
+| `MOVED` | the slot is another's: there, at once |
+| `ASK` | the slot is on its way, and this key is there already: there, once |
+| `TRYAGAIN` | some of the keys are here, some there: again, `TRY_AGAIN_PAUSE` later |
+| `CLUSTERDOWN`, nothing, or no connection | it is away: what was for it is `LogUnavailable` |
+
+The others are asked whose slots are when one is away, or has not answered for `SLOW`. What is under way to a node that
+is no primary any more then is sent to the one that has taken its place.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager, suppress
+from random import sample
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+from redis import exceptions
+
+from penstock.errors import LogUnavailable
+from penstock.groups import raise_bare
+from penstock.log.redis import addresses
+from penstock.log.redis.client import answer, client_at, open_loop
+from penstock.log.redis.refusals import is_away, judged, unavailable, words_of
+from penstock.log.redis.slots import NOWHERE, Slots, key_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
+
+    from penstock.log.redis.addresses import Addresses
+    from penstock.log.redis.client import Client
+    from penstock.log.redis.servers import Command
+    from penstock.log.redis.subscription import Subscription
+
+SLOW: Final = 1.0
+"""A node that has not answered for so many seconds may have been replaced; so long may one say nothing of slots."""
+ASK_PAUSE: Final = 0.25
+"""Seconds between two such questions."""
+TRIES: Final = 8
+"""How often a command is sent that is always said to belong elsewhere."""
+TRY_AGAIN_PAUSE: Final = 0.01
+"""The first pause before a command is sent again whose keys are on their way, in seconds; each is twice the last."""
+
+
+class _Node:
+    """A primary, and what is under way to it."""
+
+    def __init__(self, place: tuple[str, int], client: Client) -> None:
+        self.place = place
+        self.client = client
+        self.away = False
+        """It could not be reached the last time."""
+        self.under_way: dict[trio.CancelScope, float] = {}
+        """... and since when."""
+
+
+class Cluster:
+    """Commands to the nodes of a cluster. Made by `open_cluster`."""
+
+    clustered = True
+
+    def __init__(self, there: Addresses, make: Callable[[tuple[str, int]], Client]) -> None:
+        self.address = there.label
+        """Where the cluster is, without any password."""
+        self._hosts = there.hosts
+        self._make = make
+        self._slots = Slots()
+        self._nodes: dict[str, _Node] = {}
+        self._on_moved: list[Callable[[], None]] = []
+        self._asking = trio.Lock()
+        self._asked = 0
+        """How often the slots have been asked for."""
+        self._doubt = trio.Event()
+        self._beside: dict[str, dict[Command, None]] = {}
+        """What is to be sent to each part when it can be; there is a task for each that has any."""
+        self.nursery: trio.Nursery | None = None
+        """Where these tasks are, while the cluster is open."""
+
+    def part(self, key: str) -> str:
+        """The address of the node that has this key, or "" if none is known to."""
+        return self._slots.owner(key)
+
+    def parts(self) -> Collection[str]:
+        """The addresses of the primaries; "" alone while none is known."""
+        return [*self._slots.primaries] or (NOWHERE,)
+
+    def watch(self, moved: Callable[[], None]) -> None:
+        """Have `moved` called whenever slots have come to another node."""
+        self._on_moved.append(moved)
+
+    def doubt(self) -> None:
+        """Ask whose slots are, soon."""
+        self._doubt.set()
+
+    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+        """See `Servers.execute`. The commands for several nodes are sent at the same time."""
+        replies: list[Any] = [None] * len(commands)
+        asks: dict[int, tuple[str, int]] = {}
+        left: list[int] = [*range(len(commands))]
+        pause = TRY_AGAIN_PAUSE
+        for _ in range(TRIES):
+            if not left:
+                break
+            await self._known()
+            await self._each_node(commands, left, asks, replies, kept=kept)
+            left, asks, wait = self._redirected(left, replies)
+            if wait:
+                await trio.sleep(pause)
+                pause *= 2
+        for n in left:
+            replies[n] = LogUnavailable(f"Redis at {self.address} is moving what a command is about: {replies[n]}")
+        if commands and all(is_away(reply) for reply in replies):
+            raise replies[0]
+        return replies
+
+    async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
+        """See `Servers.in_turn`: nodes do not wait for each other, so each stage waits for the one before."""
+        replies: list[Any] = []
+        for stage in stages:
+            for reply in replies:
+                if is_away(reply):
+                    raise reply
+            replies += await self.execute(stage, kept=True)
+        return replies
+
+    async def ask(self, *command: Any, kept: bool = False) -> Any:
+        """See `Servers.ask`."""
+        (reply,) = await self.execute([command], kept=kept)
+        return answer(reply, self.address)
+
+    async def beside(self, commands: Sequence[Command]) -> None:
+        """Send these in the background; what cannot be done is forgotten."""
+        await trio.lowlevel.checkpoint()
+        for command in commands:
+            part = self.part(key_of(command))
+            if part not in self._beside:
+                self._beside[part] = {}
+                if self.nursery is not None:
+                    self.nursery.start_soon(self._send_beside, part)
+            self._beside[part][command] = None
+
+    @asynccontextmanager
+    async def subscription(self, part: str) -> AsyncIterator[Subscription]:
+        """A connection to a node, for the channels of its slots.
+
+        Raises:
+            LogUnavailable: it is no primary any more.
+        """
+        place = self._slots.primaries.get(part)
+        if place is None:
+            self.doubt()
+            raise LogUnavailable(f"no node of the cluster at {self.address} has the slot")
+        async with self._node(place).client.subscription() as subscription:
+            yield subscription
+
+    async def aclose(self) -> None:
+        """Close all connections. It has a shield with a deadline."""
+        nodes, self._nodes = self._nodes, {}
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for node in nodes.values():
+                    nursery.start_soon(node.client.aclose)  # which has a deadline
+
+    # Where things are
+
+    async def _known(self) -> None:
+        """See to it that there is a node to ask."""
+        if not self._slots.primaries:
+            await self._ask_whose(self._asked)
+
+    def _node(self, place: tuple[str, int]) -> _Node:
+        address = addresses.address_of(*place)
+        if address not in self._nodes:
+            self._nodes[address] = _Node(place, self._make(place))
+        return self._nodes[address]
+
+    async def _ask_whose(self, asked: int) -> None:
+        """Ask the cluster whose slots are, unless that has been done since the `asked`th time.
+
+        Raises:
+            LogUnavailable: none of the nodes that are known says so.
+        """
+        async with self._asking:
+            if self._asked != asked:
+                return
+            primaries = sample([*self._slots.primaries.values()], len(self._slots.primaries))
+            trouble = LogUnavailable(f"none of the nodes of the cluster at {self.address} answers")
+            for place in [*sorted(primaries, key=self._is_away), *self._slots.replicas, *self._hosts]:
+                try:
+                    news = self._slots.replace(await self._slots_by(place), place[0])
+                except LogUnavailable as error:
+                    trouble = error
+                except ValueError as error:
+                    trouble = LogUnavailable(f"Redis at {addresses.address_of(*place)}: {error}")
+                else:
+                    self._asked += 1
+                    if news:
+                        await self._moved()
+                    return
+            raise trouble
+
+    def _is_away(self, place: tuple[str, int]) -> bool:
+        node = self._nodes.get(addresses.address_of(*place))
+        return node is not None and (node.away or bool(node.under_way))
+
+    async def _slots_by(self, place: tuple[str, int]) -> Sequence[Any]:
+        """What a node says whose slots are."""
+        node = self._nodes.get(addresses.address_of(*place))
+        client = self._make(place) if node is None else node.client
+        try:
+            with trio.fail_after(SLOW):
+                said: Sequence[Any] = await client.ask("CLUSTER SLOTS")
+                return said
+        except trio.TooSlowError:
+            raise LogUnavailable(f"Redis at {client.address} has not answered for {SLOW:g} s") from None
+        finally:
+            if node is None:
+                await client.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
+
+    async def _moved(self) -> None:
+        """Tell who has asked for it, and leave the nodes that are no primaries any more."""
+        gone = [address for address in self._nodes if address not in self._slots.primaries]
+        left = [self._nodes.pop(address) for address in gone]
+        for node in left:
+            for scope in node.under_way:
+                scope.cancel(reason="the node is no primary any more")
+        for told in self._on_moved:
+            told()
+        for node in left:
+            await node.client.aclose()
+
+    async def keep_up(self) -> None:
+        """Ask whose slots are when there is a doubt, until cancelled."""
+        while True:
+            with trio.move_on_after(SLOW):
+                await self._doubt.wait()
+            if self._doubt.is_set() or self._is_slow():
+                self._doubt = trio.Event()
+                with suppress(LogUnavailable):  # whoever sends something hears of it
+                    await self._ask_whose(self._asked)
+                await trio.sleep(ASK_PAUSE)
+
+    def _is_slow(self) -> bool:
+        since = min((began for node in self._nodes.values() for began in node.under_way.values()), default=None)
+        return since is not None and trio.current_time() - since >= SLOW
+
+    async def _send_beside(self, part: str) -> None:
+        """Send what was left for it, and what is left meanwhile."""
+        while commands := [*self._beside[part]]:
+            self._beside[part] = {}
+            with suppress(LogUnavailable):  # it was good to have, no more
+                await self.execute(commands)
+        del self._beside[part]
+
+    # Sending
+
+    async def _each_node(
+        self,
+        commands: Sequence[Command],
+        numbers: Sequence[int],
+        asks: dict[int, tuple[str, int]],
+        replies: list[Any],
+        *,
+        kept: bool,
+    ) -> None:
+        """Send these commands to their nodes, and put the replies where they belong."""
+        by_node: dict[tuple[_Node | None, bool], list[int]] = {}
+        for n in numbers:
+            place = asks.get(n) or self._slots.primaries.get(self._slots.owner(key_of(commands[n])))
+            by_node.setdefault((place and self._node(place), n in asks), []).append(n)
+
+        async def one(node: _Node | None, asking: bool, ns: list[int]) -> None:
+            sent = [commands[n] for n in ns]
+            for n, reply in zip(ns, await self._at(node, sent, asking=asking, kept=kept), strict=True):
+                replies[n] = reply
+
+        if len(by_node) == 1:
+            ((node, asking), ns) = next(iter(by_node.items()))
+            await one(node, asking, ns)
+            return
+        async with trio.open_nursery() as nursery:
+            for (node, asking), ns in by_node.items():
+                nursery.start_soon(one, node, asking, ns)
+
+    async def _at(self, node: _Node | None, commands: Sequence[Command], *, asking: bool, kept: bool) -> Sequence[Any]:
+        """The replies of one node; what is wrong with the node is the reply to each."""
+        if node is None:
+            self.doubt()
+            await trio.lowlevel.checkpoint()
+            return [LogUnavailable(f"no node of the cluster at {self.address} has the slot")] * len(commands)
+        sent = [each for command in commands for each in (("ASKING",), command)] if asking else commands
+        replies: Sequence[Any] = [_LEFT] * len(commands)
+        with trio.CancelScope() as scope:
+            node.under_way[scope] = trio.current_time()
+            try:
+                replies = await node.client.replies(sent, kept=kept)
+                replies = replies[1::2] if asking else replies
+                node.away = False
+            except LogUnavailable as error:
+                node.away = True
+                self.doubt()
+                replies = [error] * len(commands)
+            finally:
+                del node.under_way[scope]
+        return [self._judged(reply, node) for reply in replies]
+
+    def _judged(self, reply: Any, node: _Node) -> Any:
+        if isinstance(reply, exceptions.AskError) and not reply.host:
+            reply.host = node.place[0]  # it does not know its own
+        if not isinstance(reply, exceptions.ResponseError) or isinstance(reply, _REDIRECTIONS) or _is_away_from(reply):
+            return reply
+        if isinstance(reply, exceptions.ClusterDownError):
+            self.doubt()
+            return unavailable(reply, node.client.address)
+        try:
+            return judged(reply, node.client.address)
+        except LogUnavailable as error:
+            return error
+
+    def _redirected(
+        self, numbers: Sequence[int], replies: Sequence[Any]
+    ) -> tuple[list[int], dict[int, tuple[str, int]], bool]:
+        """Which commands are to be sent again, which of them to a node that is to be `ASK`ed; and whether to wait."""
+        left: list[int] = []
+        asks: dict[int, tuple[str, int]] = {}
+        wait = news = False
+        for n in numbers:
+            reply = replies[n]
+            if isinstance(reply, exceptions.MovedError):
+                news |= self._slots.moved(reply.slot_id, reply.host, reply.port)
+            elif isinstance(reply, exceptions.AskError):
+                asks[n] = (reply.host, reply.port)
+            elif isinstance(reply, exceptions.TryAgainError) or _is_away_from(reply):
+                wait = True
+            elif reply is not _LEFT:
+                continue
+            left.append(n)
+        if news:
+            self.doubt()
+            for told in self._on_moved:
+                told()
+        return left, asks, wait
+
+
+_LEFT: Final = LogUnavailable("the node is no primary any more")
+"""The reply of a node that has been replaced meanwhile."""
+_REDIRECTIONS: Final = (exceptions.AskError, exceptions.TryAgainError)
+"""These say where to go, not what is wrong (`MovedError` is an `AskError`)."""
+
+
+def _is_away_from(reply: Any) -> bool:
+    """A key has moved away under a script."""
+    return isinstance(reply, exceptions.ResponseError) and "non local key" in words_of(reply)
+
+
+@asynccontextmanager
+async def open_cluster(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Cluster]:
+    """The way to a cluster for as long as the block lasts; it is looked at when it is needed.
+
+    Args:
+        url: `redis+cluster://` or `rediss+cluster://`.
+        wait_replicas: how many replicas of a node are to have what is sent as `kept`.
+
+    Raises:
+        ConfigurationError: the URL cannot be read.
+    """
+    there = addresses.cluster(url)
+    async with open_loop() as loop:
+        client_at(there.hosts[0], there.options, loop)  # not connected, but it knows what it cannot be made of
+        cluster = Cluster(there, lambda place: client_at(place, there.options, loop, wait_replicas=wait_replicas))
+        try:
+            async with trio.open_nursery() as cluster.nursery:
+                cluster.nursery.start_soon(cluster.keep_up)
+                yield cluster
+                cluster.nursery.cancel_scope.cancel(reason="the cluster is left")
+        except BaseExceptionGroup as group:
+            raise_bare(group, trio.Cancelled)  # the nursery is nothing that a caller should see
+        finally:
+            await cluster.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)

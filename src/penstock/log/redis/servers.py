@@ -1,0 +1,79 @@
+"""What the log needs of Redis: of one server (`client.py`), or of the nodes of a cluster (`cluster.py`).
+
+A *part* is what may be out of reach on its own: a node of a cluster; of one server there is one, with the name "".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from penstock.log.redis.subscription import Subscription
+
+Command = tuple[Any, ...]
+"""A command and its arguments."""
+
+
+class Servers(Protocol):
+    """One Redis, or the nodes of a cluster."""
+
+    @property
+    def address(self) -> str:
+        """Where it is, without any password."""
+
+    @property
+    def clustered(self) -> bool:
+        """Keys are on slots, slots on nodes: a command has keys of one slot, and messages are published on theirs."""
+
+    def part(self, key: str) -> str:
+        """The part that has this key or channel, as far as is known. Never blocks."""
+
+    def parts(self) -> Collection[str]:
+        """All parts, as far as is known; at least one."""
+
+    def watch(self, moved: Callable[[], None]) -> None:
+        """Have `moved` called whenever keys have come to another part."""
+
+    def doubt(self) -> None:
+        """Somebody has seen a sign that keys are on another part than is known: look. Never blocks."""
+
+    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+        """Send commands, in as few round trips as is good for others; their replies, in order.
+
+        Each part's commands reach it in their order. A command that was refused has its exception as its reply:
+        `LogFull`, or a `redis.exceptions.ResponseError`; in a cluster also `LogUnavailable`, if others were answered.
+
+        Args:
+            commands: what to send.
+            kept: return when as many replicas have it as `open_log` was told to wait for.
+
+        Raises:
+            LogUnavailable: no part of it could be reached, answered in time, or was in a state to.
+        """
+
+    async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
+        """`execute`, with what is in a later stage done after what is in an earlier one; as `kept`.
+
+        Raises:
+            LogUnavailable: as for `execute`, and if anything of an earlier stage could not be done.
+        """
+
+    async def ask(self, *command: Any, kept: bool = False) -> Any:
+        """Send one command; its reply.
+
+        Raises:
+            LogUnavailable: as for `execute`, and also if the command was refused.
+        """
+
+    async def beside(self, commands: Sequence[Command]) -> None:
+        """Send what is good to have, of any part, without keeping the caller waiting for a part that is away.
+
+        Raises:
+            LogUnavailable: there is one part, and it cannot be reached.
+        """
+
+    def subscription(self, part: str) -> AbstractAsyncContextManager[Subscription]:
+        """A connection of its own to this part, which listens to channels."""
