@@ -67,7 +67,7 @@ class Outcome(Enum):
     REACHED = "pass"
     MISSED = "MISS"
     REPORTED = "reported"
-    """Measured, but not judged on this machine."""
+    """Measured, but not judged: there is nothing to reach, or not on this machine."""
     UNKNOWN = "not measured"
 
 
@@ -89,7 +89,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure, or the ratio of two, is to reach.
+    """What a figure, or the ratio of two, is to reach; neither `at_least` nor `at_most`: it is only reported.
 
     Attributes:
         says: what is compared, in a few words.
@@ -109,11 +109,14 @@ class Goal:
 
     def judged(self, figures: Mapping[Figure, Spread], *, cores: int) -> Verdict:
         """Compare medians."""
-        target = f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+        target = f"≥ {self.at_least:g}" if self.at_least is not None else "–"
+        target = f"≤ {self.at_most:g}" if self.at_most is not None else target
         target += " ×" if self.to is not None else ""
         value = self._value(figures)
         if value is None:
             outcome = Outcome.UNKNOWN
+        elif self.at_least is None and self.at_most is None:
+            outcome = Outcome.REPORTED
         elif cores < self.cores:
             outcome = Outcome.REPORTED
             target += f", judged on {self.cores} cores"

@@ -140,7 +140,7 @@ def _killing(process: subprocess.Popen[Any], seconds: float) -> Timer:
     return guard
 
 
-def module(name: str, **options: Any) -> list[str]:
+def module(name: str, /, **options: Any) -> list[str]:
     """The command that runs a module of this package with its options."""
     return [sys.executable, "-m", f"benchmarks.{name}", json.dumps(options)]
 
@@ -196,6 +196,12 @@ class Job:
         self._end()
         raise BenchmarkError(f"{_shown(self.argv)} ended without a {word!r}")
 
+    def tell(self, word: str) -> None:
+        """Send it a line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+
     def result(self) -> dict[str, Any]:
         """Wait for its end, and return what it printed.
 
@@ -207,6 +213,13 @@ class Job:
             raise BenchmarkError(f"{_shown(self.argv)} ended without a result")
         result: dict[str, Any] = json.loads(lines[-1])
         return result
+
+    def drop(self) -> None:
+        """See to it that it has ended, without asking what it has to say."""
+        self.process.kill()
+        self.errors.join()
+        with self.process:  # which closes its pipes
+            pass
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

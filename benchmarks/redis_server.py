@@ -116,17 +116,26 @@ def cpu_at(url: str) -> float:
     return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
-def redis_server() -> Iterator[Redis]:
+def redis_server(*options: str) -> Iterator[Redis]:
     """A Redis that is empty, until the block is left.
+
+    Args:
+        options: more of them, as on its command line.
 
     Raises:
         BenchmarkError: it does not start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     argv = [redis_executable(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    argv += options
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen([*argv, "--dir", folder], stdout=subprocess.PIPE, text=True, process_group=0) as process,

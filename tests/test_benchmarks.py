@@ -89,6 +89,9 @@ HALF_MORE = {"of": OURS, "to": THEIRS}
         pytest.param(
             {"of": NOBODY, "at_least": 9, "cores": 5}, None, "≥ 9", Outcome.UNKNOWN, id="too few and no figure"
         ),
+        pytest.param({"of": OURS}, 30, "–", Outcome.REPORTED, id="nothing to reach"),
+        pytest.param(HALF_MORE, 1.5, "– ×", Outcome.REPORTED, id="a ratio and nothing to reach"),
+        pytest.param({"of": NOBODY}, None, "–", Outcome.UNKNOWN, id="nothing to reach and no figure"),
     ],
 )
 def test_a_goal_is_judged_by_medians(given: dict[str, Any], value: float | None, target: str, outcome: Outcome) -> None:

@@ -98,6 +98,7 @@ def test_a_job_gets_its_options() -> None:
     assert argv[:3] == [sys.executable, "-m", "benchmarks.jobs.any"]
     echo = python("from benchmarks.processes import options", "import json", "print(json.dumps(options()))")
     assert job([*echo, argv[3]]) == {"count": 3, "of": "x"}
+    assert module("jobs.any", name="x")[3] == '{"name": "x"}'
 
 
 def test_without_any_there_are_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +126,15 @@ def test_one_waits_for_a_job_to_say_something() -> None:
     started = job_started(python("print('reading')", "print('ready')", "print('{\"events\": 3}')"))
     started.said("ready")
     assert started.result() == {"events": 3}
+
+
+def test_a_job_hears_what_it_is_told_while_it_runs() -> None:
+    echo = "for line in sys.stdin: print('heard', line.strip(), flush=True)"
+    started = job_started(python("import sys", echo, "print('{}')"))
+    for word in ("one", "two"):
+        started.tell(word)
+        started.said(f"heard {word}")
+    assert started.result() == {}
 
 
 def test_a_job_that_fails_instead_of_saying_it_says_its_words() -> None:
