@@ -25,17 +25,20 @@ setup GROUP="check":
 demo *ARGS: (setup "penstock")
     @{{bin}}/penstock demo {{ARGS}}
 
-# what tests need that is no Python package; the server that Debian would start with it stays off
+# what tests need that is no Python package; the servers that Debian would start with it stay off
 [private]
 debian:
     @missing=(); \
     command -v chromium-headless-shell chromium google-chrome >/dev/null || missing+=(chromium-headless-shell); \
+    [ -n "${PENSTOCK_TEST_REDIS:-}" ] || command -v redis-server >/dev/null || missing+=(redis-server); \
     [ -n "${PENSTOCK_TEST_NGINX:-}" ] || [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || missing+=(nginx-light); \
     if [ "${#missing[@]}" -gt 0 ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then \
         echo "installing Debian's ${missing[*]}, for the tests with it ..."; \
         (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}") \
-            >/dev/null || echo "it could not be installed; these tests are skipped"; \
-        case "${missing[*]}" in *nginx*) systemctl disable --now nginx >/dev/null 2>&1 || true;; esac; \
+            >/dev/null || echo "it could not be installed; tests of a browser and of nginx are skipped then, others fail"; \
+        for each in nginx redis-server; do \
+            case "${missing[*]}" in *$each*) systemctl disable --now $each >/dev/null 2>&1 || true;; esac; \
+        done; \
     fi
 
 # the whole suite
@@ -49,6 +52,10 @@ chaos *ARGS: (setup "test")
 # one server of four workers: restarted three times, then one worker killed every second; what 200 readers saw
 rolling *ARGS: (setup "test")
     {{bin}}/python -m tests.rolling {{ARGS}}
+
+# Redis servers that stand still, die, and hand slots over, under 100 runs; what 200 readers saw, and who noticed
+failover *ARGS: (setup "test")
+    {{bin}}/python -m tests.failover {{ARGS}}
 
 [private]
 peers: (setup "bench")

@@ -3,6 +3,7 @@
     clustered()                 the shared cluster, as if it were a server: commands find their nodes
     PREFIXES                    prefixes of a log: whichever a test has, its runs lie on other nodes
     prefix_for(name)            the one of these for a test of this name
+    in_order(log)               the log, made to wait for what a log in a cluster does in the background
     everywhere, on_a_cluster    decorators of tests: run on each version and on the cluster, or on one server and there
 
 Of a cluster that a test stirs up itself, see `redis_clusters.py`.
@@ -13,12 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from zlib import crc32
 
 import pytest
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
+from penstock.log.redis.log import RedisLog
 from penstock.log.redis.records import Keys
 from tests.redis_clusters import shared_cluster
 from tests.redis_servers import _OLDER, Endpoint, redis_servers
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.redis_clusters import Cluster
+
+L = TypeVar("L")
 
 CLUSTER: Final = "redis cluster"
 """Stands for the shared cluster where a test is parametrised by the version of its server."""
@@ -87,6 +91,13 @@ class ClusteredServer(Endpoint):
 def clustered() -> ClusteredServer:
     """The cluster of three nodes that every test of this process may use."""
     return ClusteredServer(shared_cluster())
+
+
+def in_order(log: L) -> L:
+    """The log: from now on each of its calls has had all of its effect when it returns."""
+    if isinstance(log, RedisLog):
+        log._servers.beside = log._servers.execute  # type: ignore[assignment]  # what one server does anyway
+    return log
 
 
 def node_of(key: str) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from penstock.log.urls import open_log
+from tests.clustered import CLUSTER, clustered, in_order, prefix_for
 from tests.proxy import Proxy, proxy
 from tests.redis_servers import Endpoint, let_pass, redis_servers, shared_server
 
@@ -31,7 +33,7 @@ class Kind:
     """One kind of event log.
 
     Attributes:
-        open: opens one that is empty; takes `ttl` and `max_entries`.
+        open: opens one that is empty; takes `ttl`, `max_entries`, and `prefix` if it has one.
         clock: makes the clock that the test runs by; None: the real one, for a log behind a socket.
         elapse: lets so many seconds pass for the log.
     """
@@ -52,16 +54,32 @@ def redis(version: str) -> Kind:
     return Kind(empty, lambda: None, lambda seconds: let_pass(shared_server(version), seconds))
 
 
+def redis_cluster() -> Kind:
+    """The kind whose runs are on three nodes: the suite's own cluster, emptied for each test."""
+
+    @asynccontextmanager
+    async def empty(**limits: Any) -> AsyncIterator[EventLog]:
+        clustered().flushall()
+        async with open_log(clustered().url, **limits) as log:
+            yield in_order(log)
+
+    return Kind(empty, lambda: None, lambda seconds: let_pass(clustered(), seconds))
+
+
 KINDS = {
     "memory": Kind(partial(open_log, "memory://"), lambda: MockClock(autojump_threshold=0), trio.sleep),
     **{f"redis {version}": redis(version) for version in redis_servers()},
+    CLUSTER: redis_cluster(),
 }
 """Another log gets the whole suite of `test_log_*.py` by a line here."""
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    return KINDS[request.param]
+    kind = KINDS[request.param]
+    if request.param == CLUSTER:  # a few ids do for all tests: so each lies on another node now and then
+        return replace(kind, open=partial(kind.open, prefix=prefix_for(request.function.__name__)))
+    return kind
 
 
 @pytest.fixture
@@ -81,9 +99,9 @@ async def log(kind: Kind, clock: Clock | None) -> AsyncIterator[EventLog]:
 
 
 @pytest.fixture
-def server() -> Endpoint:
-    """The Redis that all tests of this process share, emptied."""
-    server = shared_server()
+def server(request: pytest.FixtureRequest) -> Endpoint:
+    """The Redis that all tests of this process share, emptied; or the cluster, if a test is parametrised so."""
+    server = clustered() if getattr(request, "param", None) == CLUSTER else shared_server()
     server.flushall()
     return server
 

@@ -9,6 +9,7 @@ import trio
 
 from penstock.errors import RunCancelled, RunNotFound
 from penstock.log import CancelStatus
+from tests.clustered import on_a_cluster
 from tests.redis_runs import (
     Ticks,
     last_seq,
@@ -35,6 +36,7 @@ NEVER = 30.0
 """A `cancel_check_interval` that no test waits for."""
 
 
+@on_a_cluster
 async def test_a_cancel_through_another_supervisor_stops_a_silent_run_at_once(server: Endpoint) -> None:
     witness = Witness()
     async with supervisors(server.url, server.url, cancel_check_interval=NEVER) as (owner, other):
@@ -56,6 +58,7 @@ async def test_a_cancel_through_another_supervisor_stops_a_silent_run_at_once(se
         await nothing_is_left(other)
 
 
+@on_a_cluster
 async def test_fifty_silent_runs_are_cancelled_at_once_each_for_its_own_reason(server: Endpoint) -> None:
     witnesses = [Witness() for _ in range(50)]
     async with supervisors(server.url, server.url, cancel_check_interval=NEVER) as (owner, other):
@@ -88,6 +91,7 @@ async def test_a_cancel_whose_wake_up_is_lost_comes_with_the_next_look(
         assert gists(reader.entries) == CANCELLED
 
 
+@on_a_cluster
 async def test_a_cancel_that_was_not_read_from_the_inbox_comes_with_an_append_or_a_renewal(server: Endpoint) -> None:
     """The inbox is a short cut: what is on record reaches the owner by every other way, too."""
     silent, ticks = Witness(), Ticks()
@@ -137,6 +141,7 @@ async def test_a_cancel_that_was_accepted_never_ends_completed(server: Endpoint,
     assert {*replies.values()} == {CancelStatus.REQUESTED, CancelStatus.ENDED}
 
 
+@on_a_cluster
 async def test_a_second_cancel_changes_nothing_and_says_so(server: Endpoint) -> None:
     let_go = trio.Event()
 
@@ -177,6 +182,7 @@ async def test_a_cancel_while_the_owner_is_cut_off_is_kept_for_it(server: Endpoi
         assert gists(reader.entries) == CANCELLED
 
 
+@on_a_cluster
 async def test_a_body_that_writes_its_run_by_hand_is_cut_short_by_another_supervisor(server: Endpoint) -> None:
     async with supervisors(server.url, server.url) as (owner, other):
         with pytest.raises(RunCancelled, match="enough"):  # noqa: PT012

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +17,7 @@ from penstock.log.redis.log import RedisLog
 from penstock.log.redis.records import Keys
 from penstock.log.urls import open_log
 from penstock.runs import Ending, RunError, RunStatus
-from tests.clustered import CLUSTER, clustered, everywhere
+from tests.clustered import CLUSTER, clustered, everywhere, in_order
 from tests.following import cancelling_at
 from tests.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entry, record, seqs
 from tests.proxy import Reply, proxy
@@ -49,7 +48,7 @@ def server(request: pytest.FixtureRequest) -> Endpoint:
 async def log(server: Endpoint) -> AsyncIterator[RedisLog]:
     async with open_log(server.url) as log:
         assert isinstance(log, RedisLog)
-        yield log
+        yield in_order(log)
 
 
 async def is_gone(log: EventLog, run_id: str = "r") -> bool:
@@ -126,7 +125,7 @@ async def test_a_key_is_kept_as_long_as_its_run_whatever_the_ttl_is(server: Endp
 @everywhere
 async def test_a_key_is_kept_by_each_renewal_and_by_the_end(server: Endpoint) -> None:
     async with open_log(server.url, ttl=200) as log:
-        await log.start(record(), LEASE, KEY)
+        await in_order(log).start(record(), LEASE, KEY)
         for change in ("renew", "renew", "end"):
             await let_pass(server, 110)
             if change == "renew":
@@ -382,9 +381,9 @@ async def test_a_request_that_comes_while_others_are_taken_is_not_lost(log: Redi
     for run_id in ("a", "b"):
         await log.start(record(run_id), LEASE)
     await log.request_cancel("a", "first")
-    await until_it_is(partial(log.cancel_requests, "owner"), {"a": "first"})
+    assert await log.cancel_requests("owner") == {"a": "first"}
     await log.request_cancel("b", "second")
-    await until_it_is(partial(log.cancel_requests, "owner"), {"b": "second"})
+    assert await log.cancel_requests("owner") == {"b": "second"}
     assert await log.cancel_requests("owner") == {}
 
 
@@ -448,12 +447,7 @@ async def test_the_list_drops_what_has_no_record(server: Endpoint, log: RedisLog
     for number in (0, 3, 5):
         await server.command("DEL", KEYS.record(f"r{number}"))
     assert [run.id for run in await log.list()] == ["r4", "r2", "r1"]
-    await until_it_is(lambda: all_of(server, log), {"r1", "r2", "r4"})
-
-
-async def all_of(server: Endpoint, log: RedisLog) -> set[str]:
-    """What stands in the lists by age."""
-    return {*await listed(server, log._lists.runs())}
+    assert sorted(await listed(server, log._lists.runs())) == ["r1", "r2", "r4"]
 
 
 async def test_the_list_keeps_to_so_many_of_the_newest(
@@ -610,7 +604,7 @@ async def test_the_words_of_a_cancel_are_kept_wherever_they_go(log: RedisLog, wo
     await log.start(record(), LEASE)
     reply = await log.request_cancel("r", words)
     assert reply.run.cancel_reason == words
-    await until_it_is(partial(log.cancel_requests, "owner"), {"r": words})  # to a cluster it is sent in the background
+    assert await log.cancel_requests("owner") == {"r": words}
     await log.renew("owner", {"r": "epoch"}, 30.0)
     assert await log.cancel_requests("owner") == {"r": words}
     (appended,) = await log.append([batch(1, 1)])

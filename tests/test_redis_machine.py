@@ -14,7 +14,7 @@ from hypothesis import Phase, settings
 
 from penstock.log.redis.log import RedisLog
 from penstock.log.urls import open_log
-from tests.clustered import CLUSTER, PREFIXES, clustered
+from tests.clustered import CLUSTER, PREFIXES, clustered, in_order
 from tests.redis_servers import let_pass, redis_servers, shared_server
 from tests.test_log_machine import MAX_ENTRIES, TTL, LogMachine, Model
 
@@ -44,7 +44,7 @@ class RedisLogMachine(LogMachine):
     async def opened(self) -> AsyncIterator[EventLog]:
         async with open_log(self.server.url, max_entries=MAX_ENTRIES, ttl=TTL, prefix=self.prefix) as log:
             assert isinstance(log, RedisLog)
-            yield log
+            yield in_order(log)
             await self.keep_the_keys(log)
 
     async def keep_the_keys(self, log: RedisLog) -> None:
@@ -94,14 +94,6 @@ class ClusterLogMachine(RedisLogMachine):
 
     version = CLUSTER
     prefix = PREFIXES[0]
-
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[EventLog]:
-        async with super().opened() as log:
-            assert isinstance(log, RedisLog)
-            # What is sent in the background comes when it comes; the model knows of what has come.
-            log._servers.beside = log._servers.execute  # type: ignore[assignment]
-            yield log
 
 
 SETTINGS = settings(max_examples=10, stateful_step_count=30, deadline=None, phases=PHASES)

@@ -18,7 +18,7 @@ from penstock.log.redis.log import RedisLog
 from penstock.log.redis.records import Keys
 from penstock.log.urls import open_log
 from penstock.runs import RunStatus
-from tests.clustered import CLUSTER, clustered, everywhere
+from tests.clustered import CLUSTER, clustered, everywhere, in_order
 from tests.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entries, record, seqs
 from tests.proxy import Reply, proxy
 from tests.redis_servers import Endpoint, RedisServer, let_pass, redis_server, redis_servers, shared_server
@@ -46,7 +46,7 @@ def server(request: pytest.FixtureRequest) -> Endpoint:
 async def redis_log(url: str, **limits: Any) -> AsyncIterator[RedisLog]:
     async with open_log(url, **({"ttl": TTL} | limits)) as log:
         assert isinstance(log, RedisLog)
-        yield log
+        yield in_order(log)
 
 
 @pytest.fixture

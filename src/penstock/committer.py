@@ -130,15 +130,16 @@ class Committer:
             await (outbox.vacancy if outbox.size >= self._max_pending else lane.room).park()
 
     def _lane(self, outbox: Outbox) -> Lane:
-        if outbox.lane is None or outbox.lane.scope.cancel_called:
-            outbox.lane = self._lane_of(self._log.part(outbox.run_id))
-        return outbox.lane
+        lane = outbox.lane
+        if lane is None or lane.closed:
+            lane = outbox.lane = self._lane_of(self._log.part(outbox.run_id))
+        return lane
 
     def _lane_of(self, part: str) -> Lane:
         if part not in self._lanes:
             self._close_lanes()
             lane = self._lanes[part] = Lane(part, self._commits)
-            if self._nursery is not None:
+            if self._nursery is not None and not self._nursery.cancel_scope.cancel_called:
                 self._nursery.start_soon(lane.run)
         return self._lanes[part]
 
@@ -148,7 +149,7 @@ class Committer:
         for part, lane in [*self._lanes.items()]:
             if part not in parts and lane.idle:
                 del self._lanes[part]
-                lane.scope.cancel(reason="there is no such part of the log any more")
+                lane.close()
 
     def _hand_over(self, lane: Lane, outbox: Outbox) -> Lane:
         """The run is on another part now."""

@@ -38,6 +38,8 @@ LOADED: Final = 8
 """The entries of a commit from which on the next one waits for all of the spacing; after fewer for a part of it."""
 FULL_PAUSE: Final = 0.5
 """Seconds until a full log is asked again whether it has room."""
+AWAY_PAUSE: Final = 0.1
+"""Seconds until a part is asked again that could not take one run's entries, and took others'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,9 @@ class Lane:
         """What that may be: one part that is away must not take the room of the others."""
         self.room = trio.lowlevel.ParkingLot()
         """Where writers wait for less than that."""
-        self.scope = trio.CancelScope()
-        """Cancelled when there is no such part any more."""
+        self.closed = False
+        """There is no such part any more."""
+        self._scope = trio.CancelScope()
         self._commits = commits
         self._dirty: dict[Outbox, None] = {}
         self._urgent = False
@@ -122,9 +125,14 @@ class Lane:
         """True if a write to the outbox has to wait."""
         return outbox.size >= self._commits.max_pending or self.size >= self.limit
 
+    def close(self) -> None:
+        """End it, if there is no such part any more."""
+        self.closed = True
+        self._scope.cancel(reason="there is no such part of the log any more")
+
     async def run(self) -> None:
-        """Commit, until cancelled."""
-        with self.scope:
+        """Commit, until cancelled or closed."""
+        with self._scope:
             await self._run()
 
     async def _run(self) -> None:
@@ -162,10 +170,13 @@ class Lane:
                 await self._wake.wait()
 
     def _is_here(self, outbox: Outbox, *, lost: bool = False) -> bool:
-        """Whether its run is on this part; if not, it is handed over."""
-        if outbox.abandoned or self._commits.log.part(outbox.run_id) == self.part:
+        """Whether it belongs to this lane; if its run is on another part, it is handed over."""
+        lane = outbox.lane
+        if lane is self and not outbox.abandoned and self._commits.log.part(outbox.run_id) != self.part:
+            self._later.pop(outbox, None)
+            lane = self._commits.elsewhere(self, outbox)
+        if lane is None or lane is self:
             return True
-        lane = self._commits.elsewhere(self, outbox)
         if lost:
             lane.restore(outbox)
         else:
@@ -238,8 +249,8 @@ class Lane:
     def _ask_again(self, outbox: Outbox, reply: Appended) -> None:
         """Ask the log again later; until then this run's entries wait, and only its ending does not."""
         now = trio.current_time()
-        if not self._later:
-            self._ask_again_at = now + FULL_PAUSE
+        pause = AWAY_PAUSE if reply.status is AppendStatus.AWAY else FULL_PAUSE
+        self._ask_again_at = min(self._ask_again_at, now + pause)
         if now - self._warned_at >= WARNING_INTERVAL:
             self._warned_at = now
             self._commits.on_warning(f"cannot commit: {reply.words}; trying again")

@@ -80,7 +80,7 @@ class Metrics(NullObserver):
         self._outages = Counter("penstock_log_outages", "Times that the log could not be reached", registry=to)
         self._away_seconds = Counter("penstock_log_away_seconds", "How long those took, once over", registry=to)
         self._errors = Counter("penstock_errors", "Exceptions that ended a run or a response", registry=to)
-        self._away = _gauge("penstock_log_away", "Servers that cannot reach the log now", to)
+        self._away = _gauge("penstock_log_away", "Servers that cannot reach the log, or a part of it, now", to)
         self._runs = _gauge("penstock_runs", "Runs that have not ended", to)
         self._readers = _gauge("penstock_readers", "Readers", to)
         self._pending = _gauge("penstock_pending_bytes", "Bytes that wait for the log's acknowledgement", to)

@@ -136,10 +136,10 @@ class Observer(Protocol):
         """The log has acknowledged an append."""
 
     def outage_began(self) -> None:
-        """The log cannot be reached, as far as a look once a second can tell."""
+        """The log, or a node of its cluster, cannot be reached, as far as a look once a second can tell."""
 
     def outage_ended(self, seconds: float) -> None:
-        """... and can be again, after so many seconds."""
+        """... and all of it can be again, after so many seconds."""
 
     def figures(self, figures: Figures) -> None:
         """How much there is of everything; every `FIGURES_INTERVAL`, when it is asked for, and at the end."""

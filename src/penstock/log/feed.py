@@ -23,7 +23,9 @@ LOADED: Final = 8
 MISSING_GRACE: Final = 10.0
 """For how many seconds a run that has readers may be missing: a log that has lost it is given it again by its owner."""
 MISSING_PAUSE: Final = 0.5
-"""Seconds between two looks for runs that are missing, or away."""
+"""Seconds between two looks for runs that are missing."""
+AWAY_PAUSE: Final = 0.1
+"""Seconds between two looks for runs that were out of reach while others were not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class Feed:
             while True:
                 if self.is_stuck(self._behind) and not self._moved:
                     self._news = trio.Event()
-                    with trio.move_on_after(MISSING_PAUSE if self._behind else inf):
+                    pause = AWAY_PAUSE if self._away else MISSING_PAUSE
+                    with trio.move_on_after(pause if self._behind else inf):
                         await self._news.wait()
                 started, self._busy = trio.current_time(), True
                 # A run that cannot be caught up with must not keep the news of the others waiting.

@@ -9,7 +9,7 @@ missed is in the next page.
 from __future__ import annotations
 
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import trio
 
@@ -179,7 +179,7 @@ class Fetcher:
 
     def read_ahead(self, tail: Tail, after: int) -> Ahead | None:
         """Begin to read a page that will be asked for; None if that has to wait until then. Synchronous."""
-        if self._nursery is None:
+        if not _is_open(self._nursery):
             return None
         ahead = Ahead(after)
         self._nursery.start_soon(ahead.read, self.log, tail.run_id)
@@ -229,7 +229,7 @@ class Fetcher:
         if part not in self._feeds:
             self._close_feeds()
             feed = self._feeds[part] = Feed(part, self._feeding)
-            if self._nursery is not None:
+            if _is_open(self._nursery):
                 self._nursery.start_soon(feed.run)
         return self._feeds[part]
 
@@ -240,3 +240,8 @@ class Fetcher:
             if part not in parts and feed.idle:
                 del self._feeds[part]
                 feed.scope.cancel(reason="there is no such part of the log any more")
+
+
+def _is_open(nursery: trio.Nursery | None) -> TypeGuard[trio.Nursery]:
+    """Whether tasks can be started there: one that is being left takes none in its last moment."""
+    return nursery is not None and not nursery.cancel_scope.cancel_called

@@ -114,13 +114,14 @@ class Client:
         """The only one."""
         return ("",)
 
-    def watch(self, moved: Callable[[], None]) -> None:
+    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
         """Keys stay where they are."""
+        return lambda: None
 
     def doubt(self) -> None:
         """There is no doubt about that."""
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+    async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:  # noqa: ARG002
         """Send commands, in as few round trips as is good for others; their replies, in order.
 
         A command that was refused has its exception as its reply: `LogFull`, or a `redis.exceptions.ResponseError`.

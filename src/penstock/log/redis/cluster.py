@@ -7,7 +7,7 @@ away holds up what is on it, and nothing else: whoever sends commands for one no
 |---|---|
 | `MOVED` | the slot is another's: there, at once |
 | `ASK` | the slot is on its way, and this key is there already: there, once |
-| `TRYAGAIN` | some of the keys are here, some there: again, `TRY_AGAIN_PAUSE` later |
+| `TRYAGAIN` | some of the keys are here, some there: again, after each of `PAUSES` |
 | `CLUSTERDOWN`, nothing, or no connection | it is away: what was for it is `LogUnavailable` |
 
 The others are asked whose slots are when one is away, or has not answered for `SLOW`. What is under way to a node that
@@ -28,7 +28,7 @@ from penstock.groups import raise_bare
 from penstock.log.redis import addresses
 from penstock.log.redis.client import answer, client_at, open_loop
 from penstock.log.redis.refusals import is_away, judged, unavailable, words_of
-from penstock.log.redis.slots import NOWHERE, Slots, key_of
+from penstock.log.redis.slots import NOWHERE, Slots, key_of, slot_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -42,10 +42,12 @@ SLOW: Final = 1.0
 """A node that has not answered for so many seconds may have been replaced; so long may one say nothing of slots."""
 ASK_PAUSE: Final = 0.25
 """Seconds between two such questions."""
-TRIES: Final = 8
+PAUSES: Final = (0.01, 0.02, 0.05)
+"""Seconds after which a command whose keys are on their way to another node is sent again, each time."""
+PATIENCE: Final = 2.0
+"""For how many seconds that is done, if there is somebody who wants an answer; else only so many times."""
+REDIRECTIONS: Final = 60
 """How often a command is sent that is always said to belong elsewhere."""
-TRY_AGAIN_PAUSE: Final = 0.01
-"""The first pause before a command is sent again whose keys are on their way, in seconds; each is twice the last."""
 
 
 class _Node:
@@ -90,32 +92,35 @@ class Cluster:
         """The addresses of the primaries; "" alone while none is known."""
         return [*self._slots.primaries] or (NOWHERE,)
 
-    def watch(self, moved: Callable[[], None]) -> None:
-        """Have `moved` called whenever slots have come to another node."""
+    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
+        """Have `moved` called whenever slots have come to another node, until what is returned is called."""
         self._on_moved.append(moved)
+        return lambda: self._on_moved.remove(moved)
 
     def doubt(self) -> None:
         """Ask whose slots are, soon."""
         self._doubt.set()
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+    async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:
         """See `Servers.execute`. The commands for several nodes are sent at the same time."""
         replies: list[Any] = [None] * len(commands)
         asks: dict[int, tuple[str, int]] = {}
         left: list[int] = [*range(len(commands))]
-        pause = TRY_AGAIN_PAUSE
-        for _ in range(TRIES):
-            if not left:
-                break
+        until = trio.current_time() + (PATIENCE if patient else 0.0)
+        pauses = iter(PAUSES)
+        moving = False
+        for _ in range(REDIRECTIONS):
             await self._known()
             await self._each_node(commands, left, asks, replies, kept=kept)
-            left, asks, wait = self._redirected(left, replies)
-            if wait:
-                await trio.sleep(pause)
-                pause *= 2
+            left, asks, wait = self._redirected(commands, left, replies)
+            moving = moving or wait or bool(asks)
+            pause = next(pauses, PAUSES[-1] if trio.current_time() < until else None)
+            if not left or (wait and pause is None):
+                break
+            await trio.sleep(pause if wait and pause else 0)
         for n in left:
             replies[n] = LogUnavailable(f"Redis at {self.address} is moving what a command is about: {replies[n]}")
-        if commands and all(is_away(reply) for reply in replies):
+        if commands and not moving and all(is_away(reply) for reply in replies):
             raise replies[0]
         return replies
 
@@ -126,12 +131,12 @@ class Cluster:
             for reply in replies:
                 if is_away(reply):
                     raise reply
-            replies += await self.execute(stage, kept=True)
+            replies += await self.execute(stage, kept=True, patient=True)
         return replies
 
     async def ask(self, *command: Any, kept: bool = False) -> Any:
         """See `Servers.ask`."""
-        (reply,) = await self.execute([command], kept=kept)
+        (reply,) = await self.execute([command], kept=kept, patient=True)
         return answer(reply, self.address)
 
     async def beside(self, commands: Sequence[Command]) -> None:
@@ -230,10 +235,13 @@ class Cluster:
         for node in left:
             for scope in node.under_way:
                 scope.cancel(reason="the node is no primary any more")
-        for told in self._on_moved:
-            told()
+        self._tell()
         for node in left:
             await node.client.aclose()
+
+    def _tell(self) -> None:
+        for moved in [*self._on_moved]:
+            moved()
 
     async def keep_up(self) -> None:
         """Ask whose slots are when there is a doubt, until cancelled."""
@@ -324,27 +332,32 @@ class Cluster:
             return error
 
     def _redirected(
-        self, numbers: Sequence[int], replies: Sequence[Any]
+        self, commands: Sequence[Command], numbers: Sequence[int], replies: Sequence[Any]
     ) -> tuple[list[int], dict[int, tuple[str, int]], bool]:
-        """Which commands are to be sent again, which of them to a node that is to be `ASK`ed; and whether to wait."""
+        """Which commands are to be sent again, which of them to a node that is to be `ASK`ed; and whether to wait.
+
+        What comes after one that is to be sent again, on the same slot, is sent again after it: it may have counted on
+        it.
+        """
         left: list[int] = []
+        slots: set[int] = set()
         asks: dict[int, tuple[str, int]] = {}
         wait = news = False
         for n in numbers:
-            reply = replies[n]
+            reply, slot = replies[n], slot_of(key_of(commands[n]))
             if isinstance(reply, exceptions.MovedError):
                 news |= self._slots.moved(reply.slot_id, reply.host, reply.port)
             elif isinstance(reply, exceptions.AskError):
                 asks[n] = (reply.host, reply.port)
             elif isinstance(reply, exceptions.TryAgainError) or _is_away_from(reply):
                 wait = True
-            elif reply is not _LEFT:
+            elif reply is not _LEFT and slot not in slots:
                 continue
             left.append(n)
+            slots.add(slot)
         if news:
             self.doubt()
-            for told in self._on_moved:
-                told()
+            self._tell()
         return left, asks, wait
 
 

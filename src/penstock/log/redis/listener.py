@@ -12,11 +12,14 @@ others, in case something between here and Redis swallows messages without break
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
+from redis.crc import key_slot
+from redis.exceptions import MovedError
 
 from penstock.errors import LogUnavailable
 from penstock.log.redis.client import ANSWER_TIMEOUT
@@ -84,6 +87,8 @@ class Listener:
         """How many of its requests for a channel this connection has not confirmed yet."""
         self._arrived: set[str] = set()
         """Channels that have come from another part: messages may have been lost on the way."""
+        self._astray: set[str] = set()
+        """Channels whose slot the node gave away, or has not: they are looked for, and asked for again."""
         self._poke = trio.Event()
         self._pong_due = False
         self._reconnecting = False
@@ -149,6 +154,7 @@ class Listener:
         """One connection, to its end: returns if it was of use, else raises `LogUnavailable`."""
         self._sent.clear()
         self._unconfirmed.clear()
+        self._astray.clear()
         self._pong_due = False
         for channel, confirmed in self.channels.items():
             if confirmed.is_set():
@@ -159,7 +165,7 @@ class Listener:
             async with self._servers.subscription(self.part) as subscription:
                 await self._send(subscription)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(subscription.pump, self._take)
+                    nursery.start_soon(self._pump, subscription)
                     nursery.start_soon(self._keep, subscription)
         except* LogUnavailable as errors:
             broken = " and ".join(str(error) for error in errors.exceptions)
@@ -169,6 +175,16 @@ class Listener:
             raise LogUnavailable(broken)
         logger.warning("the subscription to Redis broke: %s", broken)
         self._reconnecting = True
+
+    async def _pump(self, subscription: Subscription) -> None:
+        """Take what comes. What is refused because its slot is another node's does the connection no harm."""
+        while True:
+            try:
+                await subscription.pump(self._take)
+            except LogUnavailable as error:
+                if not isinstance(error.__cause__, MovedError):
+                    raise
+                self._refused(error.__cause__.slot_id)
 
     async def _keep(self, subscription: Subscription) -> None:
         """Ask for the channels that are wanted, and for signs of life."""
@@ -186,6 +202,8 @@ class Listener:
             with trio.move_on_at(due):
                 await self._poke.wait()
             self._poke = trio.Event()
+            if self._astray:
+                await self._look_for_the_astray()
             await self._send(subscription)
             if arrived := [each for each in self._arrived if each in self.channels and self.channels[each].is_set()]:
                 self._arrived.difference_update(arrived)
@@ -198,6 +216,15 @@ class Listener:
             due = trio.current_time() + PING_INTERVAL
             await subscription.ping()
             await self._told.look_up(self._to_check())
+
+    async def _look_for_the_astray(self) -> None:
+        """Find out where they are. Those that are here after all are asked for again."""
+        astray, self._astray = self._astray, set()
+        with trio.move_on_after(FAILING_TIMEOUT), suppress(LogUnavailable):  # it is not this node that is away
+            await self._told.look_up([*astray])
+        await trio.sleep(SHORTEST_PAUSE)
+        self._sent -= astray
+        self._arrived |= astray & self.channels.keys()
 
     async def _send(self, subscription: Subscription) -> None:
         """Make what this connection listens to what is wanted."""
@@ -217,11 +244,25 @@ class Listener:
         elif kind == "subscribe":
             self._confirm(channel)
         elif kind == "unsubscribe":
-            if channel in self._sent:  # nobody has asked for that: its slot has been given to another node
-                self._servers.doubt()
+            if channel in self._sent and channel not in self._unconfirmed:  # nobody has asked for that
+                self._go_astray(channel)
         elif kind == "pong":
             self._pong_due = False
         self._lot.unpark_all()
+
+    def _refused(self, slot: int) -> None:
+        """A request for a channel on this slot, or to hear of it no more, has been answered with another's address."""
+        for channel in self._unconfirmed:
+            if key_slot(channel.encode(errors="replace")) == slot:
+                del self._unconfirmed[channel]
+                self._go_astray(channel)
+                self._lot.unpark_all()
+                return
+
+    def _go_astray(self, channel: str) -> None:
+        self._astray.add(channel)
+        self._servers.doubt()
+        self._poke.set()
 
     def _confirm(self, channel: str) -> None:
         self._unconfirmed[channel] -= 1

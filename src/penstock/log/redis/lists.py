@@ -8,9 +8,14 @@ in two lists, or in one on another node, does no harm: the records decide, and a
 
 from __future__ import annotations
 
-from itertools import count, islice
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Final
 from zlib import crc32
+
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
+
+from penstock.log.redis.slots import slot_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
     from penstock.log.redis.servers import Servers
 
 LISTS: Final = 16
-"""The lists of each kind in a cluster: for so many masters there is one on each, if their slots are even."""
+"""The lists of each kind in a cluster: each of up to half as many primaries has one, if their slots are even."""
 _PROBES: Final = 4096
 """So many names are tried to find a key of a node that has none of the lists."""
 
@@ -35,7 +40,7 @@ class Lists:
     def __init__(self, keys: Keys, servers: Servers) -> None:
         self._keys = keys
         self._servers = servers
-        self._numbers: Sequence[int | None] = range(LISTS) if servers.clustered else [None]
+        self._numbers: Sequence[int | None] = _numbers() if servers.clustered else [None]
         self._on: dict[str, list[int | None]] = {}
         """The lists on each part, as far as somebody has asked."""
         self._probes: dict[str, str] = {}
@@ -71,7 +76,7 @@ class Lists:
     def probe(self, part: str) -> str:
         """A key of this part which may be touched: one of its lists, if it has any."""
         if part not in self._probes:
-            numbers = self._numbers_on(part) or islice(count(LISTS), _PROBES)
+            numbers = self._numbers_on(part) or range(_PROBES)
             names = (self._keys.live(number) for number in numbers)
             found = next((name for name in names if self._servers.part(name) == part), None)
             self._probes[part] = found or self._keys.live(self._numbers[0])
@@ -85,3 +90,14 @@ class Lists:
         if part not in self._on:
             self._on[part] = [number for number in self._numbers if self._servers.part(self._keys.live(number)) == part]
         return self._on[part]
+
+
+@cache
+def _numbers() -> Sequence[int]:
+    """The numbers of the lists: of each sixteenth of the slots, the first that is on one of them."""
+    found: dict[int, int] = {}
+    for number in count():
+        found.setdefault(slot_of(f"{{{number}}}") * LISTS // REDIS_CLUSTER_HASH_SLOTS, number)
+        if len(found) == LISTS:
+            return [found[each] for each in range(LISTS)]
+    raise AssertionError("numbers do not end")

@@ -7,7 +7,7 @@ With the prefix `sse:run:` the keys are
     {sse:run:ID}:wake     the channel that is told the last seq after every append
     sse:runs              the runs by the time of their making, for `list`
     sse:live              the runs by the end of their lease: where a reaper looks first; in a cluster there are
-                          several of both, `sse:runs:{0}`, `sse:live:{0}` ..., see `lists.py`
+                          several of both, `sse:runs:{N}`, `sse:live:{N}`, see `lists.py`
     sse:idem:KEY          an idempotency key: the fingerprint of its request, and the run
     sse:proc:OWNER        the channel of a process; `{sse:proc:OWNER}:inbox` has the cancel requests for its runs
 

@@ -39,7 +39,7 @@ class Requests:
             LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
         """
         async with self.turn(key_of(commands[0])) as servers:
-            return await servers.execute(commands, kept=kept)
+            return await servers.execute(commands, kept=kept, patient=True)
 
     async def ask(self, *command: Any, kept: bool = False) -> Any:
         """`Servers.ask`, when it is this request's turn.

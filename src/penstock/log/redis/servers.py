@@ -34,13 +34,13 @@ class Servers(Protocol):
     def parts(self) -> Collection[str]:
         """All parts, as far as is known; at least one."""
 
-    def watch(self, moved: Callable[[], None]) -> None:
-        """Have `moved` called whenever keys have come to another part."""
+    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
+        """Have `moved` called whenever keys have come to another part, until what is returned is called."""
 
     def doubt(self) -> None:
         """Somebody has seen a sign that keys are on another part than is known: look. Never blocks."""
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+    async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:
         """Send commands, in as few round trips as is good for others; their replies, in order.
 
         Each part's commands reach it in their order. A command that was refused has its exception as its reply:
@@ -49,13 +49,15 @@ class Servers(Protocol):
         Args:
             commands: what to send.
             kept: return when as many replicas have it as `open_log` was told to wait for.
+            patient: in a cluster, wait for keys that are being moved from one node to another; else what is about them
+                is `LogUnavailable` sooner, so that nothing waits for it.
 
         Raises:
             LogUnavailable: no part of it could be reached, answered in time, or was in a state to.
         """
 
     async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
-        """`execute`, with what is in a later stage done after what is in an earlier one; as `kept`.
+        """`execute`, `kept` and `patient`, with what is in a later stage done after what is in an earlier one.
 
         Raises:
             LogUnavailable: as for `execute`, and if anything of an earlier stage could not be done.

@@ -22,6 +22,11 @@ def key_of(command: Command) -> str:
     return str(command[3 if command[0] == "EVALSHA" else 1])
 
 
+def slot_of(key: str) -> int:
+    """The slot of a key or a channel."""
+    return int(key_slot(key.encode(errors="replace")))
+
+
 class Slots:
     """The primaries of a cluster, and their slots."""
 
@@ -33,7 +38,7 @@ class Slots:
 
     def owner(self, key: str) -> str:
         """The address of the primary that has a key."""
-        return self._owners[key_slot(key.encode(errors="replace"))]
+        return self._owners[slot_of(key)]
 
     def moved(self, slot: int, host: str, port: int) -> bool:
         """A node has said whose a slot is now; whether that was news."""

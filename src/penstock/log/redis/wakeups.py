@@ -44,7 +44,6 @@ class RedisWakeups:
         self._cancel = False
         self._reconnected = False
         self._lot = trio.lowlevel.ParkingLot()
-        servers.watch(self._rearrange)
 
     async def subscribe(self, run_id: str) -> None:
         """From the return on, every append to the run is told. A checkpoint.
@@ -54,16 +53,20 @@ class RedisWakeups:
         """
         await self.listen(self._keys.wake(run_id))
 
-    async def listen(self, channel: str) -> None:
+    async def listen(self, channel: str, *, may_fail: bool = False) -> None:
         """Wait until this channel is listened to. A checkpoint.
 
         Raises:
-            LogUnavailable: Redis has not confirmed it in time.
+            LogUnavailable: Redis has not confirmed it in time; it goes on trying, and that may be good enough.
         """
         if channel not in self._channels:
             listener = self._channels[channel] = self._listener(self._servers.part(channel))
             listener.want(channel)
-        await self._channels[channel].confirmed(channel)
+        try:
+            await self._channels[channel].confirmed(channel)
+        except LogUnavailable:
+            if not may_fail:
+                raise
 
     def unsubscribe(self, run_id: str) -> None:
         """Tell of the run no more. Never blocks."""
@@ -88,7 +91,7 @@ class RedisWakeups:
             self._nursery.start_soon(listener.run)
         return self._listeners[part]
 
-    def _rearrange(self) -> None:
+    def rearrange(self) -> None:
         """Keys have come to other parts: listen to their channels there."""
         for channel, listener in self._channels.items():
             part = self._servers.part(channel)
@@ -152,12 +155,12 @@ async def open_wakeups(servers: Servers, keys: Keys, lists: Lists, owner: str) -
     try:
         async with trio.open_nursery() as nursery:
             wakeups = RedisWakeups(servers, keys, owner, nursery)
+            unwatch = servers.watch(wakeups.rearrange)
             try:
-                await wakeups.listen(keys.process(owner))
-            except LogUnavailable:
-                if not servers.clustered:
-                    raise
-            yield wakeups
+                await wakeups.listen(keys.process(owner), may_fail=servers.clustered)
+                yield wakeups
+            finally:
+                unwatch()
             nursery.cancel_scope.cancel(reason="the supervisor has ended")
     except BaseExceptionGroup as group:
         raise_bare(group, trio.Cancelled)
