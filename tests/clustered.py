@@ -23,7 +23,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from penstock.log.redis.log import RedisLog
 from penstock.log.redis.records import Keys
 from tests.redis_clusters import shared_cluster
-from tests.redis_servers import _OLDER, Endpoint, redis_servers
+from tests.redis_servers import Endpoint, redis_servers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,6 @@ everywhere = pytest.mark.parametrize("server", [*redis_servers(), CLUSTER], indi
 on_a_cluster = pytest.mark.parametrize("server", [None, CLUSTER], indirect=True, ids=["redis", CLUSTER])
 """For a test whose `server` is that of `conftest.py`."""
 
-_OLDER_IN_A_CLUSTER = _OLDER.replace("suffix == ':live'", "key:find(':live', 1, true)")  # it has many lists
 _TO_EACH: Final = {"SCRIPT", "KEYS", "DBSIZE", "PUBSUB"}
 """Commands that are about a whole server."""
 
@@ -62,7 +61,6 @@ class ClusteredServer(Endpoint):
 
     async def command(self, *words: Any) -> Any:
         """The reply of the node that has the key; the replies of all together, if there is no key."""
-        words = tuple(_OLDER_IN_A_CLUSTER if word == _OLDER else word for word in words)
         if words[0] in {"EVAL", "EVALSHA"} and words[2]:
             return await self.cluster.command(*words, key=words[3])
         if words[0] not in {"EVAL", "EVALSHA", *_TO_EACH}:

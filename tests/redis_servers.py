@@ -373,12 +373,11 @@ _OLDER = """
 local passed = tonumber(ARGV[1])
 for _, key in ipairs(redis.call('KEYS', '*')) do
     local kind = redis.call('TYPE', key).ok
-    local suffix = key:sub(-5)
-    if kind == 'hash' and suffix == ':meta' then
+    if kind == 'hash' and key:sub(-5) == ':meta' then
         if tonumber(redis.call('HGET', key, 'lease_end') or '') then
             redis.call('HINCRBY', key, 'lease_end', -passed)
         end
-    elseif kind == 'zset' and suffix == ':live' then
+    elseif kind == 'zset' and key:find(':live', 1, true) then
         for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do
             redis.call('ZINCRBY', key, -passed, member)
         end

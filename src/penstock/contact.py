@@ -114,7 +114,10 @@ class Contact:
         ]
         for start in range(0, len(epochs), RENEWALS_PER_CALL):
             piece = dict(epochs[start : start + RENEWALS_PER_CALL])
-            for run_id, status in (await rounds.log.renew(rounds.owner, piece, lease)).items():
+            replies = await rounds.log.renew(rounds.owner, piece, lease)
+            if len(replies) < len(piece):
+                raise LogUnavailable(f"{len(piece) - len(replies)} runs were out of reach, and others were not")
+            for run_id, status in replies.items():
                 execution = rounds.live.get(run_id)
                 if execution is None or execution.settled.is_set() or execution.outbox.epoch != piece[run_id]:
                     continue

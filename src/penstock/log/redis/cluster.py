@@ -7,7 +7,7 @@ away holds up what is on it, and nothing else: whoever sends commands for one no
 |---|---|
 | `MOVED` | the slot is another's: there, at once |
 | `ASK` | the slot is on its way, and this key is there already: there, once |
-| `TRYAGAIN` | some of the keys are here, some there: again, after each of `PAUSES` |
+| `TRYAGAIN` | some of the keys are here, some there: again, a `PAUSE` later, if somebody waits for that alone |
 | `CLUSTERDOWN`, nothing, or no connection | it is away: what was for it is `LogUnavailable` |
 
 The others are asked whose slots are when one is away, or has not answered for `SLOW`. What is under way to a node that
@@ -42,12 +42,12 @@ SLOW: Final = 1.0
 """A node that has not answered for so many seconds may have been replaced; so long may one say nothing of slots."""
 ASK_PAUSE: Final = 0.25
 """Seconds between two such questions."""
-PAUSES: Final = (0.01, 0.02, 0.05)
-"""Seconds after which a command whose keys are on their way to another node is sent again, each time."""
+PAUSE: Final = 0.02
+"""Seconds until a command is sent again whose keys are on their way to another node."""
 PATIENCE: Final = 2.0
-"""For how many seconds that is done, if there is somebody who wants an answer; else only so many times."""
-REDIRECTIONS: Final = 60
-"""How often a command is sent that is always said to belong elsewhere."""
+"""For how many seconds commands are sent again that are said to belong elsewhere."""
+HASTE: Final = 0.5
+"""The same where others wait for them, and not at all if it is only a matter of waiting."""
 
 
 class _Node:
@@ -103,24 +103,18 @@ class Cluster:
 
     async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:
         """See `Servers.execute`. The commands for several nodes are sent at the same time."""
+        await self._known()
         replies: list[Any] = [None] * len(commands)
-        asks: dict[int, tuple[str, int]] = {}
-        left: list[int] = [*range(len(commands))]
-        until = trio.current_time() + (PATIENCE if patient else 0.0)
-        pauses = iter(PAUSES)
-        moving = False
-        for _ in range(REDIRECTIONS):
-            await self._known()
-            await self._each_node(commands, left, asks, replies, kept=kept)
-            left, asks, wait = self._redirected(commands, left, replies)
-            moving = moving or wait or bool(asks)
-            pause = next(pauses, PAUSES[-1] if trio.current_time() < until else None)
-            if not left or (wait and pause is None):
-                break
-            await trio.sleep(pause if wait and pause else 0)
+        left = [*range(len(commands))]
+        left, asks, wait = await self._round(commands, left, {}, replies, kept=kept)
+        redirected = bool(left)
+        with trio.move_on_after(PATIENCE if patient else HASTE):
+            while left and (patient or not wait):
+                await trio.sleep(PAUSE if wait else 0)
+                left, asks, wait = await self._round(commands, left, asks, replies, kept=kept)
         for n in left:
             replies[n] = LogUnavailable(f"Redis at {self.address} is moving what a command is about: {replies[n]}")
-        if commands and not moving and all(is_away(reply) for reply in replies):
+        if commands and not redirected and all(is_away(reply) for reply in replies):
             raise replies[0]
         return replies
 
@@ -268,7 +262,7 @@ class Cluster:
 
     # Sending
 
-    async def _each_node(
+    async def _round(
         self,
         commands: Sequence[Command],
         numbers: Sequence[int],
@@ -276,8 +270,8 @@ class Cluster:
         replies: list[Any],
         *,
         kept: bool,
-    ) -> None:
-        """Send these commands to their nodes, and put the replies where they belong."""
+    ) -> tuple[list[int], dict[int, tuple[str, int]], bool]:
+        """Send these commands to their nodes, and put the replies where they belong; `_redirected`."""
         by_node: dict[tuple[_Node | None, bool], list[int]] = {}
         for n in numbers:
             place = asks.get(n) or self._slots.primaries.get(self._slots.owner(key_of(commands[n])))
@@ -291,10 +285,11 @@ class Cluster:
         if len(by_node) == 1:
             ((node, asking), ns) = next(iter(by_node.items()))
             await one(node, asking, ns)
-            return
-        async with trio.open_nursery() as nursery:
-            for (node, asking), ns in by_node.items():
-                nursery.start_soon(one, node, asking, ns)
+        else:
+            async with trio.open_nursery() as nursery:
+                for (node, asking), ns in by_node.items():
+                    nursery.start_soon(one, node, asking, ns)
+        return self._redirected(commands, numbers, replies)
 
     async def _at(self, node: _Node | None, commands: Sequence[Command], *, asking: bool, kept: bool) -> Sequence[Any]:
         """The replies of one node; what is wrong with the node is the reply to each."""

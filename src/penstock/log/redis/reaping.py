@@ -6,6 +6,7 @@ server that stood still kills nobody, nor does one whose clock is not that of an
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -101,6 +102,10 @@ class Reaper:
     ) -> int:
         """Reap what was due by this list, and note it in `reaped`; how many stay on the list for now."""
         parts = {run_id: self._servers.part(self._keys.record(run_id)) for run_id in dead}
+        for part in {*parts.values()} - self._clocks.keys():
+            if ready(part):
+                with suppress(LogUnavailable):  # its runs stay where they are
+                    await self._due(part, {self._lists.probe(part): 0})
         doomed = [run_id for run_id, part in parts.items() if part in self._clocks and ready(part)]
         reaps = [self._reap(run_id, self._clocks[parts[run_id]][0], obituary()) for run_id in doomed]
         try:
