@@ -86,6 +86,7 @@ class Contact:
         """It has been in unbroken contact for one lease."""
         return trio.current_time() - self._in_contact_since >= self._office.settings.lease
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Do it, until `scope` is cancelled."""
         try:
@@ -97,6 +98,7 @@ class Contact:
         finally:
             self._end_outage()
 
+    @trio.lowlevel.enable_ki_protection
     async def _renewals(self) -> None:
         """Renew the leases of all live runs, three times in the length of a lease, and after every outage."""
         while True:
@@ -126,6 +128,7 @@ class Contact:
                 elif status is AppendStatus.GONE:
                     self._office.committer.restore(execution.outbox)
 
+    @trio.lowlevel.enable_ki_protection
     async def _reaper(self) -> None:
         """End the runs whose owner is gone, after a lease of unbroken contact with the log."""
         lease = self._office.settings.lease
@@ -167,6 +170,7 @@ class Contact:
     async def _check(self) -> None:
         await self._rounds.log.check(self.part)
 
+    @trio.lowlevel.enable_ki_protection
     async def _outages(self) -> None:
         """Tell when the part has been out of reach for `outage_limit`, and when it is back after that, or gone."""
         limit = self._office.settings.outage_limit

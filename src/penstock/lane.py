@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from penstock.errors import LogUnavailable
 from penstock.log import AppendStatus
 from penstock.log.retries import WARNING_INTERVAL, patiently
 from penstock.observer import Commit
@@ -84,6 +85,8 @@ class Lane:
         self._ask_again_at = inf
         self._warned_at = -inf
         self._busy = False
+        self._under_way: list[Outbox] = []
+        """The outboxes of the append that is under way."""
 
     @property
     def waiting(self) -> list[Outbox]:
@@ -130,6 +133,7 @@ class Lane:
         self.closed = True
         self._scope.cancel(reason="there is no such part of the log any more")
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Commit, until cancelled or closed."""
         with self._scope:
@@ -148,7 +152,7 @@ class Lane:
             await trio.sleep_until(started + spacing * self._load)
             started, self._busy = trio.current_time(), True
             self._urgent = False
-            self.limit = self._commits.max_process_pending // len(self._commits.log.parts())
+            self.limit = max(1, self._commits.max_process_pending // len(self._commits.log.parts()))
             if started >= self._ask_again_at:
                 for outbox in self._later:
                     (self._dirty if outbox.entries else self._lost)[outbox] = None
@@ -184,6 +188,7 @@ class Lane:
         return False
 
     async def _commit(self, outboxes: list[Outbox]) -> None:
+        self._under_way = outboxes
         parts = [(outbox, outbox.batches()) for outbox in outboxes]
         self._load = min(1.0, sum(len(batch.entries) for _, batches in parts for batch in batches) / LOADED)
         began = trio.current_time()
@@ -201,14 +206,31 @@ class Lane:
                     self.mark(outbox, urgent=True)
             runs += outbox.stored > before
             entries += outbox.stored - before
+        self._under_way = []
         self.room.unpark_all()
         if entries:
             self._commits.on_commit(Commit(runs, entries, size, trio.current_time() - began))
 
     async def _append(self, batches: list[Batch]) -> Sequence[Appended]:
         """Append, again and again while the log cannot be reached: a batch sent twice is stored once."""
-        append = partial(self._commits.log.append, batches)
+
+        async def append() -> Sequence[Appended]:
+            try:
+                return await self._commits.log.append(batches)
+            except LogUnavailable:
+                self._let_go()
+                raise
+
         return await patiently(append, what="commit", on_warning=self._commits.on_warning)
+
+    def _let_go(self) -> None:
+        """The part is away: what waits here for the end of an append, and is on another part now, does not wait."""
+        for outbox in self._dirty.keys() - set(self._under_way):
+            if not self._is_here(outbox):
+                del self._dirty[outbox]
+        for outbox in self._lost.keys() - set(self._under_way):
+            if not self._is_here(outbox, lost=True):
+                del self._lost[outbox]
 
     def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
         """Act on the reply to one batch; the bytes of it that are stored."""

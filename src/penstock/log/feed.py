@@ -77,6 +77,7 @@ class Feed:
         """Whether none of these can be caught up with for now."""
         return behind.keys() <= self._missing.keys() | self._away
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Bring what the tails lack, whenever a run has moved, until cancelled."""
         with self.scope:

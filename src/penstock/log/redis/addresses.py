@@ -32,12 +32,14 @@ class Addresses:
         hosts: host and port of each server; empty for `unix://`.
         service: the name that Sentinel knows the primary by; None: it is no URL of Sentinels.
         options: how redis-py is to make connections: password, database, TLS.
+        shape: what such a URL looks like.
         sentinel_options: the same for the Sentinels themselves.
     """
 
     label: str
     hosts: Sequence[tuple[str, int]]
     options: dict[str, Any]
+    shape: str
     service: str | None = None
     sentinel_options: dict[str, Any] | None = None
 
@@ -55,9 +57,11 @@ def one(url: str) -> Addresses:
         label = parts.path if parts.scheme == "unix" else f"{host}:{parts.port or REDIS_PORT}"
     except ValueError:
         raise ConfigurationError(f"this is no URL of a Redis; {shape}") from None
+    if "@" in parts.query:
+        raise ConfigurationError(f"this is no URL of a Redis; {shape}")
     if parts.fragment or (parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit()):
         raise ConfigurationError(f"what follows the slash in the URL of a Redis is the number of a database; {shape}")
-    return Addresses(label, [], _options(url, shape))
+    return Addresses(label, [], _options(url, shape), shape)
 
 
 def cluster(url: str) -> Addresses:
@@ -68,10 +72,10 @@ def cluster(url: str) -> Addresses:
     """
     shape = f"write {CLUSTER}, {ESCAPES}"
     scheme, user, hosts, path, query = _many(url, REDIS_PORT, shape)
-    if path not in {"", "0"}:
-        raise ConfigurationError(f"a cluster has one database, so nothing follows its hosts; {shape}")
     options = _options(f"{scheme}://{user}localhost{query}", shape)
-    return Addresses(_label(hosts), hosts, _without_host(options))
+    if path not in {"", "0"} or options.get("db"):
+        raise ConfigurationError(f"a cluster has one database, so nothing follows its hosts; {shape}")
+    return Addresses(_label(hosts), hosts, _without_host(options), shape)
 
 
 def sentinel(url: str) -> Addresses:
@@ -85,13 +89,13 @@ def sentinel(url: str) -> Addresses:
     shape = f"write {SENTINEL}, {ESCAPES}"
     scheme, user, hosts, path, query = _many(url, SENTINEL_PORT, shape)
     service, _, database = path.partition("/")
-    if not service or not (database or "0").isdigit():
+    if not service or not (database or "0").isdecimal() or not database.isascii():
         words = "after the Sentinels comes the name of the service that they watch, and perhaps a database's number"
         raise ConfigurationError(f"{words}; {shape}")
     options = _without_host(_options(f"{scheme}://{user}localhost/{database or 0}{query}", shape))
     own = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     same = {name: value for name, value in options.items() if name not in {"db", "username", "password"}}
-    return Addresses(f"{_label(hosts)}/{unquote(service)}", hosts, options, unquote(service), {**same, **own})
+    return Addresses(f"{_label(hosts)}/{unquote(service)}", hosts, options, shape, unquote(service), {**same, **own})
 
 
 def _many(url: str, port: int, shape: str) -> tuple[str, str, list[tuple[str, int]], str, str]:
@@ -100,6 +104,8 @@ def _many(url: str, port: int, shape: str) -> tuple[str, str, list[tuple[str, in
     rest, mark, query = rest.partition("?")
     place, _, path = rest.partition("/")
     user, at, names = place.rpartition("@")
+    if "#" in url or "@" in path + query or {"@", ","} <= {*user} or not url.isprintable() or " " in url:
+        raise ConfigurationError(f"this is no URL of a Redis; {shape}")
     hosts: list[tuple[str, int]] = []
     for name in names.split(","):
         try:
@@ -115,6 +121,10 @@ def _many(url: str, port: int, shape: str) -> tuple[str, str, list[tuple[str, in
 
 
 def _options(url: str, shape: str) -> dict[str, Any]:
+    try:
+        urlsplit(url)
+    except ValueError:  # it quotes what it does not understand
+        raise ConfigurationError(f"this is no URL of a Redis; {shape}") from None
     try:
         return dict(parse_url(url))
     except (ValueError, TypeError, exceptions.RedisError) as error:

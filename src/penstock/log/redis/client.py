@@ -16,24 +16,18 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import redis.asyncio
 import trio
 import trio_asyncio
 from redis import exceptions
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import (
-    Sentinel,
-    SentinelConnectionPool,
-    SentinelManagedConnection,
-    SentinelManagedSSLConnection,
-)
-from redis.backoff import NoBackoff
 
-from penstock.errors import ConfigurationError, LogUnavailable
+from penstock.errors import LogUnavailable
 from penstock.groups import raise_unchanged
 from penstock.log.redis import addresses
+from penstock.log.redis.pools import pool_of, sentinels_of, watched_pool
 from penstock.log.redis.refusals import judged, unavailable, words_of
 from penstock.log.redis.scripts import BY_DIGEST, Script
 from penstock.log.redis.subscription import OneConnection, Subscription, whole
@@ -41,7 +35,6 @@ from penstock.log.redis.subscription import OneConnection, Subscription, whole
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 
-    from penstock.log.redis.addresses import Addresses
     from penstock.log.redis.servers import Command
 
 ANSWER_TIMEOUT: Final = 5.0
@@ -50,20 +43,8 @@ COMMANDS_PER_ROUND_TRIP: Final = 100
 """The most commands that are packed at once: packing thousands would hold up every other task."""
 BYTES_PER_ROUND_TRIP: Final = 1024 * 1024
 """The size at which a round trip is full (its last command may go beyond it)."""
-OPTIONS: Final[dict[str, Any]] = {
-    "protocol": 2,
-    "decode_responses": False,
-    "socket_timeout": None,
-    "socket_connect_timeout": None,
-    "health_check_interval": 0,
-    "max_connections": None,
-    "retry": Retry(NoBackoff(), 0),
-}
-"""How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
 REPLICAS_TIMEOUT: Final = 1.0
 """How many seconds the replicas that a write waits for may take."""
-SENTINEL_TIMEOUT: Final = 1.0
-"""How many seconds a Sentinel may take to answer before the next one is asked."""
 CALLBACKS_PER_ROUND: Final = 64
 """How many more of asyncio's callbacks run in one round of Trio's scheduler, if they are ready."""
 _CLOSING: Final = 1.0
@@ -113,6 +94,17 @@ class Client:
     def parts(self) -> Sequence[str]:
         """The only one."""
         return ("",)
+
+    async def learn(self) -> None:
+        """There is nothing to learn."""
+
+    def is_moving(self, key: str) -> bool:  # noqa: ARG002
+        """Keys stay where they are."""
+        return False
+
+    def here_since(self, key: str) -> float:  # noqa: ARG002
+        """It has always been there."""
+        return -inf
 
     def watch(self, moved: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
         """Keys stay where they are."""
@@ -308,8 +300,8 @@ async def open_client(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Clie
     """
     watched = url.partition("://")[0].endswith("+sentinel")
     there = addresses.sentinel(url) if watched else addresses.one(url)
-    sentinel = _sentinel(there) if watched else None
-    pool = _pool(there, sentinel)
+    sentinel = sentinels_of(there) if watched else None
+    pool = pool_of(there.options, there.shape) if sentinel is None else watched_pool(there, sentinel)
     async with open_loop() as loop:
         client = Client(redis.asyncio.Redis.from_pool(pool), loop, there.label, wait_replicas=wait_replicas)
         try:
@@ -322,13 +314,15 @@ async def open_client(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Clie
 
 
 def client_at(
-    address: tuple[str, int], options: dict[str, Any], loop: trio_asyncio.TrioEventLoop, *, wait_replicas: int = 0
+    place: tuple[str, int], options: dict[str, Any], loop: trio_asyncio.TrioEventLoop, *, wait_replicas: int = 0
 ) -> Client:
     """A client of one node of a cluster. Whoever makes it closes it."""
-    host, port = address
-    there = addresses.Addresses(addresses.address_of(host, port), [], {**options, "host": host, "port": port})
-    redis_py = redis.asyncio.Redis.from_pool(_pool(there, None))
-    return Client(redis_py, loop, there.label, wait_replicas=wait_replicas, clustered=True)
+    host, port = place
+    redis_py = redis.asyncio.Redis.from_pool(
+        pool_of({**options, "host": host, "port": port}, f"write {addresses.CLUSTER}")
+    )
+    address = addresses.address_of(host, port)
+    return Client(redis_py, loop, address, wait_replicas=wait_replicas, clustered=True)
 
 
 def _hurry(loop: trio_asyncio.TrioEventLoop) -> None:
@@ -351,30 +345,3 @@ def _hurry(loop: trio_asyncio.TrioEventLoop) -> None:
                 return
 
     loop._main_loop_one = steps  # noqa: SLF001
-
-
-def _sentinel(there: Addresses) -> Sentinel:
-    """The Sentinels of a URL. One that does not answer is passed over for the next."""
-    options = {**(there.sentinel_options or {}), **OPTIONS}
-    timeouts = {"socket_timeout": SENTINEL_TIMEOUT, "socket_connect_timeout": SENTINEL_TIMEOUT}
-    secure = options.pop("connection_class", None) is not None
-    return Sentinel(  # type: ignore[no-untyped-call]
-        there.hosts, sentinel_kwargs={**options, **timeouts, "ssl": secure}
-    )
-
-
-def _pool(there: Addresses, sentinel: Sentinel | None) -> redis.asyncio.ConnectionPool:
-    """The connections to a server, or to the one that Sentinels name."""
-    options = {**there.options, **OPTIONS}
-    try:
-        if sentinel is None:
-            pool = redis.asyncio.ConnectionPool(**options)
-        else:
-            secure = options.pop("connection_class", None) is not None
-            kind = SentinelManagedSSLConnection if secure else SentinelManagedConnection
-            pool = SentinelConnectionPool(there.service, sentinel, connection_class=kind, **options)  # type: ignore[no-untyped-call]
-        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of
-    except (ValueError, TypeError, exceptions.RedisError) as error:
-        shape = addresses.ONE if sentinel is None else addresses.SENTINEL
-        raise ConfigurationError(f"this is no URL of a Redis: {error}; write {shape}") from None
-    return pool

@@ -21,13 +21,13 @@ from random import sample
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from redis import exceptions
 
 from penstock.errors import LogUnavailable
 from penstock.groups import raise_bare
 from penstock.log.redis import addresses
 from penstock.log.redis.client import answer, client_at, open_loop
-from penstock.log.redis.refusals import is_away, judged, unavailable, words_of
+from penstock.log.redis.redirections import LEFT, Redirected, Silent, judged_at, redirected
+from penstock.log.redis.refusals import is_away
 from penstock.log.redis.slots import NOWHERE, Slots, key_of, slot_of
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ PATIENCE: Final = 2.0
 """For how many seconds commands are sent again that are said to belong elsewhere."""
 HASTE: Final = 0.5
 """The same where others wait for them, and not at all if it is only a matter of waiting."""
+
+
+MOVING: Final = 1.0
+"""For so many seconds after a word to that effect a slot counts as being moved."""
 
 
 class _Node:
@@ -79,6 +83,8 @@ class Cluster:
         self._asked = 0
         """How often the slots have been asked for."""
         self._doubt = trio.Event()
+        self._asked_at: dict[int, float] = {}
+        """When a node last said of a slot that keys of it are elsewhere already."""
         self._beside: dict[str, dict[Command, None]] = {}
         """What is to be sent to each part when it can be; there is a task for each that has any."""
         self.nursery: trio.Nursery | None = None
@@ -89,13 +95,27 @@ class Cluster:
         return self._slots.owner(key)
 
     def parts(self) -> Collection[str]:
-        """The addresses of the primaries; "" alone while none is known."""
-        return [*self._slots.primaries] or (NOWHERE,)
+        """The addresses of the primaries, those that answer first; "" alone while none is known."""
+        return sorted(self._slots.primaries, key=lambda part: part in self._nodes and self._nodes[part].away) or (
+            NOWHERE,
+        )
 
     def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
         """Have `moved` called whenever slots have come to another node, until what is returned is called."""
         self._on_moved.append(moved)
         return lambda: self._on_moved.remove(moved)
+
+    def is_moving(self, key: str) -> bool:
+        """See `Servers.is_moving`."""
+        at = self._asked_at.get(slot_of(key))
+        if at is not None and trio.current_time() - at > MOVING:
+            del self._asked_at[slot_of(key)]
+            return False
+        return at is not None
+
+    def here_since(self, key: str) -> float:
+        """See `Servers.here_since`."""
+        return self._slots.since[slot_of(key)]
 
     def doubt(self) -> None:
         """Ask whose slots are, soon."""
@@ -103,19 +123,20 @@ class Cluster:
 
     async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:
         """See `Servers.execute`. The commands for several nodes are sent at the same time."""
-        await self._known()
+        if not commands:
+            await trio.lowlevel.checkpoint()
+            return []
+        await self.learn()
         replies: list[Any] = [None] * len(commands)
-        left = [*range(len(commands))]
-        left, asks, wait = await self._round(commands, left, {}, replies, kept=kept)
-        redirected = bool(left)
+        again = await self._round(commands, [*range(len(commands))], {}, replies, kept=kept)
         with trio.move_on_after(PATIENCE if patient else HASTE):
-            while left and (patient or not wait):
-                await trio.sleep(PAUSE if wait else 0)
-                left, asks, wait = await self._round(commands, left, asks, replies, kept=kept)
-        for n in left:
+            while again.left and (patient or not again.wait):
+                await trio.sleep(PAUSE if again.wait else 0)
+                again = await self._round(commands, again.left, again.asks, replies, kept=kept)
+        for n in again.left:
             replies[n] = LogUnavailable(f"Redis at {self.address} is moving what a command is about: {replies[n]}")
-        if commands and not redirected and all(is_away(reply) for reply in replies):
-            raise replies[0]
+        if all(isinstance(reply, Silent) for reply in replies):
+            raise LogUnavailable(str(replies[0]))
         return replies
 
     async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
@@ -168,8 +189,8 @@ class Cluster:
 
     # Where things are
 
-    async def _known(self) -> None:
-        """See to it that there is a node to ask."""
+    async def learn(self) -> None:
+        """See `Servers.learn`."""
         if not self._slots.primaries:
             await self._ask_whose(self._asked)
 
@@ -192,7 +213,7 @@ class Cluster:
             trouble = LogUnavailable(f"none of the nodes of the cluster at {self.address} answers")
             for place in [*sorted(primaries, key=self._is_away), *self._slots.replicas, *self._hosts]:
                 try:
-                    news = self._slots.replace(await self._slots_by(place), place[0])
+                    news = self._slots.replace(await self._slots_by(place), place[0], now=trio.current_time())
                 except LogUnavailable as error:
                     trouble = error
                 except ValueError as error:
@@ -237,6 +258,7 @@ class Cluster:
         for moved in [*self._on_moved]:
             moved()
 
+    @trio.lowlevel.enable_ki_protection
     async def keep_up(self) -> None:
         """Ask whose slots are when there is a doubt, until cancelled."""
         while True:
@@ -252,6 +274,7 @@ class Cluster:
         since = min((began for node in self._nodes.values() for began in node.under_way.values()), default=None)
         return since is not None and trio.current_time() - since >= SLOW
 
+    @trio.lowlevel.enable_ki_protection
     async def _send_beside(self, part: str) -> None:
         """Send what was left for it, and what is left meanwhile."""
         while commands := [*self._beside[part]]:
@@ -270,8 +293,8 @@ class Cluster:
         replies: list[Any],
         *,
         kept: bool,
-    ) -> tuple[list[int], dict[int, tuple[str, int]], bool]:
-        """Send these commands to their nodes, and put the replies where they belong; `_redirected`."""
+    ) -> Redirected:
+        """Send these commands to their nodes, and put the replies where they belong; which are to be sent again."""
         by_node: dict[tuple[_Node | None, bool], list[int]] = {}
         for n in numbers:
             place = asks.get(n) or self._slots.primaries.get(self._slots.owner(key_of(commands[n])))
@@ -289,82 +312,44 @@ class Cluster:
             async with trio.open_nursery() as nursery:
                 for (node, asking), ns in by_node.items():
                     nursery.start_soon(one, node, asking, ns)
-        return self._redirected(commands, numbers, replies)
+        again = redirected(commands, numbers, replies)
+        now = trio.current_time()
+        self._asked_at.update((slot_of(key_of(commands[n])), now) for n in again.asks)
+        news = [slot for slot, place in again.moved if self._slots.moved(slot, *place, now=now)]
+        if news:
+            self.doubt()
+            self._tell()
+        return again
 
     async def _at(self, node: _Node | None, commands: Sequence[Command], *, asking: bool, kept: bool) -> Sequence[Any]:
         """The replies of one node; what is wrong with the node is the reply to each."""
         if node is None:
             self.doubt()
             await trio.lowlevel.checkpoint()
-            return [LogUnavailable(f"no node of the cluster at {self.address} has the slot")] * len(commands)
+            return [Silent(f"no node of the cluster at {self.address} has the slot")] * len(commands)
         sent = [each for command in commands for each in (("ASKING",), command)] if asking else commands
-        replies: Sequence[Any] = [_LEFT] * len(commands)
+        replies: Sequence[Any] = [LEFT] * len(commands)
+        if self._nodes.get(node.client.address) is not node:  # its connections have been closed
+            await trio.lowlevel.checkpoint()
+            return replies
         with trio.CancelScope() as scope:
-            node.under_way[scope] = trio.current_time()
+            node.under_way[scope] = began = trio.current_time()
+            away = True
             try:
                 replies = await node.client.replies(sent, kept=kept)
                 replies = replies[1::2] if asking else replies
-                node.away = False
+                away = False
             except LogUnavailable as error:
-                node.away = True
                 self.doubt()
-                replies = [error] * len(commands)
+                replies = [Silent(str(error))] * len(commands)
             finally:
                 del node.under_way[scope]
-        return [self._judged(reply, node) for reply in replies]
-
-    def _judged(self, reply: Any, node: _Node) -> Any:
-        if isinstance(reply, exceptions.AskError) and not reply.host:
-            reply.host = node.place[0]  # it does not know its own
-        if not isinstance(reply, exceptions.ResponseError) or isinstance(reply, _REDIRECTIONS) or _is_away_from(reply):
-            return reply
-        if isinstance(reply, exceptions.ClusterDownError):
+                if not away or replies[0] is not LEFT or trio.current_time() - began >= SLOW:
+                    node.away = away
+        replies = [judged_at(reply, node.place, node.client.address) for reply in replies]
+        if any(map(is_away, replies)):
             self.doubt()
-            return unavailable(reply, node.client.address)
-        try:
-            return judged(reply, node.client.address)
-        except LogUnavailable as error:
-            return error
-
-    def _redirected(
-        self, commands: Sequence[Command], numbers: Sequence[int], replies: Sequence[Any]
-    ) -> tuple[list[int], dict[int, tuple[str, int]], bool]:
-        """Which commands are to be sent again, which of them to a node that is to be `ASK`ed; and whether to wait.
-
-        What comes after one that is to be sent again, on the same slot, is sent again after it: it may have counted on
-        it.
-        """
-        left: list[int] = []
-        slots: set[int] = set()
-        asks: dict[int, tuple[str, int]] = {}
-        wait = news = False
-        for n in numbers:
-            reply, slot = replies[n], slot_of(key_of(commands[n]))
-            if isinstance(reply, exceptions.MovedError):
-                news |= self._slots.moved(reply.slot_id, reply.host, reply.port)
-            elif isinstance(reply, exceptions.AskError):
-                asks[n] = (reply.host, reply.port)
-            elif isinstance(reply, exceptions.TryAgainError) or _is_away_from(reply):
-                wait = True
-            elif reply is not _LEFT and slot not in slots:
-                continue
-            left.append(n)
-            slots.add(slot)
-        if news:
-            self.doubt()
-            self._tell()
-        return left, asks, wait
-
-
-_LEFT: Final = LogUnavailable("the node is no primary any more")
-"""The reply of a node that has been replaced meanwhile."""
-_REDIRECTIONS: Final = (exceptions.AskError, exceptions.TryAgainError)
-"""These say where to go, not what is wrong (`MovedError` is an `AskError`)."""
-
-
-def _is_away_from(reply: Any) -> bool:
-    """A key has moved away under a script."""
-    return isinstance(reply, exceptions.ResponseError) and "non local key" in words_of(reply)
+        return replies
 
 
 @asynccontextmanager

@@ -140,6 +140,7 @@ class Listener:
             return
         raise LogUnavailable(f"Redis at {self.address} has not confirmed a subscription in {seconds:g} s")
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Keep a connection, until `scope` is cancelled."""
         with self.scope:

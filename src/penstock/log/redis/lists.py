@@ -2,7 +2,7 @@
 
 One Redis has two of them: `sse:runs`, the runs by the time of their making, and `sse:live`, by the end of their lease.
 In a cluster a list is a key like any other, and with its node the starts and the renewals of all runs would be away. So
-there are `LISTS` of each, and a run stands in one that is on its own node. Where that is may change; a run that stands
+there are sixteen of each, and a run stands in one that is on its own node. Where that is may change; a run that stands
 in two lists, or in one on another node, does no harm: the records decide, and a reaper looks through all lists.
 """
 
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from penstock.log.redis.records import Keys
     from penstock.log.redis.servers import Servers
 
-LISTS: Final = 16
-"""The lists of each kind in a cluster: each of up to half as many primaries has one, if their slots are even."""
-_PROBES: Final = 4096
-"""So many names are tried to find a key of a node that has none of the lists."""
+NUMBERS: Final = (18, 249, 72, 223, 105, 2, 95, 235, 265, 34, 413, 155, 273, 363, 405, 48)
+"""The numbers of the lists in a cluster. Each is near the middle of a sixteenth of the slots, in their order, so that
+each of up to so many primaries has a list if their slots are even."""
 
 
 class Lists:
@@ -40,7 +39,7 @@ class Lists:
     def __init__(self, keys: Keys, servers: Servers) -> None:
         self._keys = keys
         self._servers = servers
-        self._numbers: Sequence[int | None] = _numbers() if servers.clustered else [None]
+        self._numbers: Sequence[int | None] = NUMBERS if servers.clustered else [None]
         self._on: dict[str, list[int | None]] = {}
         """The lists on each part, as far as somebody has asked."""
         self._probes: dict[str, str] = {}
@@ -76,7 +75,7 @@ class Lists:
     def probe(self, part: str) -> str:
         """A key of this part which may be touched: one of its lists, if it has any."""
         if part not in self._probes:
-            numbers = self._numbers_on(part) or range(_PROBES)
+            numbers = self._numbers_on(part) or (_names() if self._servers.clustered else [None])
             names = (self._keys.live(number) for number in numbers)
             found = next((name for name in names if self._servers.part(name) == part), None)
             self._probes[part] = found or self._keys.live(self._numbers[0])
@@ -93,11 +92,11 @@ class Lists:
 
 
 @cache
-def _numbers() -> Sequence[int]:
-    """The numbers of the lists: of each sixteenth of the slots, the first that is on one of them."""
+def _names() -> Sequence[int]:
+    """A number for each slot, in no order: with it in braces a key is there. Takes a tenth of a second or two, once."""
     found: dict[int, int] = {}
-    for number in count():
-        found.setdefault(slot_of(f"{{{number}}}") * LISTS // REDIS_CLUSTER_HASH_SLOTS, number)
-        if len(found) == LISTS:
-            return [found[each] for each in range(LISTS)]
-    raise AssertionError("numbers do not end")
+    numbers = count()
+    while len(found) < REDIS_CLUSTER_HASH_SLOTS:
+        number = next(numbers)
+        found.setdefault(slot_of(f"{{{number}}}"), number)
+    return [*found.values()]

@@ -12,12 +12,13 @@ import json
 import secrets
 import struct
 import time
+from math import inf
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from penstock.errors import ConfigurationError, RunNotFound
+from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
 from penstock.log.redis.client import call
@@ -44,6 +45,8 @@ INBOX_TTL: Final = 60_000
 """The least time, in milliseconds, for which an inbox keeps what its owner has not looked for."""
 UNLISTED_AFTER: Final = 60.0
 """So many seconds after its start a run without a record is taken off the list; before, it may be on its way."""
+ANY_TIMEOUT: Final = 0.5
+"""So many seconds a node of a cluster has to say that it is there, before another one is asked."""
 LIST_PAGE: Final = 100
 """The records that `list` looks up in one round trip."""
 
@@ -114,8 +117,20 @@ class RedisLog:
         settled = [(batch, reply.status) for batch, reply in zip(batches, appended, strict=True)]
         over = [batch.run_id for batch, status in settled if batch.ending is not None and status is AppendStatus.OK]
         await self._starting.over(over)
+        woken = [
+            (batch, reply) for batch, reply in zip(batches, appended, strict=True) if reply.status is AppendStatus.OK
+        ]
+        await self._wake(woken)
         self._starting.drop(batch.run_id for batch, status in settled if status in LOST)
         return appended
+
+    async def _wake(self, appended: Sequence[tuple[Batch, Appended]]) -> None:
+        """Publish again what may have been published where nobody listens: where a slot is being moved to."""
+        if self._servers.clustered:
+            moving = [pair for pair in appended if self._servers.is_moving(self._keys.record(pair[0].run_id))]
+            if moving:
+                wake = [(self._publish, self._keys.wake(batch.run_id), reply.seq) for batch, reply in moving]
+                await self._servers.beside(wake)
 
     def _append(self, batch: Batch) -> Command:
         ending = fields_of_ending(batch.ending)
@@ -299,11 +314,16 @@ class RedisLog:
         hints = [
             call(scripts.ENLIST, [live], ms(seconds), "", *runs) for live, runs in self._lists.by_live(alive).items()
         ]
-        await self._servers.beside([*hints, *self._starting.keep(alive)])
+        streams: list[Command] = []
+        if self._servers.clustered:  # a renewal is of one key there, so that none waits for a move of the other
+            kept = max(self._ttl, 4 * ms(seconds))
+            streams = [("PEXPIRE", self._keys.stream(run_id), kept) for run_id in alive]
+        await self._servers.beside([*hints, *streams, *self._starting.keep(alive)])
         return replies
 
     def _renew(self, piece: Sequence[str], epochs: Mapping[str, str], lease: int) -> Command:
-        keys = [key for run_id in piece for key in (self._keys.stream(run_id), self._keys.record(run_id))]
+        stream = self._keys.record if self._servers.clustered else self._keys.stream
+        keys = [key for run_id in piece for key in (stream(run_id), self._keys.record(run_id))]
         return call(scripts.RENEW, keys, lease, self._ttl, *[epochs[run_id] for run_id in piece])
 
     async def reap(
@@ -325,7 +345,7 @@ class RedisLog:
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[RedisWakeups]:
         """The wake-ups of the supervisor named `owner`."""
-        return open_wakeups(self._servers, self._keys, self._lists, owner)
+        return open_wakeups(self._servers, self._keys, self.check, owner)
 
     def part(self, run_id: str) -> str:
         """The node of a cluster that has the run; "" if there is no cluster. Never blocks."""
@@ -341,6 +361,17 @@ class RedisLog:
         Raises:
             LogUnavailable: it cannot, or does not.
         """
-        parts = self._servers.parts() if part is None else [part]
-        replies = await self._servers.execute([touch(self._lists.probe(each)) for each in parts])
-        checked(next((reply for reply in replies if not isinstance(reply, Exception)), replies[0]))
+        if part is not None:
+            await self._servers.ask(*touch(self._lists.probe(part)), kept=True)
+            return None
+        await self._servers.learn()
+        trouble = LogUnavailable("there is no Redis")
+        for each in self._servers.parts():
+            try:
+                with trio.fail_after(ANY_TIMEOUT if len(self._servers.parts()) > 1 else inf):
+                    return await self.check(each)
+            except LogUnavailable as error:
+                trouble = error
+            except trio.TooSlowError:
+                trouble = LogUnavailable(f"Redis at {each} has not answered for {ANY_TIMEOUT:g} s")
+        raise trouble

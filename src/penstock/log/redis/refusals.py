@@ -8,6 +8,7 @@ from redis import exceptions
 
 from penstock.errors import LogFull, LogUnavailable
 
+_TOO_OLD: Final = "it does not know a command; penstock needs Redis 6.2 or later, and 7.0 for a cluster"
 _NO_WORD_GIVEN: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
 ADVICE: Final = {
     "READONLY": "it is a read-only replica; name its primary in the URL",
@@ -22,9 +23,11 @@ ADVICE: Final = {
     "MISCONF": "it cannot save its data, and takes no writes",
     "BUSY": "it is busy with a script of somebody else's",
     "CLUSTERDOWN": "its cluster is down",
+    "cluster is down": "its cluster is down",
     "MOVED": "it is a node of a cluster, and not the one for this key; write redis+cluster:// for it",
     "cluster support disabled": "it is no node of a cluster; write redis:// for it",
-    "unknown command": "it does not know a command; penstock needs Redis 6.2 or later, and 7.0 for a cluster",
+    "unknown command": _TOO_OLD,
+    "Unknown Redis command": _TOO_OLD,
 }
 """What is wrong with a server that answers so, whatever it is asked."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from penstock.log.redis.servers import Command, Servers
+
+
+SEVERAL: Final = "several"
+"""Stands for the part of requests that are about several."""
 
 
 class Requests:
@@ -38,7 +42,7 @@ class Requests:
         Raises:
             LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
         """
-        async with self.turn(key_of(commands[0])) as servers:
+        async with self.turn(*map(key_of, commands)) as servers:
             return await servers.execute(commands, kept=kept, patient=True)
 
     async def ask(self, *command: Any, kept: bool = False) -> Any:
@@ -51,13 +55,16 @@ class Requests:
             return await servers.ask(*command, kept=kept)
 
     @asynccontextmanager
-    async def turn(self, key: str) -> AsyncIterator[Servers]:
-        """The way to Redis, for as long as it is this request's turn at the part that has the key.
+    async def turn(self, *keys: str) -> AsyncIterator[Servers]:
+        """The way to Redis, for as long as it is this request's turn at the part that has the keys.
+
+        Requests of several parts have turns of their own: they may wait for each of them.
 
         Raises:
             LogUnavailable: its turn does not come within `ANSWER_TIMEOUT`.
         """
-        part = self._servers.part(key)
+        parts = {self._servers.part(key) for key in keys}
+        part = parts.pop() if len(parts) == 1 else SEVERAL
         if part not in self._turns:
             self._turns = {part: turns for part, turns in self._turns.items() if turns.statistics().borrowed_tokens}
             self._turns[part] = trio.CapacityLimiter(self._at_once)
@@ -66,7 +73,7 @@ class Requests:
             await turns.acquire()
         if waiting.cancelled_caught:
             words = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
-            raise LogUnavailable(f"Redis at {part or self._servers.address} {words}")
+            raise LogUnavailable(f"Redis at {self._servers.address} {words}")
         try:
             yield self._servers
         finally:

@@ -34,6 +34,19 @@ class Servers(Protocol):
     def parts(self) -> Collection[str]:
         """All parts, as far as is known; at least one."""
 
+    async def learn(self) -> None:
+        """See to it that it is known which parts there are.
+
+        Raises:
+            LogUnavailable: none of them says so.
+        """
+
+    def is_moving(self, key: str) -> bool:
+        """Whether this key may be on its way to another part at the moment. Never blocks."""
+
+    def here_since(self, key: str) -> float:
+        """When this key came to its part, by Trio's clock; long ago, if nobody has seen it come. Never blocks."""
+
     def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
         """Have `moved` called whenever keys have come to another part, until what is returned is called."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -32,6 +33,8 @@ class Slots:
 
     def __init__(self) -> None:
         self._owners = [NOWHERE] * REDIS_CLUSTER_HASH_SLOTS
+        self.since = [-inf] * REDIS_CLUSTER_HASH_SLOTS
+        """When each slot came to where it is, if that was seen."""
         self.primaries: dict[str, tuple[str, int]] = {}
         """Host and port of each primary, by its address."""
         self.replicas: list[tuple[str, int]] = []
@@ -40,16 +43,18 @@ class Slots:
         """The address of the primary that has a key."""
         return self._owners[slot_of(key)]
 
-    def moved(self, slot: int, host: str, port: int) -> bool:
-        """A node has said whose a slot is now; whether that was news."""
+    def moved(self, slot: int, host: str, port: int, *, now: float = 0.0) -> bool:
+        """A node has said at `now` whose a slot is; whether that was news."""
         address = address_of(host, port)
         news = self._owners[slot] != address
+        if news:
+            self.since[slot] = now
         self._owners[slot] = address
         self.primaries[address] = (host, port)
         return news
 
-    def replace(self, ranges: Sequence[Any], asked: str) -> bool:
-        """Take over the reply to `CLUSTER SLOTS` of the node whose host is `asked`; whether anything is new.
+    def replace(self, ranges: Sequence[Any], asked: str, *, now: float = 0.0) -> bool:
+        """Take over the reply of `now` to `CLUSTER SLOTS`, of the node whose host is `asked`; whether anything is new.
 
         Raises:
             ValueError: it is none, or the node knows of no slots.
@@ -68,6 +73,10 @@ class Slots:
         if not primaries or len(owners) != REDIS_CLUSTER_HASH_SLOTS:
             raise ValueError("it knows of no slots: the cluster has not been made yet, or it has been left out")
         news = owners != self._owners
+        if news and self.primaries:
+            for slot, (owner, before) in enumerate(zip(owners, self._owners, strict=True)):
+                if owner != before:
+                    self.since[slot] = now
         self._owners, self.primaries, self.replicas = owners, primaries, replicas
         return news
 

@@ -16,12 +16,10 @@ from penstock.errors import LogUnavailable
 from penstock.groups import raise_bare
 from penstock.log import News
 from penstock.log.redis.listener import Listener
-from penstock.log.redis.records import touch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from penstock.log.redis.lists import Lists
     from penstock.log.redis.records import Keys
     from penstock.log.redis.servers import Servers
 
@@ -144,14 +142,16 @@ class RedisWakeups:
 
 
 @asynccontextmanager
-async def open_wakeups(servers: Servers, keys: Keys, lists: Lists, owner: str) -> AsyncIterator[RedisWakeups]:
+async def open_wakeups(
+    servers: Servers, keys: Keys, check: Callable[[], Awaitable[None]], owner: str
+) -> AsyncIterator[RedisWakeups]:
     """The wake-ups of the supervisor named `owner`, for as long as the block lasts.
 
     Raises:
         LogUnavailable: Redis cannot be reached to begin with, or takes no writes. (In a cluster the node may be away
             that would tell of cancel requests: they are looked for, too.)
     """
-    await servers.ask(*touch(lists.probe("")))
+    await check()
     try:
         async with trio.open_nursery() as nursery:
             wakeups = RedisWakeups(servers, keys, owner, nursery)
