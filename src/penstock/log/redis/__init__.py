@@ -18,6 +18,7 @@ How it gets there:
 - `servers.py`: what all of the above need of Redis, be it one server or many
 - `addresses.py`: the URLs
 - `client.py`: one server, also one that Sentinels name: redis-py on a trio-asyncio loop, and the only place that knows
-  asyncio; `subscription.py`: a connection of it that listens
-- `cluster.py`: the nodes of a cluster, each with a client; `slots.py`: which of them has what
+  asyncio; `pools.py`: how its connections are made; `subscription.py`: one of them that listens
+- `cluster.py`: the nodes of a cluster, each with a client; `slots.py`: which of them has what; `redirections.py`: what
+  they reply that is no answer
 """

@@ -48,8 +48,6 @@ PATIENCE: Final = 2.0
 """For how many seconds commands are sent again that are said to belong elsewhere."""
 HASTE: Final = 0.5
 """The same where others wait for them, and not at all if it is only a matter of waiting."""
-
-
 MOVING: Final = 1.0
 """For so many seconds after a word to that effect a slot counts as being moved."""
 
