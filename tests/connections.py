@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from tests.serving import Server
     from tests.test_http2 import Streams
 
-BRIEF: Final = 0.2
-"""Seconds that a connection is kept without a request, and that the last ones have at a shutdown: then they are cut."""
+BRIEF: Final = 0.5
+"""Seconds that a connection is kept without a request, and that the last ones have at a shutdown: then they are cut.
+
+A machine may stand still for some tenths of a second between a connection and its first request."""
 SOON: Final = 15.0
 """Seconds within which something has happened that takes no time to speak of."""
 LEAVING: Final = ["close", "reset", "goaway"]

@@ -125,13 +125,14 @@ def test_options_and_variables_become_knobs(hosted: list[Hosted]) -> None:
         PENSTOCK_EXPOSE_ERRORS="true",
         PENSTOCK_CANCEL_GRACE="4",
         PENSTOCK_TTL="60",
+        PENSTOCK_WAIT_REPLICAS="2",
     )
     assert result.exit_code == 0, result.output
     (served,) = hosted
     knobs = dict(served.knobs)
     assert (knobs["cancel_grace"], knobs["dialect"], knobs["lease"]) == (3, "letta", 7.5)
     assert (knobs["max_pending_bytes"], knobs["expose_errors"]) == (1000, True)
-    assert served.limits == {"ttl": 60, "max_entries": 10_000, "prefix": "sse:run:"}
+    assert served.limits == {"ttl": 60, "max_entries": 10_000, "prefix": "sse:run:", "wait_replicas": 2}
     assert served.ping_interval is None
     assert Settings.of(knobs).lease == 7.5
 
