@@ -18,11 +18,11 @@ from math import ceil
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
-from redis.crc import key_slot
-from redis.exceptions import MovedError
+from redis.exceptions import ClusterDownError, MovedError
 
 from penstock.errors import LogUnavailable
 from penstock.log.redis.client import ANSWER_TIMEOUT
+from penstock.log.redis.slots import slot_of
 from penstock.log.retries import SHORTEST_PAUSE, patiently
 from penstock.observer import logger
 
@@ -183,9 +183,13 @@ class Listener:
             try:
                 await subscription.pump(self._take)
             except LogUnavailable as error:
-                if not isinstance(error.__cause__, MovedError):
+                cause = error.__cause__
+                if isinstance(cause, MovedError):
+                    self._refused(cause.slot_id)
+                elif isinstance(cause, ClusterDownError) and "slot not served" in str(cause):
+                    self._refused(None)
+                else:
                     raise
-                self._refused(error.__cause__.slot_id)
 
     async def _keep(self, subscription: Subscription) -> None:
         """Ask for the channels that are wanted, and for signs of life."""
@@ -251,10 +255,13 @@ class Listener:
             self._pong_due = False
         self._lot.unpark_all()
 
-    def _refused(self, slot: int) -> None:
-        """A request for a channel on this slot, or to hear of it no more, has been answered with another's address."""
+    def _refused(self, slot: int | None) -> None:
+        """A request for a channel on this slot, or to hear of it no more, has been refused: another node has it.
+
+        Of a slot that nobody has (None) the refusal says no more than that: it is the oldest request.
+        """
         for channel in self._unconfirmed:
-            if key_slot(channel.encode(errors="replace")) == slot:
+            if slot is None or slot_of(channel) == slot:
                 del self._unconfirmed[channel]
                 self._go_astray(channel)
                 self._lot.unpark_all()
