@@ -357,3 +357,25 @@ async def test_a_lane_in_which_something_waits_is_not_closed(autojump_clock: Moc
         log.speak("a")
         await trio.sleep(BACK)
         await all_is_stored(works, outbox, other)
+
+
+async def test_a_run_that_has_left_does_not_wait_for_another_to_be_put_back_on_a_part_that_is_away(
+    autojump_clock: MockClock,
+) -> None:
+    log = Parted("a", "b")
+    log.where = {"r": "a", "other": "a"}
+    async with committing(log) as works:
+        outbox, other = await works.run(), await works.run("other")
+        for each in (outbox, other):
+            works.put(each, 3, 100)
+            await works.committer.flush(each)
+        log.silence("a")
+        works.committer.restore(outbox)
+        await trio.sleep(BACK)
+        log.where["other"] = "b"
+        works.put(other, 3, 100)
+        with trio.fail_after(BACK):
+            await works.committer.flush(other)
+        log.speak("a")
+        await trio.sleep(BACK)
+        await all_is_stored(works, outbox, other)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -30,10 +30,12 @@ from penstock.log.retries import WARNING_INTERVAL, patiently
 from penstock.observer import Commit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from penstock.log import Appended, Batch, EventLog
     from penstock.outbox import Outbox
+
+T = TypeVar("T")
 
 LOADED: Final = 8
 """The entries of a commit from which on the next one waits for all of the spacing; after fewer for a part of it."""
@@ -213,18 +215,23 @@ class Lane:
 
     async def _append(self, batches: list[Batch]) -> Sequence[Appended]:
         """Append, again and again while the log cannot be reached: a batch sent twice is stored once."""
+        append = partial(self._commits.log.append, batches)
+        return await self._patiently(append, "commit")
 
-        async def append() -> Sequence[Appended]:
+    async def _patiently(self, call: Callable[[], Awaitable[T]], what: str) -> T:
+        """Do it, again and again while the log cannot be reached; nobody waits here for that who need not."""
+
+        async def attempt() -> T:
             try:
-                return await self._commits.log.append(batches)
+                return await call()
             except LogUnavailable:
                 self._let_go()
                 raise
 
-        return await patiently(append, what="commit", on_warning=self._commits.on_warning)
+        return await patiently(attempt, what=what, on_warning=self._commits.on_warning)
 
     def _let_go(self) -> None:
-        """The part is away: what waits here for the end of an append, and is on another part now, does not wait."""
+        """The part is away: what waits here until it is back, and is on another part now, does not wait."""
         for outbox in self._dirty.keys() - set(self._under_way):
             if not self._is_here(outbox):
                 del self._dirty[outbox]
@@ -288,7 +295,7 @@ class Lane:
         oldest = min([outbox.stored + 1, *(entry.seq for entry in at_hand[:1])])
         restore = partial(self._commits.log.restore, outbox.run, outbox.lease, oldest)
         on_warning = self._commits.on_warning
-        reply = await patiently(restore, what=f"restore run {outbox.run_id}", on_warning=on_warning)
+        reply = await self._patiently(restore, f"restore run {outbox.run_id}")
         if outbox.abandoned:
             return
         match reply.status:

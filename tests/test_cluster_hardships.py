@@ -1,4 +1,4 @@
-"""What attacks on a log of several parts found: parts that stand still, parts that die, and Ctrl-C at a bad moment."""
+"""Hardships of a log of several parts: parts that stand still, parts that die, and Ctrl-C at a bad moment."""
 
 from __future__ import annotations
 
