@@ -147,7 +147,9 @@ class AppendStatus(Enum):
     FULL = auto()
     """The log has no room for it now; what is sent again later may find some."""
     AWAY = auto()
-    """The part of the log that has the run is out of reach now; others were not. It may be stored."""
+    """The part of the log that has the run is out of reach now, and others were not; or the run is being moved from one
+    part to another. It may be stored, and is sent again.
+    """
     REFUSED = auto()
     """The log cannot hold this run, now or later; `words` says why."""
 
@@ -270,7 +272,8 @@ class EventLog(Protocol):
         either; and a batch that is there already, because it is sent again, is `OK`.
 
         Raises:
-            LogUnavailable: none of the parts concerned is in reach; if some are, the others' batches are `AWAY`.
+            LogUnavailable: none of the parts concerned is in reach; if some are, the others' batches are `AWAY`, and so
+                are those of runs that are being moved.
         """
 
     async def read(

@@ -47,7 +47,7 @@ REPLICAS_TIMEOUT: Final = 1.0
 """How many seconds the replicas that a write waits for may take."""
 CALLBACKS_PER_ROUND: Final = 64
 """How many more of asyncio's callbacks run in one round of Trio's scheduler, if they are ready."""
-_CLOSING: Final = 1.0
+CLOSING: Final = 1.0
 """How many seconds closing a connection may take."""
 _SCRIPT_TRIES: Final = 3
 """How often a script is sent to a server that keeps forgetting it."""
@@ -233,12 +233,12 @@ class Client:
         try:
             yield Subscription(self, pubsub)
         finally:
-            with trio.move_on_after(_CLOSING, shield=True):
+            with trio.move_on_after(CLOSING, shield=True):
                 await self._loop.run_aio_coroutine(pubsub.aclose())  # type: ignore[no-untyped-call]
 
     async def aclose(self) -> None:
         """Close the connections. It has a shield with a deadline."""
-        with trio.move_on_after(_CLOSING, shield=True):
+        with trio.move_on_after(CLOSING, shield=True):
             await self._loop.run_aio_coroutine(self._client.aclose())
 
 
@@ -309,7 +309,7 @@ async def open_client(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Clie
         finally:
             await client.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
             if sentinel is not None:
-                with trio.move_on_after(_CLOSING, shield=True):
+                with trio.move_on_after(CLOSING, shield=True):
                     await loop.run_aio_coroutine(sentinel.aclose())
 
 

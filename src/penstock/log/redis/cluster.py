@@ -25,7 +25,7 @@ import trio
 from penstock.errors import LogUnavailable
 from penstock.groups import raise_bare
 from penstock.log.redis import addresses
-from penstock.log.redis.client import answer, client_at, open_loop
+from penstock.log.redis.client import CLOSING, answer, client_at, open_loop
 from penstock.log.redis.redirections import LEFT, Redirected, Silent, judged_at, redirected
 from penstock.log.redis.refusals import is_away
 from penstock.log.redis.slots import NOWHERE, Slots, key_of, slot_of
@@ -180,10 +180,10 @@ class Cluster:
     async def aclose(self) -> None:
         """Close all connections. It has a shield with a deadline."""
         nodes, self._nodes = self._nodes, {}
-        with trio.CancelScope(shield=True):
+        with trio.move_on_after(CLOSING, shield=True):
             async with trio.open_nursery() as nursery:
                 for node in nodes.values():
-                    nursery.start_soon(node.client.aclose)  # which has a deadline
+                    nursery.start_soon(node.client.aclose)
 
     # Where things are
 

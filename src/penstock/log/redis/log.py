@@ -363,15 +363,20 @@ class RedisLog:
         """
         if part is not None:
             await self._servers.ask(*touch(self._lists.probe(part)), kept=True)
-            return None
+        else:
+            await self._check_any()
+
+    async def _check_any(self) -> None:
         await self._servers.learn()
         trouble = LogUnavailable("there is no Redis")
         for each in self._servers.parts():
             try:
                 with trio.fail_after(ANY_TIMEOUT if len(self._servers.parts()) > 1 else inf):
-                    return await self.check(each)
+                    await self.check(each)
             except LogUnavailable as error:
                 trouble = error
             except trio.TooSlowError:
                 trouble = LogUnavailable(f"Redis at {each} has not answered for {ANY_TIMEOUT:g} s")
+            else:
+                return
         raise trouble

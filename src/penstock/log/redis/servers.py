@@ -57,7 +57,8 @@ class Servers(Protocol):
         """Send commands, in as few round trips as is good for others; their replies, in order.
 
         Each part's commands reach it in their order. A command that was refused has its exception as its reply:
-        `LogFull`, or a `redis.exceptions.ResponseError`; in a cluster also `LogUnavailable`, if others were answered.
+        `LogFull`, or a `redis.exceptions.ResponseError`. In a cluster it may be `LogUnavailable`: its node is away, and
+        others are not, or its keys are on their way from node to node.
 
         Args:
             commands: what to send.
