@@ -45,17 +45,21 @@ debian:
 test *ARGS: (setup "test") debian
     {{bin}}/python -m pytest -n 2 {{ARGS}}
 
+# tests of the tools: benchmarks, fault tools, and the servers that tests start
+bench-test *ARGS: (setup "test") debian
+    {{bin}}/python -m pytest -n 2 benchmarks/tests {{ARGS}}
+
 # four servers on one Redis, one of them killed every few seconds, for a minute; what 400 readers saw
 chaos *ARGS: (setup "test")
-    {{bin}}/python -m tests.chaos {{ARGS}}
+    {{bin}}/python -m benchmarks.faults.chaos {{ARGS}}
 
 # one server of four workers: restarted three times, then one worker killed every second; what 200 readers saw
 rolling *ARGS: (setup "test")
-    {{bin}}/python -m tests.rolling {{ARGS}}
+    {{bin}}/python -m benchmarks.faults.rolling {{ARGS}}
 
 # Redis servers that stand still, die, and hand slots over, under 100 runs; what 200 readers saw, and who noticed
 failover *ARGS: (setup "test")
-    {{bin}}/python -m tests.failover {{ARGS}}
+    {{bin}}/python -m benchmarks.faults.failover {{ARGS}}
 
 [private]
 peers: (setup "bench")

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from penstock.runs import CAUSES, COMPLETING, LIFE
-from penstock.settings import Settings
+from penstock.supervisor.settings import Settings
 
 FOLDER = Path(__file__).parent
 

@@ -12,10 +12,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from penstock.log.urls import open_log
-from tests.clustered import CLUSTER, clustered, in_order, prefix_for
-from tests.proxy import Proxy, proxy
-from tests.redis_servers import Endpoint, let_pass, redis_servers, shared_server
+from penstock.log.open import open_log
+from tests.support.clustered import CLUSTER, clustered, in_order, prefix_for
+from tests.support.proxy import Proxy, proxy
+from tests.support.redis_servers import Endpoint, let_pass, redis_servers, shared_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

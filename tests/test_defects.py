@@ -15,7 +15,7 @@ from penstock.log import CancelStatus
 from penstock.log.memory import MemoryLog
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
-from tests.supervising import (
+from tests.support.supervising import (
     FIRST,
     View,
     Witness,

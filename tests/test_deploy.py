@@ -17,18 +17,18 @@ from click.core import ParameterSource
 from hypercorn.config import Config
 
 from penstock import open_log
-from penstock.cli.serving import serve
-from penstock.http.http2 import LAST_WORDS
-from penstock.http.shutdown import ABANDON_AFTER
-from penstock.http.workers import ENDS_WITHIN
-from penstock.settings import Settings
-from tests.command_line import environment
-from tests.nginx import SHIPPED, replaced
-from tests.processes import process_of
-from tests.workers import Workers, has_stopped
+from penstock.cli.serve import serve
+from penstock.server.hypercorn_fixes.http2 import LAST_WORDS
+from penstock.server.serve import ABANDON_AFTER
+from penstock.server.workers import ENDS_WITHIN
+from penstock.supervisor.settings import Settings
+from tests.support.command_line import environment
+from tests.support.nginx import SHIPPED, replaced
+from tests.support.processes import process_of
+from tests.support.workers import Workers, has_stopped
 
 if TYPE_CHECKING:
-    from tests.redis_servers import Endpoint
+    from tests.support.redis_servers import Endpoint
 
 
 UNIT = Path(__file__).parent.parent / "examples" / "deploy" / "penstock.service"

@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from penstock import Event, open_log, open_supervisor
-from tests.processes import process
-from tests.redis_servers import shared_server
-from tests.wire import DONE, blocks_of, ids
+from tests.support.processes import process
+from tests.support.redis_servers import shared_server
+from tests.support.wire import DONE, blocks_of, ids
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

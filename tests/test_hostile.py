@@ -21,8 +21,8 @@ from penstock import (
     keepalive,
     open_supervisor,
 )
+from penstock.asgi.requests import stream_request
 from penstock.errors import EventTooLarge
-from penstock.http.requests import stream_request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

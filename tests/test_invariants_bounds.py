@@ -15,8 +15,8 @@ from penstock.errors import CursorExpired
 from penstock.log.memory import MemoryLog
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
-from tests import producers
-from tests.supervising import (
+from tests.support import producers
+from tests.support.supervising import (
     FIRST,
     Notes,
     View,

@@ -12,16 +12,16 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, MemoryLog, Supervisor, open_supervisor
+from penstock.asgi.auth import ALGORITHM, AUDIENCE, MAX_LINK, Links, new_secret
+from penstock.asgi.requests import MAX_LIST, MAX_REASON
 from penstock.errors import DurationTooLong, MetadataTooLarge, NotAuthenticated, TooManyRuns
-from penstock.http.links import ALGORITHM, AUDIENCE, MAX_LINK, Links, new_secret
-from penstock.http.requests import MAX_LIST, MAX_REASON
-from penstock.http.server import new_config
+from penstock.server.serve import new_config
 from penstock.sse import Decoder
-from tests.connections import SOON, unharmed
-from tests.http2_clients import WHOLE, Ends
-from tests.serving import PRODUCERS, Tap, problem, quiet_config, serving
-from tests.supervising import View, near, read, shielded, slow
-from tests.wire import ids
+from tests.support.connections import SOON, unharmed
+from tests.support.http2_clients import WHOLE, Ends
+from tests.support.serving import PRODUCERS, Tap, problem, quiet_config, serving
+from tests.support.supervising import View, near, read, shielded, slow
+from tests.support.wire import ids
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
     from trio.testing import MockClock
 
-    from tests.serving import Server
+    from tests.support.serving import Server
 
 LIMIT: Final = 3
 """max_runs, where a test is about it."""

@@ -17,7 +17,7 @@ import trio
 from benchmarks.jobs.storing import run_ids, told
 from benchmarks.processes import options
 from penstock import open_log, open_supervisor
-from penstock.cli.collector import collect_rarely
+from penstock.cli.host import collect_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

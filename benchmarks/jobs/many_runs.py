@@ -26,7 +26,7 @@ from benchmarks.model import percentile
 from benchmarks.processes import options
 from benchmarks.redis_server import cpu_at
 from penstock import Event, open_log, open_supervisor
-from penstock.cli.collector import collect_rarely
+from penstock.cli.host import collect_rarely
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence

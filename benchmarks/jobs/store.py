@@ -18,7 +18,7 @@ import trio
 from benchmarks.processes import options
 from benchmarks.redis_server import cpu_at
 from penstock import Event, RunStatus, open_log, open_supervisor
-from penstock.cli.collector import collect_rarely
+from penstock.cli.host import collect_rarely
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping

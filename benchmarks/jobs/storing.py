@@ -22,7 +22,7 @@ import trio
 from benchmarks.jobs.store import FRAME, NUMBERED, WARM_UP, burst
 from benchmarks.processes import options
 from penstock import LoggingObserver, RunStatus, open_log, open_supervisor
-from penstock.cli.collector import collect_rarely
+from penstock.cli.host import collect_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence

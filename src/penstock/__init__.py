@@ -1,6 +1,8 @@
 """penstock serves runs as resumable, cancellable Server-Sent-Event streams, on Trio."""
 
-from penstock.cancellation import cancel_when
+from penstock.asgi.app import create_app
+from penstock.asgi.auth import Authorizer, Caller, Right, Token, TokenAuthorizer
+from penstock.asgi.response import EventStreamResponse
 from penstock.errors import (
     ConfigurationError,
     CursorExpired,
@@ -28,24 +30,21 @@ from penstock.errors import (
     TooManyReadersOfRun,
     TooManyRuns,
 )
-from penstock.follower import Follower
-from penstock.http.access import Authorizer, Caller, Right
-from penstock.http.app import create_app
-from penstock.http.server import serve
-from penstock.http.tokens import Token, TokenAuthorizer
-from penstock.keepalive import keepalive
 from penstock.log import CancelReply, CancelStatus, Entry, EventLog
 from penstock.log.memory import MemoryLog
-from penstock.log.urls import open_log
-from penstock.notes import LoggingObserver
+from penstock.log.open import open_log
 from penstock.observer import Commit, Figures, NullObserver, Observer, Observers, StreamEnd
-from penstock.response import EventStreamResponse
+from penstock.observer.logging import LoggingObserver
 from penstock.runs import Outcome, Run, RunError, RunStatus, StopReason
-from penstock.settings import Settings
-from penstock.sources import command
+from penstock.server.serve import serve
+from penstock.sources.cancel_when import cancel_when
+from penstock.sources.command import command
+from penstock.sources.keepalive import keepalive
 from penstock.sse import Decoder, Event, Message
 from penstock.supervisor import Supervisor, open_supervisor
-from penstock.writer import RunWriter
+from penstock.supervisor.execution import RunWriter
+from penstock.supervisor.follower import Follower
+from penstock.supervisor.settings import Settings
 
 __all__ = [
     "Authorizer",

@@ -1,6 +1,6 @@
 """`python -m penstock` is `penstock`."""
 
-from penstock.cli import main
+from penstock.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="penstock")

@@ -1,5 +1,1 @@
-"""The command line: `main` is the program `penstock`."""
-
-from penstock.cli.commands import main
-
-__all__ = ["main"]
+"""The program `penstock`."""

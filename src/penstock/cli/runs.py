@@ -25,14 +25,14 @@ from urllib.parse import urlsplit
 
 import click
 
-from penstock.cli.hosting import say
+from penstock.cli.host import say
 from penstock.cli.options import CONTEXT, option
 from penstock.runs import RunStatus, check_run_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from penstock.cli.client import Server
+    from penstock.cli.api import Server
 
 CANNOT: Final = 1
 INTERRUPTED: Final = 128 + signal.SIGINT
@@ -78,7 +78,7 @@ def _server(url: str, token: str | None, cafile: str | None) -> Server:
     Raises:
         BadParameter: there can be no server there.
     """
-    from penstock.cli.client import Server  # noqa: PLC0415  (see above)
+    from penstock.cli.api import Server  # noqa: PLC0415  (see above)
 
     try:
         parts = urlsplit(url)
@@ -119,8 +119,8 @@ def _command(runs: click.Group, **settings: Any) -> Callable[[Callable[..., None
         @wraps(function)
         @click.pass_context
         def run(ctx: click.Context, /, **given: Any) -> None:
-            from penstock.cli.client import Failure, Trouble  # noqa: PLC0415  (see above)
-            from penstock.cli.screen import tell  # noqa: PLC0415
+            from penstock.cli.api import Failure, Trouble  # noqa: PLC0415  (see above)
+            from penstock.cli.terminal import tell  # noqa: PLC0415
 
             own = {name: given.pop(name) for name in ("url", "token", "cafile")}
             where = {name: ctx.obj[name] if value is None else value for name, value in own.items()}
@@ -170,8 +170,8 @@ def runs(ctx: click.Context, /, **where: str | None) -> None:
 @_json(help="One JSON object per line: the records as they come.")
 def list_runs(server: Server, /, *, limit: int, status: str | None, as_json: bool) -> None:
     """The runs of the server, the newest first."""
-    from penstock.cli.client import runs_in  # noqa: PLC0415  (see above)
-    from penstock.cli.screen import emit, show, table_of  # noqa: PLC0415
+    from penstock.cli.api import runs_in  # noqa: PLC0415  (see above)
+    from penstock.cli.terminal import emit, show, table_of  # noqa: PLC0415
 
     query: dict[str, str | int] = {"limit": limit} if status is None else {"limit": limit, "status": status}
     records = runs_in(server.ask("GET", "/v1/runs", query=query))
@@ -189,8 +189,8 @@ def list_runs(server: Server, /, *, limit: int, status: str | None, as_json: boo
 @_json(help="The record on one line, as it comes.")
 def show_run(server: Server, /, *, run_id: str, as_json: bool) -> None:
     """Everything that is known of a run, but its events."""
-    from penstock.cli.client import record_in  # noqa: PLC0415  (see above)
-    from penstock.cli.screen import emit, fields_of, show  # noqa: PLC0415
+    from penstock.cli.api import record_in  # noqa: PLC0415  (see above)
+    from penstock.cli.terminal import emit, fields_of, show  # noqa: PLC0415
 
     record = record_in(server.ask("GET", f"/v1/runs/{run_id}"))
     if as_json:
@@ -205,8 +205,8 @@ def show_run(server: Server, /, *, run_id: str, as_json: bool) -> None:
 @_json(help="The record on one line, as it comes.")
 def cancel_run(server: Server, /, *, run_id: str, reason: str | None, as_json: bool) -> None:
     """Ask a run to stop. The exit code is 1 if it had ended already."""
-    from penstock.cli.client import cancelled_in  # noqa: PLC0415  (see above)
-    from penstock.cli.screen import emit, visible  # noqa: PLC0415
+    from penstock.cli.api import cancelled_in  # noqa: PLC0415  (see above)
+    from penstock.cli.terminal import emit, visible  # noqa: PLC0415
 
     body = {} if reason is None else {"reason": reason}
     met = cancelled_in(server.ask("POST", f"/v1/runs/{run_id}/cancel", body=body))
@@ -247,7 +247,7 @@ def follow_run(
     sends twice is printed once. The last event of a run is [DONE]. How it ended is said on standard error, and is the
     exit code.
     """
-    from penstock.cli.following import follow  # noqa: PLC0415  (see above)
+    from penstock.cli.follow import follow  # noqa: PLC0415  (see above)
 
     limit = give_up_after if give_up_after > 0 else inf
     with _leaving_in_order():
@@ -272,7 +272,7 @@ def _leaving_in_order() -> Iterator[None]:
 @contextmanager
 def _noticed_unread() -> Iterator[None]:
     """If standard output is a pipe: look now and then whether anybody has its other end, and leave if not."""
-    from penstock.cli.screen import leave_unread  # noqa: PLC0415  (see above)
+    from penstock.cli.terminal import leave_unread  # noqa: PLC0415  (see above)
 
     def look(*_signal: object) -> None:
         if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):

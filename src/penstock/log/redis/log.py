@@ -21,22 +21,35 @@ import trio
 from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
+from penstock.log.redis.backend import Requests
 from penstock.log.redis.client import call
-from penstock.log.redis.lists import Lists
-from penstock.log.redis.reaping import Reaper
-from penstock.log.redis.records import Keys, fields_of_ending, ms, record_of, run_of, touch
-from penstock.log.redis.refusals import is_away
-from penstock.log.redis.replies import LOST, appended_of, checked, found, page_of, reason_of, text_of
-from penstock.log.redis.requests import Requests
-from penstock.log.redis.starting import Starting
-from penstock.log.redis.wakeups import RedisWakeups, open_wakeups
+from penstock.log.redis.errors import is_away
+from penstock.log.redis.indexes import Lists
+from penstock.log.redis.notifications import RedisWakeups, open_wakeups
+from penstock.log.redis.reap import Reaper
+from penstock.log.redis.schema import (
+    LOST,
+    Keys,
+    appended_of,
+    checked,
+    fields_of_ending,
+    found,
+    ms,
+    page_of,
+    reason_of,
+    record_of,
+    run_of,
+    text_of,
+    touch,
+)
+from penstock.log.redis.start import Starting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from penstock.log import Appended, Batch, Idempotency, Lease, Obituary, Page, Started
-    from penstock.log.redis.servers import Command, Servers
+    from penstock.log.redis.backend import Command, Servers
     from penstock.runs import Run, RunStatus
 
 REQUESTS_AT_ONCE: Final = 8

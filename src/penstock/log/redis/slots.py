@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from penstock.log.redis.addresses import address_of
+from penstock.log.redis.urls import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.log.redis.servers import Command
+    from penstock.log.redis.backend import Command
 
 NOWHERE: Final = ""
 """The part of a slot that no node is known to have."""

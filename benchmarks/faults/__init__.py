@@ -1,0 +1,1 @@
+"""Faults under load: servers that are killed and restarted, and what readers saw of it."""

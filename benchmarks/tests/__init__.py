@@ -1,0 +1,1 @@
+"""Tests of the tools: benchmarks, fault tools, and the servers that tests start."""

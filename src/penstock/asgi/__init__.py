@@ -1,0 +1,1 @@
+"""Runs under any ASGI server. The modules are imported one by one: this package imports none of them."""

@@ -1,0 +1,151 @@
+"""What an application has beside its routes: the log, the supervisor, and how they are.
+
+The supervisor lives in a task of its own beside the application's lifespan: if one of its services dies, that must not
+end the lifespan (the server would be torn down without a word to anybody) but mark the service failed, so that readers
+are released, `/readyz` says so and `serve()` shuts down.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from penstock.errors import SupervisorFailed
+from penstock.log.open import open_log
+from penstock.observer import Observer, Observers, checked
+from penstock.observer.logging import LoggingObserver
+from penstock.sse.dialects import dialect_named
+from penstock.supervisor import Supervisor, open_supervisor
+from penstock.supervisor.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from penstock.asgi.auth import Access
+    from penstock.log import EventLog
+    from penstock.observer.prometheus import Metrics
+
+MAX_BODY_BYTES: Final = 1024 * 1024
+"""The default of the limit on a request's body."""
+BODY_TIMEOUT: Final = 30.0
+"""The default of the time, in seconds, that a request's body may take to arrive."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """What a request may be like.
+
+    Attributes:
+        max_body_bytes: the size of its body.
+        body_timeout: the seconds from its headers to the end of its body.
+        http2_corrected: whether the server can stand it that a response ends before its request (`bodies.py`).
+    """
+
+    max_body_bytes: int = MAX_BODY_BYTES
+    body_timeout: float = BODY_TIMEOUT
+    http2_corrected: bool = False
+
+
+class Service:
+    """See above. An application has it as `app.state.penstock`."""
+
+    def __init__(
+        self,
+        producers: Mapping[str, Any],
+        log: str | EventLog,
+        knobs: Mapping[str, Any],
+        *,
+        access: Access,
+        limits: Limits,
+        observer: Observer | None,
+        metrics: Metrics | None,
+        ping_interval: float | None,
+    ) -> None:
+        self.producers = dict(producers)
+        self.access = access
+        self.limits = limits
+        self.metrics = metrics
+        self.settings = Settings.of(knobs)
+        self.dialect = dialect_named(self.settings.dialect)
+        self.ping_interval = ping_interval
+        self.failed = trio.Event()
+        """Set when a service of the supervisor has died."""
+        self.startup_error: Exception | None = None
+        """What kept log or supervisor from opening; a server tells no more of it than its words."""
+        self._log = log
+        self.observer = checked(LoggingObserver() if observer is None else observer)
+        if metrics is not None:
+            self.observer = Observers(self.observer, metrics)
+        self._knobs = dict(knobs)
+        self._supervisor: Supervisor | None = None
+        self._stopping = trio.Event()
+        self._drained = trio.Event()
+        self._drained.set()
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a drain takes at the most, and one more."""
+        settings = self.settings
+        return settings.drain_timeout + settings.cancel_grace + settings.finalize_timeout + 1.0
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a supervisor, or was."""
+        return self._supervisor is not None
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """The supervisor.
+
+        Raises:
+            SupervisorFailed: the application's lifespan has not started it, or is over.
+        """
+        if self._supervisor is None:
+            raise SupervisorFailed("the application is not running: its server must support the ASGI lifespan protocol")
+        return self._supervisor
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hold log and supervisor open until `stop`. What goes wrong is raised before they are open, recorded later."""
+        started = False
+        self._stopping = trio.Event()  # it may have been run before
+        try:
+            async with AsyncExitStack() as stack:
+                log = await stack.enter_async_context(open_log(self._log)) if isinstance(self._log, str) else self._log
+                self._supervisor = await stack.enter_async_context(
+                    open_supervisor(log, observer=self.observer, **self._knobs)
+                )
+                started = True
+                task_status.started()
+                await self._stopping.wait()
+        except Exception as error:  # the supervisor has told its observer what it died of
+            if not started:
+                self.startup_error = error
+                raise
+            self.failed.set()
+
+    async def drain(self) -> None:
+        """Start no more runs and let those that are there end, as `Supervisor.drain` does; not if the service fails."""
+
+        async def give_up() -> None:
+            await self.failed.wait()
+            nursery.cancel_scope.cancel(reason="a service of the supervisor died")
+
+        self._drained = trio.Event()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(give_up)
+                await self.supervisor.drain()
+                nursery.cancel_scope.cancel(reason="the drain is over")
+        finally:
+            self._drained.set()
+
+    async def drained(self) -> None:
+        """Wait for a drain that is under way: its runs may have no readers, whom a server would wait for."""
+        await self._drained.wait()
+
+    def stop(self) -> None:
+        """Let `run` return, when the supervisor's runs are over."""
+        self._stopping.set()

@@ -1,0 +1,62 @@
+"""What `penstock demo` has its server run: a real command that takes some seconds, and a producer that says nothing.
+
+The server's working directory is the demo's scratch folder, and everything that is written goes there.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from penstock.sources.command import command
+from penstock.sse import Event
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+COPY: Final = "written.txt"
+"""Where the command's own copy of its output is."""
+COMPILED: Final = "pycache"
+"""The folder that the compiled files go to, instead of beside their sources."""
+
+_STDLIB: Final = Path(sysconfig.get_path("stdlib"))
+_PACKAGES: Final = (
+    "asyncio concurrent/futures email encodings http importlib json logging multiprocessing unittest xml/dom"
+)
+FOLDERS: Final = (_STDLIB, *(folder for name in _PACKAGES.split() if (folder := _STDLIB / name).is_dir()))
+"""The part of the standard library that is compiled: these folders, without what is below them."""
+
+_TEE: Final = """
+import subprocess, sys
+with (
+    open(sys.argv[1], "wb") as copy,
+    subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child,
+):
+    for line in child.stdout:
+        for file in (copy, sys.stdout.buffer):
+            file.write(line)
+            file.flush()
+sys.exit(child.returncode)
+"""
+"""What `tee` does: everything that a command writes goes to a file, and on."""
+
+
+def build(_input: Any) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    """Compile a part of the standard library; what the compiler prints also goes to a file, past all of penstock."""
+    compiler = [sys.executable, "-IBu", "-X", f"pycache_prefix={Path.cwd() / COMPILED}", "-m", "compileall"]
+    return command([sys.executable, "-I", "-c", _TEE, COPY, *compiler, "-f", "-r", "0", *FOLDERS])
+
+
+async def silent(_input: Any) -> AsyncIterator[Event]:  # noqa: ASYNC900  (that is what a producer is)
+    """Says one thing, and then nothing for an hour."""
+    yield Event(data="nothing more for an hour")
+    await trio.sleep(3600)
+    yield Event(data="an hour later")
+
+
+producers: Final = {"build": build, "silent": silent}

@@ -1,1 +1,0 @@
-"""The main job, to watch: `penstock demo`."""

@@ -1,0 +1,1 @@
+"""Hypercorn's trio worker, in this process and in several."""

@@ -1,0 +1,385 @@
+"""Several worker processes behind one address, and the parent who keeps them.
+
+    parent ── binds, listens, spawns, counts signals ──┬── worker 1 ── serve() on the inherited sockets
+                                                       ├── worker 2
+                                                       └── ...
+
+Hypercorn's own process manager ends all workers when one of them exits. Here a worker that exits is replaced, and the
+others hear nothing of it: connections wait in the sockets, which the parent holds open, too.
+
+Each worker has a socket pair with the parent, on which words go, one a line:
+
+| from | word | means |
+|---|---|---|
+| worker | `ready JSON` | it accepts connections; the JSON is for whoever announces that |
+| worker | `leaving` | it was told to end, by SIGTERM |
+| worker | end of file | all is done; its process ends within `ENDS_WITHIN`, or is killed |
+| parent | `leave` | that one alone was told to: accept no more, its siblings do |
+| parent | `drain` | all are to end |
+| parent | `hurry` | and sooner; one for each further signal |
+| parent | end of file | the parent is gone: the same as `drain` |
+
+Only the parent counts signals. Ctrl-C and systemd signal the whole group, so that a worker gets its signal and the
+parent's word, which must not count as two: it takes no notice of SIGINT, and SIGTERM once.
+
+| the parent ends with | when |
+|---|---|
+| 0 | it was told to, and all workers ended clean |
+| the first worker's code | that could not start, so that no other would |
+| 1 | too many workers died, or one of them did while all were to end |
+| 3 | a worker had to leave a producer behind while all were to end |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from penstock.server.serve import Shutdown
+
+DEATHS: Final = 5
+"""So many workers that die within `DEATHS_WITHIN` end the server: what they die of does not go away."""
+DEATHS_WITHIN: Final = 30.0
+"""Seconds."""
+SHORTEST_PAUSE: Final = 0.1
+"""Seconds before the first worker that died is replaced; doubled for each of the other recent deaths."""
+LONGEST_PAUSE: Final = 1.0
+"""Seconds before any worker that died is replaced."""
+GROUP_SIGNAL: Final = 0.1
+"""Seconds that a signal to the whole group may take to reach the parent after it has reached a worker."""
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+DIED: Final = 1
+STUCK: Final = 3
+UNREACHABLE: Final = 75
+"""The code of a worker that has not found the event log, and may another time (EX_TEMPFAIL)."""
+LAST_WORDS: Final = 0.2
+"""Seconds in which what a worker has said is heard after its end."""
+ENDS_WITHIN: Final = 5.0
+"""Seconds in which a worker's process ends after it has closed its words."""
+HURRIES: Final = 2
+"""Signals after the first that are passed on; the next one kills."""
+
+READY: Final = "ready "
+LEAVING: Final = "leaving"
+LEAVE: Final = "leave"
+DRAIN: Final = "drain"
+HURRY: Final = "hurry"
+
+
+class Words:
+    """One end of a socket pair on which words go."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self._received = b""
+        self._lock = trio.Lock()
+
+    async def say(self, word: str) -> None:
+        """Send a word; nothing happens if nobody is there any more."""
+        async with self._lock:
+            try:
+                await self._stream.send_all(word.encode() + b"\n")
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+
+    async def hear(self) -> str | None:
+        """The next word; None when the other end is closed."""
+        while b"\n" not in self._received:
+            try:
+                piece = await self._stream.receive_some()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                piece = b""
+            if not piece:
+                return None
+            self._received += piece
+        word, _, self._received = self._received.partition(b"\n")
+        return word.decode()
+
+    async def aclose(self) -> None:
+        """Close this end."""
+        await self._stream.aclose()
+
+
+class Link:
+    """A worker's connection with its parent."""
+
+    def __init__(self, number: int, fd: int) -> None:
+        self.number = number
+        """The worker's, from 1."""
+        self._sock = socket.socket(fileno=fd)
+        self._sock.set_inheritable(False)
+        self._words: Words | None = None
+        self._orphaned = False
+
+    def keep_signals(self) -> None:
+        """Until `obey` takes them: SIGTERM ends the process, in which nothing has started. In the main thread."""
+
+        def end(_number: int, _frame: object) -> None:
+            with suppress(OSError):
+                self._sock.send(f"{LEAVING}\n".encode())
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    async def ready(self, news: str) -> None:
+        """Say that connections are accepted; `news` is for whoever announces it."""
+        if self._words is not None:
+            await self._words.say(f"{READY}{news}")
+
+    async def obey(self, shutdown: Shutdown, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do what the parent says, and what signals say that the parent may not have had, until this is cancelled.
+
+        After that the process takes no notice of signals any more.
+        """
+        self._words = words = Words(self._sock)
+        try:
+            with trio.open_signal_receiver(*SIGNALS) as signals:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._take, signals, words, shutdown)
+                    task_status.started()
+                    while (word := await words.hear()) is not None:
+                        if word == LEAVE:
+                            shutdown.leave()
+                        elif word == HURRY:
+                            shutdown.hurry()
+                        else:
+                            shutdown.drain()
+                    self._orphaned = True
+                    shutdown.drain()
+        finally:
+            for number in SIGNALS:  # the process is on its way out, on which Python puts any handler's default back
+                signal.signal(number, signal.SIG_IGN)
+            self._sock.close()  # which says that all is done
+
+    async def _take(self, signals: AsyncIterator[int], words: Words, shutdown: Shutdown) -> None:
+        told = False
+        async for number in signals:
+            if self._orphaned:
+                shutdown.hurry()  # nobody else counts any more
+            elif number == signal.SIGTERM and not told:
+                told = True
+                shutdown.drain()
+                await words.say(LEAVING)
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker, as its parent knows it."""
+
+    process: subprocess.Popen[bytes]
+    words: Words
+    ready: bool = False
+    leaving: bool = False
+
+
+class Parent:
+    """Keeps the workers."""
+
+    def __init__(
+        self,
+        count: int,
+        command: Callable[[int, Sequence[int], int], Sequence[str]],
+        sockets: Sequence[socket.socket],
+        *,
+        say: Callable[[str], None],
+        announce: Callable[[str], None],
+        max_deaths: int = DEATHS,
+        environment: Mapping[str, str] | None = None,
+        on_end: Callable[[int], None] = lambda _pid: None,
+    ) -> None:
+        """Take the sockets; they are closed in the end.
+
+        Args:
+            count: how many workers there are to be.
+            command: what starts a worker, from its number, the file descriptors of the sockets, and that of its words.
+            sockets: bound and listening.
+            say: says a line to whoever looks after the server.
+            announce: is given what the first worker has said of itself, once all accept connections.
+            max_deaths: so many workers that die within `DEATHS_WITHIN` end the server.
+            environment: what workers find in their environment beside what is in this process's.
+            on_end: is told of a worker's process that has ended.
+        """
+        self._count = count
+        self._command = command
+        self._sockets = sockets
+        self._say = say
+        self._announce = announce
+        self._max_deaths = max_deaths
+        self._environment = {**os.environ, **(environment or {})}
+        self._on_end = on_end
+        self._ending = trio.Event()
+        self._workers: dict[int, _Worker] = {}
+        self._news: str | None = None
+        self._codes: list[int] = []
+        self._deaths: deque[float] = deque()
+        self._waiters = trio.CapacityLimiter(count)
+        self._messengers: trio.Nursery
+
+    async def run(self) -> int:
+        """Keep the workers until signals, or their deaths, end them all; the exit code.
+
+        The first starts alone: what keeps it from starting would keep the others, too, and is said once.
+        """
+        settled = [trio.Event() for _ in range(self._count)]
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            async with trio.open_nursery() as self._messengers:
+                self._messengers.start_soon(self._take, signals)
+                async with trio.open_nursery() as keepers:
+                    for number, has_settled in enumerate(settled, 1):
+                        keepers.start_soon(self._keep, number, has_settled)
+                        if number == 1:
+                            await has_settled.wait()
+                    for has_settled in settled:
+                        await has_settled.wait()
+                    if self._news is not None and not self._ending.is_set():
+                        self._announce(self._news)
+                self._messengers.cancel_scope.cancel(reason="all workers have ended")
+        return STUCK if STUCK in self._codes else next((code for code in self._codes if code), 0)
+
+    @property
+    def recent_deaths(self) -> int:
+        """The workers that died within `DEATHS_WITHIN`."""
+        while self._deaths and self._deaths[0] < trio.current_time() - DEATHS_WITHIN:
+            self._deaths.popleft()
+        return len(self._deaths)
+
+    async def _take(self, signals: AsyncIterator[int]) -> None:
+        """The first signal drains, the second and the third hurry, the fourth kills."""
+        taken = 0
+        async for _ in signals:
+            taken += 1
+            if taken == 1:
+                self._end()
+            elif taken <= HURRIES + 1:
+                self._tell(HURRY)
+                for worker in self._workers.values():
+                    if not worker.ready:  # it does not listen yet
+                        worker.process.terminate()
+            else:
+                for worker in self._workers.values():
+                    worker.process.kill()
+
+    def _end(self) -> None:
+        """No worker is started any more, and those that are there drain."""
+        self._ending.set()
+        for sock in self._sockets:  # the workers have them, and close them in their own time
+            sock.close()
+        self._tell(DRAIN)
+
+    def _tell(self, word: str) -> None:
+        for worker in self._workers.values():
+            self._messengers.start_soon(worker.words.say, word)
+
+    async def _keep(self, number: int, has_settled: trio.Event) -> None:
+        """Keep one worker; it `has_settled` when the first process is ready, or has ended."""
+        while not self._ending.is_set():
+            try:
+                worker = self._workers[number] = self._spawn(number)
+            except OSError as error:
+                pause = self._weigh(f"worker {number}", f"cannot be started: {error}", DIED)
+            else:
+                name = f"worker {number} (process {worker.process.pid})"
+                code = await self._accompany(worker, has_settled)
+                del self._workers[number]
+                self._on_end(worker.process.pid)
+                how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
+                pause = self._weigh(name, how, code if code >= 0 else DIED, leaving=worker.leaving)
+            has_settled.set()
+            with trio.move_on_after(pause):
+                await self._ending.wait()
+        has_settled.set()
+
+    async def _accompany(self, worker: _Worker, is_ready: trio.Event) -> int:
+        """Listen to a worker until it ends; its exit code."""
+        heard = trio.Event()
+
+        async def hear() -> None:
+            await self._hear(worker, is_ready)
+            heard.set()
+            await trio.sleep(ENDS_WITHIN)
+            self._say(f"process {worker.process.pid} is done, and does not end: perhaps a thread of it goes on; killed")
+            worker.process.kill()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hear)
+            code = await trio.to_thread.run_sync(worker.process.wait, abandon_on_cancel=True, limiter=self._waiters)
+            with trio.move_on_after(LAST_WORDS):  # it may have handed its end on to a process that lives
+                await heard.wait()
+            nursery.cancel_scope.cancel(reason="the worker has ended")
+        await worker.words.aclose()
+        return code
+
+    def _spawn(self, number: int) -> _Worker:
+        here, there = socket.socketpair()
+        with there:
+            fds = [sock.fileno() for sock in self._sockets]
+            # Until it can count them, signals wait: it inherits that they are blocked.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process = subprocess.Popen(  # noqa: S603  (penstock itself, and in this thread: the mask is its own)
+                    self._command(number, fds, there.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[*fds, there.fileno()],
+                    env=self._environment,
+                )
+            except OSError:
+                here.close()
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return _Worker(process, Words(here))
+
+    async def _hear(self, worker: _Worker, is_ready: trio.Event) -> None:
+        while (word := await worker.words.hear()) is not None:
+            if word == LEAVING:
+                worker.leaving = True
+                await trio.sleep(GROUP_SIGNAL)
+                if not self._ending.is_set():
+                    await worker.words.say(LEAVE)
+            elif word.startswith(READY):
+                worker.ready = True
+                if self._news is None:
+                    self._news = word.removeprefix(READY)
+                is_ready.set()
+
+    def _weigh(self, name: str, how: str, code: int, *, leaving: bool = False) -> float:
+        """What the end of a worker means, said if it has to be; the seconds until the next one."""
+        if self._ending.is_set():
+            self._codes.append(code if code in {0, STUCK} else DIED)
+            if code:
+                self._say(f"{name} {how}")
+            return 0.0
+        if self._news is None:
+            self._codes.append(DIED if code in {0, UNREACHABLE} else code)
+            self._say(f"{name} {how} before it was ready; not started")
+            self._end()
+            return 0.0
+        if code == 0 and leaving:
+            self._say(f"{name} has left; another one takes its place")
+            return 0.0
+        if code == UNREACHABLE:
+            self._say(f"{name} has not found the event log; another one tries in {LONGEST_PAUSE:g} s")
+            return LONGEST_PAUSE
+        self._deaths.append(trio.current_time())
+        deaths = self.recent_deaths
+        if deaths >= self._max_deaths:
+            self._codes.append(DIED)
+            self._say(f"{name} {how}; {deaths} workers have died within {DEATHS_WITHIN:g} s, and the server ends")
+            self._end()
+            return 0.0
+        pause = min(SHORTEST_PAUSE * 2.0 ** (deaths - 1), LONGEST_PAUSE)
+        self._say(f"{name} {how}; another one takes its place in {pause:g} s")
+        return pause

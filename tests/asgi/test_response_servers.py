@@ -1,0 +1,143 @@
+"""EventStreamResponse on sockets: Hypercorn on Trio and asyncio, uvicorn; under Starlette, a middleware, FastAPI."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+from httpx2 import EventSource
+
+from tests.support.servers import KINDS, SHUTTING_DOWN, Server, read_until, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import httpx2
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serving(request.param) as server:
+        yield server
+
+
+@pytest.fixture(params=["plain", "middleware", "fastapi"])
+def at(request: pytest.FixtureRequest) -> str:
+    return f"/{request.param}"
+
+
+@pytest.fixture
+def name() -> str:
+    """What a test's marks begin with."""
+    return uuid.uuid4().hex
+
+
+def check_headers(response: httpx2.Response) -> None:
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in response.headers
+
+
+def test_a_stream_arrives_whole(server: Server, at: str) -> None:
+    with server.client.stream("GET", f"{at}/content") as response:
+        check_headers(response)
+        assert response.status_code == 200
+        received = list(EventSource(response))
+    assert [event.data for event in received] == ["one", "two", "three", "x" * 200_000]
+    assert received[0].id == "1"
+
+
+def test_d12_an_empty_source_is_a_whole_empty_stream(server: Server, at: str) -> None:
+    response = server.client.get(f"{at}/empty")
+    check_headers(response)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+def test_d12_an_error_before_the_first_chunk_is_a_whole_response_with_a_code(server: Server, at: str) -> None:
+    response = server.client.get(f"{at}/fails")
+    assert response.status_code == 500
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["code"] == "ERROR"
+    assert "secret" not in response.text
+    response = server.client.get(f"{at}/rejected")
+    assert (response.status_code, response.json()["code"]) == (409, "PENDING_APPROVAL")
+
+
+def test_d13_an_error_later_is_an_error_event_and_done(server: Server, at: str) -> None:
+    with server.client.stream("GET", f"{at}/fails_later") as response:
+        first, error, done = EventSource(response)
+    assert (first.data, error.event, done.data) == ("one", "error", "[DONE]")
+    assert "secret" not in error.data
+    assert json.loads(error.data)["error_id"]
+
+
+def test_d16_headers_come_before_a_late_first_chunk(server: Server, at: str, name: str) -> None:
+    with server.client.stream("GET", f"{at}/headers_first", params={"name": name}) as response:
+        check_headers(response)
+        server.let(f"{name}.go")
+        assert response.read() == b"data: late\n\n"
+
+
+def test_the_first_chunks_status_is_the_responses(server: Server, at: str) -> None:
+    response = server.client.get(f"{at}/status")
+    assert (response.status_code, response.text) == (201, "data: created\n\ndata: more\n\n")
+
+
+def test_head_is_headers_only(server: Server, at: str) -> None:
+    response = server.client.head(f"{at}/content")
+    check_headers(response)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+def test_pings_are_sent_on_silence(server: Server, at: str, name: str) -> None:
+    with server.client.stream("GET", f"{at}/pings", params={"name": name}) as response:
+        lines = response.iter_lines()
+        assert [next(lines) for _ in range(6)] == ["data: first", "", ": ping", "", ": ping", ""]
+        server.let(f"{name}.go")
+        assert "data: last" in list(lines)
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_disconnect_cancels_the_source_and_its_finally_runs(server: Server, at: str, name: str, how: str) -> None:
+    with server.connect(f"{at}/cancels?name={name}") as connection:
+        read_until(connection, b"data: first\n\n")
+        if how == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.wait_for(f"{name}.cancelled")
+    server.wait_for(f"{name}.closed")
+
+
+def test_a_disconnect_after_a_request_with_a_body_cancels_the_source(server: Server, at: str, name: str) -> None:
+    parameters = {"name": name}
+    with server.client.stream("POST", f"{at}/cancels", params=parameters, content=b"x" * 100_000) as response:
+        assert next(response.iter_lines()) == "data: first"
+    server.wait_for(f"{name}.cancelled")
+
+
+def test_a_disconnect_ends_a_source_that_never_waits(server: Server, at: str, name: str) -> None:
+    with server.connect(f"{at}/floods?name={name}") as connection:
+        read_until(connection, b"data: x\n\n")
+    server.wait_for(f"{name}.closed")
+
+
+def test_a_detached_source_runs_to_its_end_after_a_disconnect(server: Server, at: str, name: str) -> None:
+    with server.connect(f"{at}/detaches?name={name}") as connection:
+        read_until(connection, b"data: first\n\n")
+    server.let(f"{name}.go")
+    server.wait_for(f"{name}.ended")
+
+
+@pytest.mark.parametrize("kind", SHUTTING_DOWN)
+@pytest.mark.parametrize("at", ["/plain", "/fastapi"])
+def test_d14_at_a_shutdown_the_client_is_told_and_the_server_ends(kind: str, at: str, name: str) -> None:
+    with serving(kind) as server, server.connect(f"{at}/cancels?name={name}") as connection:
+        read_until(connection, b"data: first\n\n")
+        server.shut_down()
+        received = read_until(connection, b"data: [DONE]\n\n")
+        assert b'"code":"INTERRUPTED"' in received
+        server.ended()

@@ -1,0 +1,524 @@
+"""Who may use a server, on the command line: what goes together, and what is never shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import h2.config
+import h2.connection
+import httpx2
+import pytest
+import trio
+from click.testing import CliRunner
+
+from penstock.asgi.auth import Links
+from penstock.cli import serve as serving
+from penstock.cli.main import main
+from penstock.cli.options import Admission, admission
+from tests.asgi.test_access import SECRET, bearer, link
+from tests.support.command_line import environment, penstock
+from tests.support.http2_clients import UNCHECKED, Windows
+from tests.support.serving import GUARD
+from tests.support.wire import DONE, Wire, blocks_of, ids
+from tests.support.workers import has_stopped, serving_workers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+    from socket import socket
+
+    from penstock.cli.host import Hosted
+    from tests.support.command_line import Program
+    from tests.support.redis_servers import Endpoint
+
+TOKEN: Final = "kept.in-the_environment"  # noqa: S105
+OTHER: Final = "kept-in-a-file-of-tokens"
+PRODUCERS: Final = "tests.support.worker_producers:producers"
+SERVE: Final = ("serve", "--producers", PRODUCERS, "--bind", "127.0.0.1:0")
+EVERYWHERE: Final = ("serve", "--producers", PRODUCERS, "--bind", "0.0.0.0:0")
+
+
+@pytest.fixture
+def hosted(monkeypatch: pytest.MonkeyPatch) -> list[Hosted]:
+    """What would have been served, instead of serving it."""
+    seen: list[Hosted] = []
+
+    def host(what: Hosted, sockets: Sequence[socket], **_how: Any) -> int:
+        seen.append(what)
+        for each in sockets:
+            each.close()
+        return 0
+
+    monkeypatch.setattr(serving, "host", host)
+    return seen
+
+
+def ran(*args: object, **env: str | None) -> tuple[int, str]:
+    """The exit code, and what was said, on one line; no secret is ever in that."""
+    kept = {"PENSTOCK_TOKEN": None, "PENSTOCK_TOKENS": None, "PENSTOCK_LINK_SECRET": None}
+    result = CliRunner(env={**kept, **env}).invoke(main, [str(each) for each in args], prog_name="penstock")
+    assert not any(secret in result.output for secret in (TOKEN, OTHER, SECRET)), result.output
+    assert "Traceback" not in result.output
+    return result.exit_code, " ".join(result.output.split())
+
+
+def refused(*args: object, **env: str | None) -> str:
+    code, said = ran(*args, **env)
+    assert code == 2, said
+    return said
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[dashboard]\ntoken = "{OTHER}"\nrights = ["read", "list"]\n')
+    return str(path)
+
+
+# What is refused together
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--token", TOKEN, "--insecure"), "--insecure asks nobody for a token, and there are tokens"),
+        (("--token", "hunter2"), "Invalid value for --token: a token has 16 to 1024 letters"),
+        (("--token", ""), "Invalid value for --token: a token has 16 to 1024 letters"),
+        (("--token", f"{TOKEN} {TOKEN}"), "Invalid value for --token: a token has 16 to 1024 letters"),
+        (("--token", f"{TOKEN}\n"), "Invalid value for --token: a token has 16 to 1024 letters"),
+        (("--token",), "Option '--token' requires an argument"),
+        (("--tokens", "/no/such/file"), "Invalid value for --tokens: /no/such/file cannot be read: No such file"),
+        (("--tokens", "/"), "Invalid value for --tokens: / cannot be read: Is a directory"),
+        (("--tokens", "/dev/null"), "Invalid value for --tokens: there is no token in /dev/null"),
+        (("--token", TOKEN, "--tokens", "/dev/null"), "Invalid value for --tokens: there is no token in"),
+        (("--link-secret", SECRET), "a secret for links is of no use without tokens: give --token or --tokens"),
+        (("--link-secret", SECRET, "--insecure"), "a secret for links is of no use without tokens"),
+        (("--token", TOKEN, "--link-secret", "x" * 31), "Invalid value for --link-secret: a secret for links has at"),
+        (("--token", TOKEN, "--link-secret", ""), "Invalid value for --link-secret: a secret for links has at least"),
+        (("--allow-origin", "*"), "any page could drive this server: it needs"),
+        (("--allow-origin", "https://a.example", "--allow-origin", "*"), "any page could drive this server"),
+        (("--allow-origin", "*", "--insecure"), "any page could drive this server"),
+    ],
+)
+@pytest.mark.parametrize("command", [SERVE, ("exec",)])
+def test_what_does_not_go_together_is_refused_with_what_to_do(
+    command: tuple[str, ...], options: tuple[str, ...], words: str
+) -> None:
+    end = ("--", "true") if command == ("exec",) else ()
+    if options[-1] == "--token" and end:
+        end = ()
+    assert words in refused(*command, *options, *end)
+
+
+def test_tokens_from_all_sides_are_refused_as_options_are(file: str) -> None:
+    assert "give one or the other" in refused(*SERVE, "--insecure", PENSTOCK_TOKEN=TOKEN)
+    assert "give one or the other" in refused(*SERVE, "--insecure", "--tokens", file)
+    assert "Invalid value for --token:" in refused(*SERVE, PENSTOCK_TOKEN="hunter2")  # noqa: S106
+    assert "two of the tokens are the same" in refused(*SERVE, "--tokens", file, "--token", OTHER)
+    assert "at least 32 bytes" in refused(*SERVE, PENSTOCK_TOKEN=TOKEN, PENSTOCK_LINK_SECRET="x" * 31)
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0"])
+@pytest.mark.parametrize("options", [(), ("--allow-host", "example.org"), ("--allow-origin", "https://example.org")])
+def test_an_address_that_others_reach_is_refused_without_tokens(bind: str, options: tuple[str, ...]) -> None:
+    said = refused("serve", "--producers", PRODUCERS, "--bind", "127.0.0.1:0", "--bind", bind, *options)
+    assert f"Invalid value for --bind: {bind} can be reached from other machines" in said
+    assert "give --token or --tokens" in said
+    assert "or add --insecure if the network itself is safe" in said
+
+
+# What is taken
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "file", "both", "insecure"])
+def test_with_tokens_or_when_one_insists_any_address_will_do(hosted: list[Hosted], file: str, how: str) -> None:
+    options: dict[str, tuple[str, ...]] = {
+        "option": ("--token", TOKEN),
+        "file": ("--tokens", file),
+        "both": ("--tokens", file, "--token", TOKEN),
+        "insecure": ("--insecure",),
+    }
+    env = {"PENSTOCK_TOKEN": TOKEN} if how == "variable" else {}
+    code, said = ran(*EVERYWHERE, *options.get(how, ()), **env)
+    assert code == 0, said
+    admitted = hosted[0].admission
+    assert admitted.anywhere
+    assert (admitted.authorizer is None) == (how == "insecure")
+
+
+def test_a_secret_for_links_in_the_environment_is_of_no_use_without_tokens_either() -> None:
+    assert "a secret for links is of no use without tokens" in refused(*SERVE, PENSTOCK_LINK_SECRET=SECRET)
+
+
+@pytest.mark.parametrize("name", ["PENSTOCK_TOKEN", "PENSTOCK_TOKENS", "PENSTOCK_LINK_SECRET"])
+def test_a_variable_that_is_empty_is_refused_and_opens_nothing(name: str) -> None:
+    env = {"PENSTOCK_TOKEN": TOKEN, name: ""}
+    assert f"{name} is empty" in refused(*SERVE, **env)
+    assert f"{name} is empty" in refused(*SERVE, "--insecure", **{name: ""})
+
+
+def test_a_secret_is_what_links_are_signed_with_and_without_one_each_server_has_its_own(hosted: list[Hosted]) -> None:
+    for options in (("--link-secret", SECRET), (), ()):
+        assert ran(*SERVE, "--token", TOKEN, *options)[0] == 0
+    made = []
+    for each in hosted:
+        assert each.admission.authorizer is not None
+        links = each.admission.authorizer.links
+        assert links is not None
+        made.append(links.make("r", 60)[0])
+    assert Links(SECRET).run_of(made[0]) == "r"
+    assert len({token.rpartition(".")[2] for token in made}) == 3
+
+
+def test_no_secret_is_in_what_is_printed_of_an_admission() -> None:
+    options: dict[str, Any] = {"tokens": None, "allow_origin": ("*",), "allow_host": (), "insecure": False}
+    admitted = admission(token=TOKEN, link_secret=SECRET, **options)
+    for shown in (repr(admitted), str(admitted), repr([admitted]), f"{admitted!r:.9999}"):
+        assert TOKEN not in shown
+        assert SECRET not in shown
+    assert SECRET not in repr(Admission(for_workers={"a": SECRET}))
+
+
+def test_help_shows_the_variables_and_not_what_is_in_them() -> None:
+    for command in ("serve", "exec"):
+        code, said = ran(command, "--help", PENSTOCK_TOKEN=TOKEN, PENSTOCK_LINK_SECRET=SECRET)
+        assert code == 0
+        assert all(name in said for name in ("PENSTOCK_TOKEN", "PENSTOCK_TOKENS", "PENSTOCK_LINK_SECRET"))
+
+
+# Serving
+
+
+async def url_of(program: Program) -> str:
+    return (await program.until(r"(?:serving on|open) (http://[^ /]+)"))[1]
+
+
+def as_a_shell_takes(line: str, **env: str) -> list[str]:
+    """The words that a shell makes of a line whose command is `curl`."""
+    script = f"curl() {{ printf '%s\\0' \"$@\"; }}; {line}"
+    done = subprocess.run(["/bin/sh", "-c", script], check=True, capture_output=True, env=environment(**env))
+    return done.stdout.decode().split("\0")[:-1]
+
+
+async def curl(line: str, **env: str) -> httpx2.Response:
+    """What the line gets that a server has announced."""
+    words = as_a_shell_takes(line, **env)
+    headers = dict(words[at + 1].split(": ", 1) for at, word in enumerate(words) if word == "-H")
+    body = next((words[at + 1] for at, word in enumerate(words) if word == "-d"), None)
+    async with httpx2.AsyncClient(timeout=GUARD) as client:
+        return await client.request("GET" if body is None else "POST", words[-1], content=body, headers=headers)
+
+
+AGENT: Final = """from penstock import Event
+
+async def agent(words):
+    yield Event(data=f"you said {words}")
+
+producers = {"agent": agent}
+"""
+
+
+def agent(folder: Path) -> str:
+    (folder / "it.py").write_text(AGENT)
+    return f"{folder / 'it.py'}:producers"
+
+
+@pytest.mark.parametrize(
+    "options, env",
+    [
+        ((), {}),
+        ((), {"PENSTOCK_TOKEN": TOKEN}),
+        (("--token", TOKEN), {}),
+        (("--allow-host", "example.org"), {}),
+        (("--allow-host", "example.org"), {"PENSTOCK_TOKEN": TOKEN}),
+        (("--bind", "127.0.0.2:0"), {}),
+        (("--bind", "[::1]:0"), {}),
+    ],
+    ids=["nobody is asked", "variable", "option", "a name", "a name and a token", "another loopback", "IPv6"],
+)
+async def test_the_line_that_serve_announces_works_as_it_is(
+    tmp_path: Path, options: tuple[str, ...], env: dict[str, Any]
+) -> None:
+    bind = () if "--bind" in options else ("--bind", "127.0.0.1:0")
+    async with penstock("serve", "--producers", agent(tmp_path), *bind, *options, **env) as program:
+        line = (await program.until(r"try:\s+(curl .*)$"))[1]
+        await program.until("Ctrl-C stops")
+        assert ("PENSTOCK_TOKEN" in line) == bool(TOKEN in options or env)
+        answer = await curl(line, PENSTOCK_TOKEN=TOKEN)
+        assert answer.status_code == 201, answer.text
+        assert [block.data for block in blocks_of(answer.text)] == ["you said hello", DONE]
+        assert TOKEN not in program.words
+
+
+async def test_the_lines_that_exec_announces_work_as_they_are() -> None:
+    line = ("exec", "--bind", "127.0.0.1:0", "--", "echo", "hello")
+    async with penstock(*line, PENSTOCK_TOKEN=TOKEN) as program:
+        announced = (await program.until(r"try:\s+(curl .*)$"))[1]
+        await program.until("the command ended")
+        answer = await curl(announced, PENSTOCK_TOKEN=TOKEN)
+        assert answer.status_code == 200, answer.text
+        assert TOKEN not in program.words
+
+
+async def test_a_note_says_that_tokens_cross_the_network_unencrypted_only_where_they_do() -> None:
+    for bind, noted in (("127.0.0.1:0", False), ("0.0.0.0:0", True)):
+        line = ("serve", "--producers", PRODUCERS, "--bind", bind)
+        async with penstock(*line, PENSTOCK_TOKEN=TOKEN) as program:
+            await program.until("Ctrl-C stops")
+            assert ("tokens cross the network unencrypted" in program.words) is noted
+
+
+# The names it answers to
+
+
+async def statuses(url: str, *hosts: str | None) -> list[int]:
+    """What requests with these names get; None is HTTP/1.0 without one."""
+    port = httpx2.URL(url).port
+    assert port
+    found = []
+    for host in hosts:
+        async with Wire(await trio.open_tcp_stream("127.0.0.1", port)) as wire:
+            version, name = ("1.0", "") if host is None else ("1.1", f"host: {host}\r\n")
+            await wire.stream.send_all(f"GET /v1/runs HTTP/{version}\r\n{name}connection: close\r\n\r\n".encode())
+            found.append(int((await wire.rest()).split()[1]))
+    return found
+
+
+async def status_over_http2(url: str, authority: str) -> str:
+    port = httpx2.URL(url).port
+    assert port
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        client = Windows(stream, **UNCHECKED)
+        head = [(":method", "GET"), (":path", "/v1/runs"), (":scheme", "http"), (":authority", authority)]
+        client.h2.send_headers(1, head, end_stream=True)
+        client.bodies[1] = b""
+        await client.send()
+        await client.until_headers(1)
+        return client.headers[1][":status"]
+
+
+OWN: Final = ["localhost", "LocalHost", "localhost:8000", "127.0.0.1", "127.0.0.2:1", "[::1]", "[::1]:8000", "10.0.0.1"]
+NOT_OWN = ["evil.example", "evil.example:8000", "localhost.evil.example", "::1", "127.0.0.1.example"]
+NOT_OWN += ["", "localhost@evil.example", "evil.example#localhost", ":8000", "[evil.example]", "local host"]
+
+
+async def test_without_tokens_a_server_on_loopback_answers_to_its_own_names_alone() -> None:
+    async with penstock(*SERVE) as program:
+        url = await url_of(program)
+        assert await statuses(url, *OWN) == [200] * len(OWN)
+        assert set(await statuses(url, *NOT_OWN, None)) <= {400, 421}
+        assert set(await statuses(url, "evil.example", "", None)) == {421}
+        assert await status_over_http2(url, "localhost:80") == "200"
+        assert await status_over_http2(url, "evil.example:80") == "421"
+
+
+async def test_a_name_that_is_allowed_is_one_more() -> None:
+    async with penstock(*SERVE, "--allow-host", "Example.org", "--allow-host", "other.example") as program:
+        url = await url_of(program)
+        good = [*OWN, "example.org", "EXAMPLE.ORG:443", "other.example"]
+        assert await statuses(url, *good) == [200] * len(good)
+        assert await statuses(url, "evil.example", "www.example.org") == [421, 421]
+
+
+@pytest.mark.parametrize("how", ["insecure", "token"])
+async def test_with_tokens_or_when_one_insists_a_server_answers_to_any_name(how: str) -> None:
+    options = ("--insecure",) if how == "insecure" else ("--token", TOKEN)
+    async with penstock(*SERVE, *options) as program:
+        answered = await statuses(await url_of(program), "localhost", "any.example", "", None)
+        assert answered == [200 if how == "insecure" else 401] * 4
+
+
+# What is never shown
+
+
+@asynccontextmanager
+async def connection(url: str) -> AsyncIterator[Wire]:
+    port = httpx2.URL(url).port
+    assert port
+    async with Wire(await trio.open_tcp_stream("127.0.0.1", port)) as wire:
+        yield wire
+
+
+def malformed(query: str) -> list[bytes]:
+    """Requests that no server can make sense of, with secrets wherever there is room."""
+    secret, auth = f"{TOKEN}?{query}".encode(), f"authorization: Bearer {TOKEN}\r\n".encode()
+    host = b"host: localhost\r\n"
+    return [
+        b"GET /v1/runs/\xff\xfe" + secret + b" HTTP/1.1\r\n" + host + auth + b"\r\n",
+        b"GET /v1/runs/%ff%00" + secret + b" HTTP/1.1\r\n" + host + auth + b"\r\n",
+        secret + b"\r\n\r\n",
+        b"GET " + secret + b"\r\n" + auth + b"\r\n",
+        b"GET /" + secret + b" HTTP/9.9\r\n" + host + auth + b"\r\n",
+        b"GET /" + secret + b" HTTP/1.1\r\n" + auth.replace(b": ", b"\0: ") + b"\r\n",
+        b"GET /" + secret + b" HTTP/1.1\r\n" + host + auth.replace(b"Bearer", b"Bea\0rer") + b"\r\n",
+        b"GET /" + secret + b" HTTP/1.1\r\n" + auth + auth + b"no header " + secret + b"\r\n\r\n",
+        b"G\xffT /" + secret + b" HTTP/1.1\r\n" + host + auth + b"\r\n",
+        b"GET /" + secret + b" HTTP/1.1\r\n" + host + auth + b"x: " + b"y" * 40_000 + secret + b"\r\n\r\n",
+        b"GET /" + secret * 1000 + b" HTTP/1.1\r\n" + host + auth + b"\r\n",
+        b"POST /v1/runs?" + secret + b" HTTP/1.1\r\n" + host + auth + b"content-length: " + secret + b"\r\n\r\n",
+        b"POST /v1/runs?" + secret + b" HTTP/1.1\r\n" + host + auth + b"transfer-encoding: chunked\r\n\r\n" + secret,
+        b"POST /v1/runs?" + secret + b" HTTP/1.1\r\n" + host + auth + b"origin: http://[" + secret + b"\r\n\r\n",
+        b"GET /v1/runs?" + secret + b" HTTP/1.1\r\nhost: [" + secret + b"\r\n" + auth + b"\r\n",
+        b"GET /v1/runs?"
+        + secret
+        + b" HTTP/1.1\r\n"
+        + host
+        + auth
+        + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\n" + host + auth + b"\r\n",
+        b"CONNECT " + secret + b" HTTP/1.1\r\n" + host + auth + b"\r\n",
+        b"\x16\x03\x01" + secret,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + secret,
+    ]
+
+
+def malformed_over_http2(query: str) -> list[list[tuple[str, str]]]:
+    secret = f"{TOKEN}?{query}"
+    good = [(":method", "GET"), (":path", f"/{secret}"), (":scheme", "http"), (":authority", "localhost")]
+    auth = ("authorization", f"Bearer {TOKEN}")
+    return [
+        [*good, auth],
+        [*good, ("authorization", f"Bearer {TOKEN}\r\nx: y")],
+        [*good, ("authorization", f" Bearer {TOKEN} ")],
+        [*good, ("Authorization", f"Bearer {TOKEN}")],
+        [*good, (f"x {secret}", secret)],
+        [*good, ("connection", secret), auth],
+        [*good, (":path", f"/again/{secret}"), auth],
+        [*good[:1], (":path", f"/\xff{secret}"), *good[2:], auth],
+        [(":method", f"G\xffT{TOKEN}"), *good[1:], auth],
+        [(":method", "CONNECT"), (":authority", secret), auth],
+        [(":method", "GET"), (":scheme", "http"), (":authority", secret), auth],
+        [*good, auth, (":late", secret)],
+        [*good, auth, ("content-length", secret)],
+        [*good, auth, ("x", secret * 100)],
+    ]
+
+
+async def over_http2(url: str, head: list[tuple[str, str]]) -> None:
+    """Send it, and read until the server has answered, or has had enough."""
+    config = h2.config.H2Configuration(
+        client_side=True,
+        header_encoding="utf-8",
+        validate_outbound_headers=False,
+        normalize_outbound_headers=False,
+        validate_inbound_headers=False,
+    )
+    async with connection(url) as wire:
+        client = h2.connection.H2Connection(config)
+        client.initiate_connection()
+        client.send_headers(1, head, end_stream=True)
+        client.ping(b"are you?")  # whoever is left to answer has seen the request
+        with suppress(AssertionError, trio.BrokenResourceError):
+            await wire.stream.send_all(client.data_to_send())
+            await wire.until(b"are you?")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_no_secret_is_in_anything_that_a_server_says_whatever_it_is_sent(file: str, log_format: str) -> None:
+    options = ("--log-level", "debug", "--log-format", log_format, "--tokens", file, "--drain-timeout", 0)
+    async with penstock(*SERVE, *options, PENSTOCK_TOKEN=TOKEN, PENSTOCK_LINK_SECRET=SECRET) as program:
+        url = await url_of(program)
+        made = link(sub="it")
+        async with httpx2.AsyncClient(base_url=url, timeout=GUARD) as client:
+
+            async def ask(method: str, path: str, *, token: str = "", **rest: Any) -> int:
+                answer = await client.request(method, path, headers=bearer(token) if token else {}, **rest)
+                return answer.status_code
+
+            assert await ask("POST", "/v1/runs", json={"producer": "silent", "run_id": "it"}, token=TOKEN) == 201
+            own = (await client.post("/v1/runs/it/link", headers=bearer(TOKEN))).json()["url"]
+            query = own.partition("?")[2]
+            assert await ask("GET", "/v1/runs", token=OTHER) == 200
+            assert await ask("POST", "/v1/runs/it/link", token=OTHER) == 403
+            assert await ask("GET", "/v1/runs/it", params=made) == 200
+            assert await ask("POST", "/v1/runs/it/cancel", params=made) == 403
+            assert await ask("GET", f"/v1/runs/it?link={TOKEN}") == 401
+            assert await ask("GET", f"/v1/runs/{TOKEN}?{query}") == 403
+            assert await ask("POST", f"/v1/runs?{query}", token=TOKEN, content=f"{TOKEN} {query}".encode()) == 400
+            for wrong in (TOKEN + "x", TOKEN.upper(), f"{OTHER} {TOKEN}"):
+                assert await ask("GET", f"/v1/runs?token={TOKEN}", token=wrong) == 401
+            for sent in malformed(query):
+                async with connection(url) as wire:
+                    with suppress(trio.BrokenResourceError):  # it was enough before the end
+                        await wire.stream.send_all(sent)
+                        await wire.stream.send_eof()
+                        await wire.stream.receive_some()  # an answer, or the end
+            for head in malformed_over_http2(query):
+                await over_http2(url, head)
+            assert await ask("POST", "/v1/runs/it/cancel", token=TOKEN) == 202
+            assert ids(blocks_of((await client.get(own)).text)) == [1, 2, 3]
+        program.process.terminate()
+        assert await program.end() == 0
+        said = program.words
+        assert "401 NOT_AUTHENTICATED" in said  # it did say what it had to
+        assert "403 NOT_ALLOWED" in said
+        assert "a connection ended with an error of its protocol" in said
+        signature = query.rpartition(".")[2]
+        for secret in (TOKEN, OTHER, SECRET, query, signature, made["link"], made["link"].rpartition(".")[2]):
+            assert secret not in said
+            assert secret[:-2] not in said
+        assert not re.search("eyJ[A-Za-z0-9_-]{10}", said)
+        if log_format == "json":
+            assert all(json.loads(line) for line in said.splitlines() if line.startswith("{"))
+
+
+# Workers
+
+
+async def test_a_link_that_one_worker_has_made_opens_the_stream_at_every_other(server: Endpoint) -> None:
+    async with serving_workers(2, server.url, "--drain-timeout", 0, env={"PENSTOCK_TOKEN": TOKEN}) as workers:
+        first, second = workers.pids().values()
+        async with workers.only(first):
+            body = {"producer": "silent", "run_id": "it"}
+            answer = await workers.client.post("/v1/runs", json=body, headers=bearer(TOKEN))
+            assert answer.status_code == 201, answer.text
+            url = (await workers.client.post("/v1/runs/it/link", headers=bearer(TOKEN))).json()["url"]
+        for pid in (first, second):
+            async with workers.only(pid), workers.opened("GET", url) as reader:
+                assert reader.status == 200
+                assert (await reader.take(1))[0].data == str(first)
+            assert await workers.ask_at(pid, "POST", f"/v1/runs/it/cancel?{url.partition('?')[2]}") == 403
+            assert await workers.ask_at(pid, "GET", "/v1/runs/it") == 401
+        workers.signal_group(signal.SIGTERM)
+        await has_stopped(workers)
+        assert TOKEN not in workers.said
+        assert url.partition("=")[2] not in workers.said
+
+
+# Workers, and what producers start
+
+
+def test_a_worker_admits_whom_its_parent_admits_whatever_the_file_says_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[a]\ntoken = "{TOKEN}"\nrights = ["read"]\n')
+    options: dict[str, Any] = {"tokens": str(path), "allow_origin": (), "allow_host": (), "insecure": False}
+    parent = admission(token=None, link_secret=None, **options)
+    path.unlink()
+    for name, value in parent.for_workers.items():
+        monkeypatch.setenv(name, value)
+    secret = parent.for_workers["PENSTOCK_LINK_SECRET"]
+    worker = admission(token=None, link_secret=secret, worker=True, **options)
+    assert worker.for_workers == parent.for_workers
+    assert TOKEN not in str(parent.for_workers)
+
+
+async def test_what_exec_runs_finds_no_secret_in_its_environment() -> None:
+    program = "import os; print(sorted(name for name in os.environ if name.startswith('PENSTOCK_')))"
+    env: dict[str, Any] = {
+        "PENSTOCK_TOKEN": TOKEN,
+        "PENSTOCK_LINK_SECRET": SECRET,
+        "PENSTOCK_LOG": "redis://:secret@localhost",
+    }
+    args = ("exec", "--bind", "127.0.0.1:0", "--", sys.executable, "-c", program)
+    async with penstock(*args, **env) as running, httpx2.AsyncClient() as client:
+        url = (await running.until(r"stream   (http://127\.0\.0\.1:\d+/v1/runs/exec/stream)"))[1]
+        answer = await client.get(url, headers={"authorization": f"Bearer {TOKEN}"})
+        assert "data: []" in answer.text

@@ -1,0 +1,477 @@
+"""`penstock runs follow` before a server whose answers are written beforehand: every event once, whatever it says."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from penstock.cli import follow as module
+from penstock.cli.api import Answer, Decision, Failure, Server, Step, Trouble, decide, put_off, retry_after
+from penstock.cli.follow import Following, Pauses
+from penstock.cli.terminal import Progress, Screen, event_as_json, event_as_words, how_it_ended
+from penstock.sse import Message
+from tests.cli.test_cli import ran
+from tests.support.runs_answers import Held, Reset, answer, answering, event, problem, record, record_of, stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from click.testing import Result
+
+    from tests.support.runs_answers import Said, Scripted
+
+DONE = event(3, "[DONE]")
+WHOLE = stream(event(1), event(2), DONE)
+STREAM = {"content-type": "text/event-stream; charset=utf-8"}
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses are looked at by themselves, and by the clock of their own of `Told`."""
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(module, "SHORTEST_PAUSE", 0.0)
+
+
+def follow(server: Scripted, *options: object, code: int = 0) -> Result:
+    """Follow the run `r1`, in this process."""
+    result = ran("runs", "follow", "r1", "--url", server.url, *options)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def ids(result: Result) -> list[int]:
+    """Of the events that were printed."""
+    return [json.loads(line)["id"] for line in result.stdout.splitlines()]
+
+
+# Every event once
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param([WHOLE], id="in one"),
+        pytest.param([stream(event(1)), stream(event(2), DONE)], id="ended early"),
+        pytest.param([stream(event(1), event(2), cut=True), stream(DONE)], id="cut between events"),
+        pytest.param([stream(event(1), "id: 2\ndata: wor", cut=True)[:-4], stream(event(2), DONE)], id="cut in one"),
+        pytest.param([Reset(stream(event(1), cut=True)), stream(event(2), DONE)], id="reset"),
+        pytest.param([b"", b"HTTP/1.1 20", Reset(b""), WHOLE], id="no answer"),
+        pytest.param([problem(each, "X") for each in (429, 500, 502, 503, 504, 408)] + [WHOLE], id="not now"),
+        pytest.param([answer(502, b"<html>", content_type="text/html"), WHOLE], id="a proxy without words"),
+        pytest.param([stream(event(1)), stream(event(1), event(2)), WHOLE], id="repeated"),
+        pytest.param([stream(event(1), event(1), event(2), event(1), DONE)], id="repeated at once"),
+        pytest.param([stream(event(1)), problem(404, "RUN_NOT_FOUND"), stream(event(2), DONE)], id="lost for a while"),
+        pytest.param([stream("id: 1\n: no event"), stream(event(2), DONE)], id="an entry that is no event"),
+        pytest.param([stream(": ping", event(1), ": ping", "retry: 1", event(2), ": ping", DONE)], id="comments"),
+    ],
+)
+def test_every_event_is_printed_once_and_in_order(said: list[Said]) -> None:
+    with answering(*said, record()) as server:
+        result = follow(server, "--json")
+    expected = [2, 3] if "no event" in repr(said[0]) else [1, 2, 3]
+    assert ids(result) == expected
+    assert server.paths[-1] == "/v1/runs/r1"
+    assert set(server.paths[:-1]) == {"/v1/runs/r1/stream"}
+    assert result.stderr.splitlines()[-1].startswith("penstock: run r1: completed (end_turn); ")
+
+
+def test_it_comes_back_with_the_last_id_that_it_has_printed() -> None:
+    said = [stream(event(8), event(9)), b"", stream("id: 10\n: no event"), stream(event(11, "[DONE]")), record()]
+    with answering(*said) as server:
+        result = follow(server, "--after", 7, "--json")
+    assert ids(result) == [8, 9, 11]
+    assert server.header("last-event-id") == ["7", "9", "9", "10"]
+    assert set(server.header("accept")) == {"text/event-stream, application/problem+json"}
+
+
+def test_repeats_are_said_once_and_pings_of_the_dialect_letta_are_none() -> None:
+    ping = 'data: {"message_type":"ping","id":"ping-1","run_id":null,"seq_id":null}'
+    said = [stream(ping, event(1), ping), stream(ping, event(1), event(1), event(2)), WHOLE, record()]
+    with answering(*said) as server:
+        result = follow(server, "--json")
+    assert ids(result) == [1, 2, 3]
+    assert result.stderr.count("the server repeats events, such as 1 after 1; they are left out") == 1
+    with answering(stream(ping, event(1), ping), stream(ping, event(2), ping, DONE), record()) as server:
+        assert "repeats" not in follow(server).stderr
+
+
+def test_data_of_a_typed_event_may_be_the_last_words() -> None:
+    said = [
+        stream(event(1, "[DONE]", "stdout"), event(2, "[DONE]", "message")),
+        record("running"),  # so the second was none either
+        stream(DONE),
+        record(),
+    ]
+    with answering(*said) as server:
+        assert ids(follow(server, "--json")) == [1, 2, 3]
+    assert server.header("last-event-id") == ["0", "2"]
+
+
+# How it ends
+
+
+@pytest.mark.parametrize(
+    "status,code", [("completed", 0), ("cancelled", 3), ("failed", 4), ("lost", 5), ("\x1b[2Jstrange", 1)]
+)
+def test_the_exit_code_and_the_last_line_say_how_the_run_ended(status: str, code: int) -> None:
+    for first in (WHOLE, answer(204)):
+        with answering(first, record(status)) as server:
+            result = follow(server, "--after", 0, code=code)
+        assert result.stderr.splitlines()[-1].startswith(
+            rf"penstock: run r1: {status} (end_turn); ".replace("\x1b", r"\x1b")
+        )
+        with answering(first, record(status)) as server:
+            assert follow(server, "--quiet", code=code).stderr == ""
+
+
+def test_quiet_leaves_out_reconnects_too() -> None:
+    with answering(stream(event(1)), b"", stream(event(2), DONE), record()) as server:
+        assert follow(server, "--quiet").stderr == ""
+
+
+def test_events_that_the_server_no_longer_has_are_said_to_be_missing() -> None:
+    expired = problem(410, "CURSOR_EXPIRED", oldest_seq=3)
+    for status, code in (("completed", 6), ("failed", 4)):
+        with answering(expired, stream(DONE), record(status)) as server:
+            result = follow(server, "--json", "--quiet", code=code)
+        assert ids(result) == [3]
+        assert server.header("last-event-id") == ["0", "2"]
+        assert result.stderr == "penstock: events 1 to 2 are missing: the server no longer has them\n"
+    letta = answer(410, json.dumps({"detail": {"code": "CURSOR_EXPIRED", "message": "x", "oldest_seq": 3}}).encode())
+    with answering(stream(event(1)), letta, stream(DONE), record()) as server:
+        result = follow(server, "--json", code=6)
+    assert ids(result) == [1, 3]
+    assert "event 2 is missing" in result.stderr
+
+
+@pytest.mark.parametrize("oldest", [0, 1, -5, "3", None, 3.5])
+def test_a_cursor_that_is_refused_with_nowhere_to_go_is_the_end_of_it(oldest: Any) -> None:
+    with answering(problem(410, "CURSOR_EXPIRED", oldest_seq=oldest)) as server:
+        result = follow(server, code=1)
+    assert result.stderr == "penstock: the server answered 410 CURSOR_EXPIRED: so it is\n"
+
+
+def test_the_last_events_are_those_of_the_moment_when_they_were_asked_for() -> None:
+    with answering(
+        record("running", seq=9), b"", stream(event(8), event(9)), stream(event(10, "[DONE]")), record()
+    ) as server:
+        assert ids(follow(server, "--tail", 2, "--json")) == [8, 9, 10]
+    assert server.header("last-event-id") == ["7", "7", "9"]
+    for after, tail, cursor in ((0, 0, "9"), (8, 5, "8"), (0, 100, "0")):
+        with answering(record("running", seq=9), answer(204), record()) as server:
+            follow(server, "--tail", tail, "--after", after)
+        assert server.header("last-event-id") == [cursor]
+
+
+def test_the_last_events_may_be_fewer_than_were_asked_for() -> None:
+    expired = problem(410, "CURSOR_EXPIRED", oldest_seq=8)
+    with answering(record("running", seq=9), expired, stream(event(8), event(9, "[DONE]")), record()) as server:
+        result = follow(server, "--tail", 5, "--json")
+    assert ids(result) == [8, 9]
+    assert "missing" not in result.stderr
+    with answering(record("running", seq=9), stream(event(5)), expired, stream(event(9, "[DONE]")), record()) as server:
+        assert "events 6 to 7 are missing" in follow(server, "--tail", 5, "--json", code=6).stderr
+    with answering(record("running", seq=9), expired, stream(event(8), event(9, "[DONE]")), record()) as server:
+        assert "events 6 to 7 are missing" in follow(server, "--tail", 5, "--after", 5, code=6).stderr
+
+
+@pytest.mark.parametrize(
+    "said,words",
+    [
+        ([problem(401, "NOT_AUTHENTICATED")], "the server answered 401 NOT_AUTHENTICATED: so it is; give a token"),
+        ([problem(404, "RUN_NOT_FOUND")], "the server answered 404 RUN_NOT_FOUND: so it is"),
+        ([problem(400, "BAD_CURSOR")], "the server answered 400 BAD_CURSOR: so it is"),
+        ([problem(501, "X")], "the server answered 501 X: so it is"),
+        ([stream(event(1)), problem(403, "FORBIDDEN")], "403 FORBIDDEN: so it is; go on with --after 1"),
+        (
+            [stream("data: no id")],
+            "an event without the id of a run's event: is it the right --url?; go on with --after 0",
+        ),
+        ([stream(event(1), "id: seven\ndata: x")], "an event without the id of a run's event"),
+        ([answer(200, b"id: 1", content_type="text/plain")], "the server answered 200 with text/plain, and"),
+        ([answer(206, b"id: 1", content_type="text/event-stream")], "the server answered 206 with text/event-stream"),
+        (
+            [WHOLE, problem(403, "X")],
+            "all events have come, but how the run ended is not known: the server answered 403",
+        ),
+        (
+            [WHOLE, answer(200, b"{}")],
+            "all events have come, but how the run ended is not known: the server answered 200",
+        ),
+        ([answer(204), problem(404, "X")], "gave up after 0.3 s: the server answered 404 X: so it is; go on with"),
+    ],
+)
+def test_what_keeps_it_from_going_on_is_said_with_the_cursor(
+    monkeypatch: pytest.MonkeyPatch, said: list[Said], words: str
+) -> None:
+    monkeypatch.setattr(module, "LOST_AGAIN", 0.3)
+    with answering(*said) as server:
+        last = follow(server, code=1).stderr.splitlines()[-1]
+    assert words in last
+
+
+# Patience, by a clock of its own
+
+
+@dataclass
+class Told(Screen):
+    """What it was told, instead of a terminal."""
+
+    pauses: list[float] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__init__(Progress(0.0), quiet=True)
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    def event(self, line: str) -> None:
+        self.events.append(line)
+
+    def tell(self, words: str) -> None:
+        self.words.append(words)
+
+
+@contextmanager
+def patient(port: int, give_up_after: float = inf, **how: Any) -> Iterator[tuple[Following, Told]]:
+    told = Told()
+    with Server(f"http://127.0.0.1:{port}") as server:
+        yield (
+            Following(server, "r1", told, give_up_after=give_up_after, clock=told.clock, sleep=told.sleep, **how),
+            told,
+        )
+
+
+@pytest.fixture
+def nobody() -> Iterator[int]:
+    """A port where nobody listens, and nobody else will."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def test_it_gives_up_after_so_many_seconds_without_an_answer(nobody: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.1)
+    with patient(nobody, 60) as (following, told), pytest.raises(Failure) as caught:
+        following.to_the_end()
+    assert str(caught.value) == "gave up after 60 s: no connection: Connection refused"
+    assert sum(told.pauses) == pytest.approx(60)
+    assert all(pause <= min(0.1 * 2**number, 5) for number, pause in enumerate(told.pauses))
+    assert max(told.pauses) > 1
+
+
+def test_without_a_limit_it_never_gives_up(nobody: int) -> None:
+    class EnoughError(Exception):
+        pass
+
+    with patient(nobody) as (following, told):
+
+        def sleep(seconds: float) -> None:
+            told.sleep(seconds)
+            if told.now > 1000:
+                raise EnoughError
+
+        following.sleep = sleep
+        with pytest.raises(EnoughError):
+            following.to_the_end()
+
+
+def test_an_answer_that_puts_off_renews_no_patience_and_a_stream_does() -> None:
+    put_off_for = [problem(503, "DRAINING", retry_after="20")]
+    with (
+        answering(*put_off_for * 2, stream(event(1)), *put_off_for * 2, stream(event(2), DONE), record()) as server,
+        patient(server.port, 50) as (following, told),
+    ):
+        assert following.to_the_end() == 0
+        assert [pause for pause in told.pauses if pause > 1] == [20] * 4
+    with answering(*put_off_for) as server, patient(server.port, 50) as (following, told):
+        with pytest.raises(Failure, match=r"gave up, since the server wants 20 s of patience: .* 503 DRAINING"):
+            following.to_the_end()
+        assert told.pauses == [20, 20]
+
+
+def test_pauses_are_short_again_after_an_event_and_not_after_an_empty_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(module, "wait_random_exponential", module_longest)
+    with (
+        answering(*[stream()] * 4, stream(event(1)), *[b""] * 2, stream(DONE), record()) as server,
+        patient(server.port) as (following, told),
+    ):
+        following.to_the_end()
+    assert told.pauses == [0.1, 0.2, 0.4, 0.8, 0.1, 0.2, 0.4]
+
+
+def module_longest(multiplier: float, min: float, max: float) -> Any:  # noqa: A002
+    """The longest that could be drawn."""
+    from tenacity import wait_exponential  # noqa: PLC0415
+
+    return wait_exponential(multiplier=multiplier, max=max)
+
+
+@pytest.mark.parametrize("retry,pause", [("1000", 1.0), ("99999999", 5.0)])
+def test_the_streams_own_retry_is_obeyed_up_to_the_longest_pause(retry: str, pause: float) -> None:
+    with (
+        answering(stream(event(1), f"retry: {retry}"), stream(DONE), record()) as server,
+        patient(server.port) as (following, told),
+    ):
+        following.to_the_end()
+    assert told.pauses == [pause]
+
+
+def test_a_run_that_is_gone_is_sought_for_fifteen_seconds() -> None:
+    gone = problem(404, "RUN_NOT_FOUND")
+    with answering(stream(event(1)), gone) as server, patient(server.port, 3600) as (following, told):
+        with pytest.raises(Failure, match="gave up after 15 s: the server answered 404 RUN_NOT_FOUND"):
+            following.to_the_end()
+        assert 15 <= sum(told.pauses) < 21
+    with (
+        answering(stream(event(1)), gone, b"", gone, stream(event(2)), gone, stream(DONE), record()) as server,
+        patient(server.port, 3600) as (following, told),
+    ):
+        assert following.to_the_end() == 0
+
+
+def test_each_time_that_a_run_is_gone_it_is_sought_anew() -> None:
+    gone = problem(404, "RUN_NOT_FOUND")
+    said = [stream(event(1)), gone, stream(event(2)), gone, stream(DONE), record()]
+    with answering(*said) as server, patient(server.port) as (following, told):
+        following.sleep = lambda _seconds: told.sleep(10)
+        assert following.to_the_end() == 0
+
+
+def test_a_record_that_cannot_be_had_is_not_waited_for_as_long_as_a_stream(nobody: int) -> None:
+    with answering(WHOLE, problem(503, "X")) as server, patient(server.port, 3600) as (following, told):
+        with pytest.raises(
+            Failure, match="how the run ended is not known: gave up after 15 s: the server answered 503"
+        ):
+            following.to_the_end()
+        assert sum(told.pauses) == pytest.approx(15)
+    assert len(told.events) == 3
+
+
+def test_a_connection_that_says_nothing_is_taken_for_dead_and_opened_again() -> None:
+    with (
+        answering(Held(stream(event(1), cut=True)), Held(b""), stream(event(2), DONE), record()) as server,
+        patient(server.port, silence=0.2) as (following, told),
+    ):
+        assert following.to_the_end() == 0
+    assert [line.split()[0] for line in told.events] == ["1", "2", "3"]
+    assert server.header("last-event-id") == ["0", "1", "1"]
+
+
+def test_the_silence_of_a_stream_has_a_limit_of_its_own() -> None:
+    with (
+        answering(Held(stream(event(1), cut=True))) as server,
+        Server(server.url) as asking,
+        asking.stream("r1", 0, wait=3600, silence=0.1) as (_, pieces),
+    ):
+        assert b"id: 1" in next(pieces)
+        with pytest.raises(Trouble, match="nothing came for too long"):
+            next(pieces)
+
+
+def test_each_pause_is_drawn_anew_and_its_limit_doubles_up_to_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(module, "SHORTEST_PAUSE", 0.05)
+    drawn = []
+    for _ in range(200):
+        pauses = Pauses()
+        drawn.append([pauses.next() for _ in range(9)])
+    columns = list(zip(*drawn, strict=True))
+    for number, column in enumerate(columns):
+        limit = min(0.1 * 2**number, 5)
+        assert 0.05 <= min(column) < max(column) <= limit
+        assert max(column) > limit / 2
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    "status,headers,seen,step,pause",
+    [
+        (200, STREAM, False, Step.READ, 0),
+        (200, {"content-type": "Text/Event-Stream"}, True, Step.READ, 0),
+        (200, {"content-type": "text/html"}, True, Step.STOP, 0),
+        (200, {}, True, Step.STOP, 0),
+        (201, STREAM, True, Step.STOP, 0),
+        (204, {}, False, Step.OVER, 0),
+        *((status, {"location": "/"}, True, Step.STOP, 0) for status in (301, 302, 303, 307, 308)),
+        *((status, {}, True, Step.STOP, 0) for status in (400, 401, 403, 405, 406, 409, 410, 413, 422, 431, 501, 505)),
+        (404, {}, False, Step.STOP, 0),
+        (404, {}, True, Step.SEEK, 0),
+        *((status, {}, False, Step.AGAIN, 0) for status in (408, 425, 429, 500, 502, 503, 504, 507, 520, 599)),
+        *((status, {"retry-after": "7"}, False, Step.AGAIN, 7) for status in (429, 502, 503, 504)),
+        (404, {"retry-after": "7"}, True, Step.SEEK, 0),
+    ],
+)
+def test_what_a_reader_does_after_an_answer(
+    status: int, headers: dict[str, str], seen: bool, step: Step, pause: float
+) -> None:
+    decision = decide(Answer(status, headers), cursor=5, seen=seen)
+    assert (decision.step, decision.pause) == (step, pause)
+    assert bool(decision.words) is (step not in {Step.READ, Step.OVER})
+    if step not in {Step.READ, Step.OVER}:
+        assert put_off(Answer(status, headers), seen=seen) == decision
+
+
+def test_a_cursor_that_has_expired_is_followed_by_the_oldest_there_is() -> None:
+    body = json.dumps({"code": "CURSOR_EXPIRED", "detail": "x", "oldest_seq": 7}).encode()
+    steps = [decide(Answer(410, body=body), cursor=cursor, seen=True).step for cursor in (0, 5, 6, 7)]
+    assert steps == [Step.SKIP, Step.SKIP, Step.STOP, Step.STOP]
+    assert decide(Answer(410, body=body), cursor=5, seen=True) == Decision(Step.SKIP, oldest=7)
+
+
+@pytest.mark.parametrize(
+    "value,seconds",
+    [
+        ("0", 0),
+        (" 12 ", 12),
+        ("999999999", 999_999_999),
+        *((value, 0) for value in ("", "-1", "1.5", "1e9", "soon", "9" * 5000, "٣")),
+        ("Sun, 09 Sep 2001 01:46:50 GMT", 10),
+        ("Sun, 09 Sep 2001 01:46:30 GMT", 0),
+        ("Sun, 09 Sep 99999 01:46:30 GMT", 0),
+    ],
+)
+def test_how_long_retry_after_asks_to_wait(value: str, seconds: float) -> None:
+    assert retry_after(value, now=1e9) == seconds
+
+
+def test_how_events_are_printed() -> None:
+    message = Message('a\x1b[2J\n[b]\t"é"\u202e', "my\x9btype")
+    assert event_as_words(12, message) == "12  my\\x9btype  a\\x1b[2J\n" + " " * 16 + '[b]\t"é"\\u202e'
+    line = event_as_json(12, message)
+    assert line.startswith('{"id": 12, "event": "my\\u009btype", "data": "a\\u001b[2J\\n[b]')
+    assert json.loads(line) == {"id": 12, "event": message.event, "data": message.data}
+    assert line.isascii()
+
+
+def test_how_a_run_ended_is_said_in_words() -> None:
+    error = {"code": "ERROR", "message": "it broke", "error_id": "e1"}
+    assert (
+        how_it_ended(record_of("failed", stop_reason="error", error=error)) == "run r1: failed (error), ERROR: it broke"
+    )
+    cancelled = record_of("cancelled", stop_reason="cancelled", cancel_reason="enough")
+    assert how_it_ended(cancelled) == "run r1: cancelled (cancelled): enough"
+    assert how_it_ended(record_of("completed", stop_reason=None)) == "run r1: completed"
+
+
+def test_progress_counts_what_there_was() -> None:
+    progress = Progress(10.0, events=3, size=456, reconnects=2, state="no connection", until=12.5)
+    assert progress.words(11.0) == "no connection, again in 1.5 s · 3 events, 456 bytes, 1.0 s, 2 reconnects"
+    assert Progress(10.0, state="connected").words(12.0) == "connected · 0 events, 0 bytes, 2.0 s"
+    assert Progress(10.0, 1, 1, 1, "x").words(12.0) == "x · 1 event, 1 byte, 2.0 s, 1 reconnect"

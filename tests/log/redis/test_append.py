@@ -1,0 +1,516 @@
+"""How entries get into Redis: all of an append as one word, and what lies there afterwards, to the byte."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import trio
+
+from penstock.log import PAGE_ENTRIES, Appended, AppendStatus, Batch, Entry
+from penstock.log.open import open_log
+from penstock.log.redis import scripts
+from penstock.log.redis.log import RedisLog
+from penstock.log.redis.schema import Keys
+from penstock.runs import RunStatus
+from penstock.supervisor.committer import FULL_PAUSE
+from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
+from tests.support.clustered import CLUSTER, clustered, everywhere
+from tests.support.committing import committing, shown
+from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, batch, entries, record, seqs
+from tests.support.proxy import Reply, proxy
+from tests.support.redis_servers import Endpoint, redis_server, redis_servers, shared_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+VERSIONS = list(redis_servers())
+KEYS = Keys()
+MIB = 1024 * 1024
+OK, HOLE = AppendStatus.OK, AppendStatus.HOLE
+NOW = 1_767_225_600_123
+"""A time as it may be, in milliseconds."""
+
+
+@pytest.fixture(params=VERSIONS)
+def server(request: pytest.FixtureRequest) -> Endpoint:
+    server = clustered() if request.param == CLUSTER else shared_server(request.param)
+    server.flushall()
+    return server
+
+
+@pytest.fixture
+async def log(server: Endpoint) -> AsyncIterator[RedisLog]:
+    async with open_log(server.url) as log:
+        assert isinstance(log, RedisLog)
+        yield log
+
+
+async def in_redis(log: RedisLog, run_id: str = "r") -> list[list[Any]]:
+    """The entries of a run as they lie there: each its id, and its fields and values, in order."""
+    return cast("list[list[Any]]", await log._servers.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
+
+
+def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
+    """What ought to lie there for these entries."""
+    return [
+        [
+            b"%d-0" % each.seq,
+            [b"seq_id", b"%d" % each.seq, b"data", each.data, b"timestamp", b"%d" % each.timestamp]
+            + [b"complete", b"true"] * each.terminal,
+        ]
+        for each in made
+    ]
+
+
+def of_data(first: int, data: Sequence[bytes], *, terminal: bool = False) -> list[Entry]:
+    """Entries with these data, from this seq on."""
+    last = first + len(data) - 1
+    return [
+        Entry.of(seq, each, NOW + seq % 1009, terminal=terminal and seq == last)
+        for seq, each in enumerate(data, start=first)
+    ]
+
+
+async def append(log: RedisLog, *made: Entry) -> Appended:
+    """Append these, as one batch."""
+    (reply,) = await log.append([Batch("r", "epoch", made, COMPLETED if made[-1].terminal else None)])
+    return reply
+
+
+async def is_stored(log: RedisLog, made: Sequence[Entry]) -> None:
+    """The run is these entries: where they lie, and for whoever reads them."""
+    assert await in_redis(log) == as_it_lies(made)
+    read: list[Entry] = []
+    while page := (await log.read("r", read[-1].seq if read else 0)).entries:
+        read += page
+    assert read == list(made)
+
+
+# --- one batch ------------------------------------------------------------------------------------------------------
+
+SIZES = [0, 1, 2, 9, 10, 11, 63, 64, 127, 128, 255, 256, 257, 1023, 4096, 32_767, 32_768, 65_535, 65_536, 65_537]
+ODD = [
+    b"",
+    b"\x00",
+    b"\n",
+    b"\r\n\r\n",
+    b"id: 7\n",
+    b"id: 3\ndata: another's\n\n",
+    b"\xff\xfe\x00\x01",
+    bytes(range(256)),
+    b"\xc3",
+    b"%d %s %b %.0f\n\n",
+    b"\xff\xfe\r\n\r\n$5\r\n*3\r\n",
+    struct.pack("<4I", 0, 1, 2**31, 2**32 - 1),
+    struct.pack("<3d", 0.0, -1.5, float("inf")),
+    "data: \N{SNOWMAN}\n\n".encode(),
+    "data: \U0001f6b0\U0001f6b0\n\n".encode(),
+    "data: \u2028e\u0301\n\n".encode(),
+    "data: \N{LATIN SMALL LETTER E WITH ACUTE}\n\n".encode(),
+    b"data: [DONE]\n\n",
+]
+
+
+def text(size: int, alphabet: bytes) -> bytes:
+    """So many bytes, no two neighbours of which look alike."""
+    return (alphabet * (size // len(alphabet) + 1))[:size]
+
+
+@pytest.mark.parametrize("alphabet", [b"0123456789", bytes(range(256)), "\N{SNOWMAN}\U0001f6b0\u00e9a".encode(), b"\n"])
+@pytest.mark.parametrize("order", [1, -1])
+async def test_data_of_many_sizes_in_one_batch_are_each_kept_to_the_byte(
+    log: RedisLog, alphabet: bytes, order: int
+) -> None:
+    await log.start(record(), LEASE)
+    made = of_data(1, [text(size, alphabet) for size in SIZES[::order]], terminal=True)
+    assert await append(log, *made) == Appended(OK, len(SIZES))
+    await is_stored(log, made)
+
+
+@pytest.mark.parametrize("shift", range(3))
+async def test_odd_data_in_one_batch_are_each_kept_to_the_byte(log: RedisLog, shift: int) -> None:
+    await log.start(record(), LEASE)
+    made = of_data(1, [*ODD[shift:], *ODD, *ODD[:shift]])
+    assert await append(log, *made) == Appended(OK, 2 * len(ODD))
+    await is_stored(log, made)
+
+
+async def test_a_batch_of_entries_without_data_is_kept(log: RedisLog) -> None:
+    await log.start(record(), LEASE)
+    made = of_data(1, [b""] * 12)
+    await append(log, *made)
+    await is_stored(log, made)
+
+
+@pytest.mark.parametrize("around", [9, 99, 999, 9_999, 2**31 - 1, 2**32 - 1, 10**14 - 1, 10**15 - 1])
+@pytest.mark.parametrize("before", [0, 1, 3])
+async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(
+    log: RedisLog, around: int, before: int
+) -> None:
+    first = around - before
+    assert await log.restore(record(), LEASE, first) == Appended(HOLE, first - 1)
+    made = of_data(first, [b"data: %d of it\n\n" % number for number in range(8)], terminal=True)
+    assert await append(log, *made) == Appended(OK, first + 7)
+    assert await in_redis(log) == as_it_lies(made)
+    page = await log.read("r", first - 1)
+    assert list(page.entries) == made
+    assert page.run.seq == first + 7
+
+
+async def test_a_batch_of_a_thousand_and_more_is_kept_to_the_byte(log: RedisLog) -> None:
+    await log.start(record(), LEASE)
+    made = of_data(1, [text(seq % 37, b"abcdefghijk") for seq in range(1, 1102)], terminal=True)
+    assert await append(log, *made) == Appended(OK, 1101)
+    await is_stored(log, made)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("stored", [2, 3, 8, 9, 10, 11, 12, 13])
+async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
+    server: Endpoint, log: RedisLog, stored: int, first: int
+) -> None:
+    await log.start(record(), LEASE)
+    there = of_data(1, [text(3 * seq, b"there") for seq in range(1, stored + 1)])
+    await append(log, *there)
+    again = of_data(first, [text(5 * seq, b"AGAIN!") for seq in range(first, 14)])
+    before = await server.stats()
+    assert await append(log, *again) == Appended(OK, 13)
+    after = await server.stats()
+    assert after["xadd"] - before["xadd"] == 13 - stored
+    await is_stored(log, [*there, *again[stored - first + 1 :]])
+
+
+@pytest.mark.parametrize("stored", [0, 1, 9, 12])
+async def test_an_ending_that_is_sent_after_a_part_of_its_batch_is_there_marks_its_last_entry_alone(
+    log: RedisLog, stored: int
+) -> None:
+    await log.start(record(), LEASE)
+    made = of_data(1, [b"data: %d\n\n" % seq for seq in range(1, 14)], terminal=True)
+    if stored:
+        await append(log, *made[:stored])
+    for _ in range(2):
+        assert await append(log, *made) == Appended(OK, 13)
+    await is_stored(log, made)
+    assert (await log.get("r")).status is RunStatus.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [NOW] * 5,
+        [NOW, NOW, NOW + 1, NOW + 1, NOW, NOW + 2],
+        [0, 0, 1, 1, 0, 2**31, 2**31, 2**32, 2**41, 2**53 - 1, 2**53 - 1, 2**53 - 2],
+        [0],
+        [10**14 - 1, 10**14, 10**15, 10**15 + 1],
+    ],
+)
+@pytest.mark.parametrize("stored", [0, 1])
+async def test_each_entry_of_a_batch_keeps_its_own_time(log: RedisLog, times: list[int], stored: int) -> None:
+    await log.start(record(), LEASE)
+    made = [Entry.of(seq, b"data\n\n", time) for seq, time in enumerate(times, 1)]
+    if stored:
+        await append(log, made[0])
+    assert await append(log, *made) == Appended(OK, len(times))
+    await is_stored(log, made)
+
+
+@pytest.mark.parametrize("size", [MIB - 1, MIB, MIB + 1])
+@pytest.mark.parametrize("place", [0, 2, 4])
+async def test_an_entry_of_a_mebibyte_among_small_ones_is_kept_to_the_byte(
+    log: RedisLog, place: int, size: int
+) -> None:
+    await log.start(record(), LEASE)
+    data = [b"data: %d\n\n" % number for number in range(5)]
+    data[place] = text(size, bytes(range(251)))
+    made = of_data(1, data)
+    assert await append(log, *made) == Appended(OK, 5)
+    await is_stored(log, made)
+
+
+@pytest.mark.parametrize("ending", [None, COMPLETED, FAILED, CANCELLED])
+async def test_nothing_but_these_fields_lies_in_redis(log: RedisLog, ending: Any) -> None:
+    await log.start(record(), LEASE)
+    await log.append([batch(1, 2), batch(3, 4, ending)])
+    lies = [
+        [
+            b"%d-0" % seq,
+            [b"seq_id", b"%d" % seq, b"data", b"data: entry %d\n\n" % seq, b"timestamp", b"%d" % (1000 + seq)],
+        ]
+        for seq in range(1, 5)
+    ]
+    if ending is not None:
+        lies[-1][1] += [b"complete", b"true"]  # type: ignore[operator]
+    assert await in_redis(log) == lies
+
+
+@pytest.mark.parametrize("count", [1, 2, 200])
+@pytest.mark.parametrize("ending", [None, COMPLETED, FAILED])
+@everywhere
+async def test_an_append_has_as_many_words_however_many_entries_it_has(log: RedisLog, count: int, ending: Any) -> None:
+    command = log._append(batch(5, 4 + count, ending))
+    one = log._append(batch(1, 1, ending))
+    assert len(command) == len(one)
+    made = entries(5, 4 + count)
+    wire, lengths, times, channel, publish = command[-5:]
+    assert wire == b"".join(each.wire for each in made)
+    assert struct.unpack(f"<{count}I", lengths) == tuple(len(each.wire) for each in made)
+    assert struct.unpack(f"<{count}d", times) == tuple(each.timestamp for each in made)
+    assert (channel, publish) == (KEYS.wake("r"), "SPUBLISH" if log._servers.clustered else "PUBLISH")
+    assert command[3:5] == (KEYS.stream("r"), KEYS.record("r"))
+
+
+# --- several batches of a run in one append -------------------------------------------------------------------------
+
+
+async def test_several_batches_of_one_run_are_stored_in_order_in_one_round_trip(server: Endpoint) -> None:
+    async with proxy(server.port) as between, open_log(between.url) as log:
+        assert isinstance(log, RedisLog)
+        await log.start(record(), LEASE)
+        await log.append([batch(1, 1)])
+        asked = []
+
+        def note(reply: Reply) -> bool:
+            asked.append(reply.command)
+            return False
+
+        between.drop_reply_when(note)
+        batches = [batch(2, 200), batch(201, 400), batch(401, 401), batch(402, 403), batch(404, 405, COMPLETED)]
+        assert await log.append(batches) == [Appended(OK, seq) for seq in (200, 400, 401, 403, 405)]
+        assert asked.count("EVALSHA") == 5
+        await is_stored(log, entries(1, 405, terminal=True))
+        assert (await log.get("r")).status is RunStatus.COMPLETED
+
+
+@everywhere
+async def test_batches_of_many_runs_keep_the_order_of_each(log: RedisLog) -> None:
+    runs = [f"r{number}" for number in range(40)]
+    for run_id in runs:
+        await log.start(record(run_id), LEASE)
+    batches = [
+        batch(10 * n + 1, 10 * n + 10, COMPLETED if n == 4 else None, run_id=run_id)
+        for run_id in runs
+        for n in range(5)
+    ]
+    assert await log.append(batches) == [Appended(OK, 10 * n + 10) for _ in runs for n in range(5)]
+    for run_id in runs:
+        assert await in_redis(log, run_id) == as_it_lies(entries(1, 50, terminal=True))
+
+
+@everywhere
+async def test_batches_of_more_bytes_than_a_round_trip_takes_are_stored_in_order(log: RedisLog) -> None:
+    await log.start(record(), LEASE)
+    batches = [batch(n, n, size=MIB, ending=COMPLETED if n == 5 else None) for n in range(1, 6)]
+    assert await log.append(batches) == [Appended(OK, n) for n in range(1, 6)]
+    await is_stored(log, entries(1, 5, MIB, terminal=True))
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+@everywhere
+async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: RedisLog, missing: int) -> None:
+    await log.start(record(), LEASE)
+    batches = [batch(10 * n - 9, 10 * n) for n in range(1, 6) if n != missing]
+    last = 10 * (missing - 1)
+    expected = [Appended(OK, 10 * n) for n in range(1, missing)] + [Appended(HOLE, last)] * (5 - missing)
+    assert await log.append(batches) == expected
+    assert await in_redis(log) == as_it_lies(entries(1, last))
+    assert await log.append([batch(last + 1, 50, COMPLETED)]) == [Appended(OK, 50)]
+    await is_stored(log, entries(1, 50, terminal=True))
+
+
+@everywhere
+async def test_every_batch_of_a_run_that_is_anothers_over_or_gone_is_refused(server: Endpoint, log: RedisLog) -> None:
+    await log.start(record(), LEASE)
+    refused = [batch(1, 10, epoch="yours"), batch(11, 20, epoch="yours")]
+    assert [each.status for each in await log.append(refused)] == [AppendStatus.FENCED] * 2
+    assert await log.append([batch(1, 2, FAILED), batch(3, 4), batch(5, 6)]) == [
+        Appended(OK, 2),
+        Appended(AppendStatus.ENDED, 2),
+        Appended(AppendStatus.ENDED, 2),
+    ]
+    await is_stored(log, entries(1, 2, terminal=True))
+    server.flushall()
+    assert [each.status for each in await log.append([batch(1, 2), batch(3, 4)])] == [AppendStatus.GONE] * 2
+    assert await in_redis(log) == []
+
+
+async def test_a_cancel_on_record_comes_with_the_reply_to_the_first_and_refuses_the_completion_alone(
+    log: RedisLog,
+) -> None:
+    await log.start(record(), LEASE)
+    await log.request_cancel("r", "stop")
+    replies = await log.append([batch(1, 10), batch(11, 20), batch(21, 22, COMPLETED)])
+    assert [(each.status, each.seq) for each in replies] == [(OK, 10), (OK, 20), (AppendStatus.CANCELLED, 20)]
+    assert {(each.cancelled, each.cancel) for each in replies} == {(True, "stop")}
+    await is_stored(log, entries(1, 20))
+
+
+@everywhere
+async def test_several_batches_for_a_server_that_has_forgotten_the_script_are_stored_in_order(
+    server: Endpoint, log: RedisLog
+) -> None:
+    await log.start(record(), LEASE)
+    await server.command("SCRIPT", "FLUSH")
+    batches = [batch(10 * n - 9, 10 * n, COMPLETED if n == 5 else None) for n in range(1, 6)]
+    assert await log.append(batches) == [Appended(OK, 10 * n) for n in range(1, 6)]
+    await is_stored(log, entries(1, 50, terminal=True))
+
+
+@pytest.mark.parametrize("kth", [1, 2, 3, 5])
+async def test_several_batches_of_which_the_nth_reply_is_lost_are_stored_once(server: Endpoint, kth: int) -> None:
+    async with proxy(server.port) as between, open_log(between.url) as log:
+        assert isinstance(log, RedisLog)
+        await log.start(record(), LEASE)
+        await log.append([batch(1, 1)])
+        replies = iter(range(1, 100))
+        appends = scripts.APPEND.digest.encode()
+        between.drop_reply_when(lambda reply: reply.arguments[:1] == (appends,) and next(replies) == kth)
+        batches = [batch(2, 10), *[batch(10 * n - 9, 10 * n, COMPLETED if n == 5 else None) for n in range(2, 6)]]
+        replied = await log.append(batches)
+        assert between.lost == 1
+        assert [each.status for each in replied] == [OK] * 5
+        await is_stored(log, entries(1, 50, terminal=True))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_of_several_batches_a_full_server_takes_none_but_those_that_end_a_run(version: str) -> None:
+    executable = redis_servers()[version]
+    async with (
+        redis_server(executable=executable, maxmemory_policy="noeviction") as server,
+        open_log(server.url) as log,
+    ):
+        assert isinstance(log, RedisLog)
+        for run_id in ("goes-on", "ends"):
+            await log.start(record(run_id), LEASE)
+        await log.append([batch(1, 3, run_id="goes-on"), batch(1, 3, run_id="ends")])
+        await server.command("CONFIG SET", "maxmemory", 1)
+        replies = await log.append([batch(n, n, run_id="goes-on") for n in (4, 5, 6)])
+        assert [each.status for each in replies] == [AppendStatus.FULL] + [replies[1].status] * 2
+        assert replies[1].status in {AppendStatus.FULL, HOLE}
+        parts = [Batch("ends", "epoch", entries(n, n), final=True) for n in (4, 5)]
+        replies = await log.append([*parts, batch(6, 6, COMPLETED, run_id="ends")])
+        assert replies == [Appended(OK, 4), Appended(OK, 5), Appended(OK, 6)]
+        assert await in_redis(log, "goes-on") == as_it_lies(entries(1, 3))
+        assert await in_redis(log, "ends") == as_it_lies(entries(1, 6, terminal=True))
+
+
+# --- the committer on top of it -------------------------------------------------------------------------------------
+
+
+def to_redis(log: RedisLog) -> Any:
+    """A committer at work on it, as long as the block lasts."""
+    return committing(cast("Any", log), max_pending_bytes=100 * MIB)
+
+
+async def is_the_runs(log: RedisLog, tail: Sequence[Entry], run_id: str = "r") -> None:
+    """What readers here can see is what lies in Redis."""
+    assert seqs(tail) == list(range(1, len(tail) + 1))
+    assert await in_redis(log, run_id) == as_it_lies(tail)
+
+
+@pytest.mark.parametrize(
+    "count", [BATCHES * BATCH_ENTRIES - 1, BATCHES * BATCH_ENTRIES, 2 * BATCHES * BATCH_ENTRIES + 1]
+)
+@everywhere
+async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_order(log: RedisLog, count: int) -> None:
+    async with to_redis(log) as works:
+        boxes = [await works.run(run_id) for run_id in ("r", "other")]
+        for outbox in boxes:
+            works.put(outbox, count)
+            works.committer.close(outbox, [DONE], COMPLETED)
+        for outbox in boxes:
+            await works.settled(outbox.run_id)
+            assert len(shown(outbox.tail)) == count + 1
+            await is_the_runs(log, list(shown(outbox.tail)), outbox.run_id)
+        assert works.committer.pending_bytes == 0
+        assert works.warnings == []
+
+
+@pytest.mark.parametrize("every", [2, 3, 7])
+async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost(server: Endpoint, every: int) -> None:
+    async with proxy(server.port) as between, open_log(between.url) as there, open_log(server.url) as log:
+        assert isinstance(there, RedisLog)
+        assert isinstance(log, RedisLog)
+        async with to_redis(there) as works:
+            outbox = await works.run()
+            losses = iter([every] * 4)
+            appends, seen, goal = scripts.APPEND.digest.encode(), 0, next(losses)
+
+            def lost(reply: Reply) -> bool:
+                nonlocal seen, goal
+                seen += reply.arguments[:1] == (appends,)
+                if seen == goal:
+                    goal += next(losses, 10**9)
+                    return True
+                return False
+
+            between.drop_reply_when(lost)
+            works.put(outbox, 3 * BATCHES * BATCH_ENTRIES)
+            works.committer.close(outbox, [DONE], COMPLETED)
+            await works.settled()
+            assert between.lost >= 2
+            assert len(shown(outbox.tail)) == 3 * BATCHES * BATCH_ENTRIES + 1
+            await is_the_runs(log, list(shown(outbox.tail)))
+
+
+@everywhere
+async def test_what_redis_loses_of_a_run_with_many_batches_is_given_again_whole(
+    server: Endpoint, log: RedisLog
+) -> None:
+    async with to_redis(log) as works:
+        outbox = await works.run()
+        works.put(outbox, 2 * BATCHES * BATCH_ENTRIES)
+        await works.committer.flush(outbox)
+        server.flushall()
+        works.put(outbox, 2 * BATCHES * BATCH_ENTRIES)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert works.owners["r"].told == ["settled"]
+        assert len(shown(outbox.tail)) == 4 * BATCHES * BATCH_ENTRIES + 1
+        await is_the_runs(log, list(shown(outbox.tail)))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_run_with_many_batches_goes_on_when_a_full_server_has_room(version: str) -> None:
+    executable = redis_servers()[version]
+    async with (
+        redis_server(executable=executable, maxmemory_policy="noeviction") as server,
+        open_log(server.url) as log,
+    ):
+        assert isinstance(log, RedisLog)
+        async with to_redis(log) as works:
+            outbox = await works.run()
+            works.put(outbox, 1)
+            await works.committer.flush(outbox)
+            await server.command("CONFIG SET", "maxmemory", 1)
+            told = trio.Event()
+
+            def tell(words: str) -> None:
+                works.warnings.append(words)
+                told.set()
+
+            works.committer._commits = replace(works.committer._commits, on_warning=tell)
+            for lane in works.committer._lanes.values():
+                lane._commits = works.committer._commits
+            works.put(outbox, BATCHES * BATCH_ENTRIES + 5)
+            with trio.fail_after(20 * FULL_PAUSE):
+                await told.wait()
+            assert len(shown(outbox.tail)) == 1
+            await server.command("CONFIG SET", "maxmemory", 0)
+            await works.committer.flush(outbox)
+            assert len(shown(outbox.tail)) == BATCHES * BATCH_ENTRIES + 6
+            await is_the_runs(log, list(shown(outbox.tail)))
+            assert not [warning for warning in works.warnings if "lost" in warning]
+
+
+async def test_a_page_begins_where_the_one_before_it_ended_also_within_a_batch(log: RedisLog) -> None:
+    async with to_redis(log) as works:
+        outbox = await works.run()
+        works.put(outbox, BATCHES * BATCH_ENTRIES)
+        await works.committer.flush(outbox)
+        read: list[Entry] = []
+        while page := (await log.read("r", len(read), max_entries=PAGE_ENTRIES - 1)).entries:
+            read += page
+        assert read == list(shown(outbox.tail))

@@ -1,0 +1,495 @@
+"""The client of a cluster: which node is sent what, and what becomes of it if nodes stall, die or lose their slots."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.exceptions import ResponseError
+
+from penstock.errors import LogUnavailable
+from penstock.log.redis import scripts
+from penstock.log.redis.client import call
+from penstock.log.redis.cluster import Cluster, open_cluster
+from tests.support.redis_clusters import Cluster as Nodes
+from tests.support.redis_clusters import redis_cluster, shared_cluster
+from tests.support.redis_runs import until_it_is
+from tests.support.redis_servers import Endpoint, _free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from penstock.log.redis.backend import Command
+
+GUARD = 30
+until = partial(until_it_is, wanted=True, seconds=GUARD)
+
+
+def keys_on(master: int, count: int = 1, masters: int = 3) -> list[str]:
+    """Keys that are on this one of the masters of a cluster that has just been formed."""
+    numbers = iter(range(10_000))
+    names = (f"key-{number}" for number in numbers)
+    return [name for name in names if key_slot(name.encode()) * masters // REDIS_CLUSTER_HASH_SLOTS == master][:count]
+
+
+ONE, TWO, THREE = (keys_on(master)[0] for master in range(3))
+"""A key on each of three masters."""
+TAG = "{" + ONE + "}"
+
+
+@pytest.fixture
+def shared() -> Nodes[Endpoint]:
+    cluster = shared_cluster()
+    cluster.flushall()
+    return cluster
+
+
+@pytest.fixture
+async def cluster(shared: Nodes[Endpoint]) -> AsyncIterator[Cluster]:
+    async with open_cluster(shared.url) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.5)
+
+
+def at(node: Endpoint) -> str:
+    return f"127.0.0.1:{node.port}"
+
+
+def one_of(*nodes: Endpoint) -> str:
+    """The URL of a cluster that names these nodes."""
+    return "redis+cluster://" + ",".join(at(node) for node in nodes)
+
+
+async def nobody_is_connected(*nodes: Endpoint) -> None:
+    """Wait until no client is connected to these (nodes of a cluster are none of each other)."""
+
+    async def nobody() -> bool:
+        return not [client for node in nodes for client in await ours(node)]
+
+    await until(nobody)
+
+
+async def ours(node: Endpoint) -> list[dict[str, str]]:
+    """The connections of clients; those of replicas and to masters are none."""
+    return [client for client in await node.clients() if not {*client["flags"]} & {"S", "M"}]
+
+
+async def refused(cluster: Cluster, *commands: Command) -> str:
+    with pytest.raises(LogUnavailable) as raised:
+        await cluster.execute(commands)
+    return str(raised.value)
+
+
+# Sending
+
+
+async def test_commands_go_to_their_nodes_and_the_replies_come_in_their_order(
+    cluster: Cluster, shared: Nodes[Endpoint]
+) -> None:
+    keys = [f"key-{number}" for number in range(100)]
+    assert await cluster.execute([("SET", key, n) for n, key in enumerate(keys)]) == [b"OK"] * 100
+    assert await cluster.execute([("GET", key) for key in keys]) == [b"%d" % n for n in range(100)]
+    assert all([await shared.command("GET", key, key=key) == str(n) for n, key in enumerate(keys)])
+    calls = [(await node.stats())["set"] for node in shared.nodes]
+    assert sum(calls) == 100
+    assert all(calls)
+
+
+async def test_each_node_has_its_commands_in_their_order(cluster: Cluster) -> None:
+    commands = [("RPUSH", key, n) for n in range(300) for key in (ONE, TWO, THREE)]
+    assert await cluster.execute(commands) == [n + 1 for n in range(300) for _ in range(3)]
+    for key in (ONE, TWO, THREE):
+        assert await cluster.ask("LRANGE", key, 0, -1) == [b"%d" % n for n in range(300)]
+
+
+async def test_nothing_to_send_is_nothing_sent(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
+    assert await cluster.execute([]) == []
+    assert await cluster.in_turn([], []) == []
+    assert not any(["cluster|slots" in await node.stats() for node in shared.nodes])
+
+
+async def test_the_slots_are_asked_for_once_however_many_want_to_know(
+    cluster: Cluster, shared: Nodes[Endpoint]
+) -> None:
+    assert cluster.parts() == ("",)
+    assert cluster.part(ONE) == ""
+    async with trio.open_nursery() as nursery:
+        for key in (ONE, TWO, THREE) * 5:
+            nursery.start_soon(cluster.ask, "GET", key)
+    assert [cluster.part(key) for key in (ONE, TWO, THREE)] == [at(node) for node in shared.nodes]
+    assert sorted(cluster.parts()) == sorted(at(node) for node in shared.nodes)
+    await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
+    assert sum([(await node.stats()).get("cluster|slots", 0) for node in shared.nodes]) == 1
+
+
+async def test_a_refusal_belongs_to_its_own_command(cluster: Cluster) -> None:
+    commands: list[Command] = [("SET", ONE, 1), ("SET", TWO, 2), ("LPUSH", ONE, 2), ("LPUSH", THREE, 3), ("GET", TWO)]
+    ok, _, refusal, pushed, got = await cluster.execute(commands)
+    assert isinstance(refusal, ResponseError)
+    assert "WRONGTYPE" in str(refusal)
+    assert (ok, pushed, got) == (b"OK", 1, b"2")
+    with pytest.raises(LogUnavailable, match=rf"Redis at {cluster.address} refuses a command: WRONGTYPE"):
+        await cluster.ask("LPUSH", ONE, 2)
+
+
+async def test_a_script_that_one_node_does_not_know_is_loaded_there(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
+    dues = [call(scripts.DUE, [key], 0, 10) for key in (ONE, TWO, THREE)]
+    assert [runs for _, runs in await cluster.execute(dues)] == [[], [], []]
+    for node in shared.nodes:
+        await node.command("CONFIG RESETSTAT")
+    await shared.nodes[1].command("SCRIPT FLUSH")
+    assert [runs for _, runs in await cluster.execute(dues)] == [[], [], []]
+    assert [(await node.stats()).get("script|load", 0) for node in shared.nodes] == [0, 1, 0]
+    assert [(await node.stats())["evalsha"] for node in shared.nodes] == [1, 2, 1]
+
+
+async def test_stages_are_done_one_after_the_other(cluster: Cluster) -> None:
+    stages: list[list[Command]] = [[("SET", ONE, 1), ("SET", TWO, 2)], [("GET", TWO), ("GET", ONE)], [("GET", THREE)]]
+    assert await cluster.in_turn(*stages) == [b"OK", b"OK", b"2", b"1", None]
+
+
+async def test_leaving_closes_every_connection(shared: Nodes[Endpoint]) -> None:
+    async with open_cluster(shared.url) as cluster:
+        await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
+        async with cluster.subscription(cluster.part(ONE)) as subscription:
+            await subscription.subscribe([ONE])
+            assert [len(await ours(node)) for node in shared.nodes] == [1, 1, 1]
+    await nobody_is_connected(*shared.nodes)
+
+
+async def test_what_a_body_raises_leaves_as_it_is(shared: Nodes[Endpoint]) -> None:
+    error = ValueError("its own")
+
+    async def body() -> None:
+        async with open_cluster(shared.url) as cluster:
+            await cluster.ask("GET", ONE)
+            raise error
+
+    with pytest.raises(ValueError, match="its own") as raised:
+        await body()
+    assert raised.value is error
+    await nobody_is_connected(*shared.nodes)
+
+
+async def test_a_node_that_is_left_just_before_it_is_sent_something_is_not_connected_to_again(
+    shared: Nodes[Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, news = Cluster._at, [[0, REDIS_CLUSTER_HASH_SLOTS - 1, [b"127.0.0.1", shared.nodes[1].port]]]
+
+    async def send_late(self: Cluster, node: Any, *args: Any, **how: Any) -> Any:
+        if news and node.client.address == at(shared.nodes[0]):
+            self._slots.replace([news.pop()], "")
+            await self._moved()  # as if it had been asked whose slots are meanwhile
+        return await send(self, node, *args, **how)
+
+    async with open_cluster(shared.url) as cluster:
+        await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
+        monkeypatch.setattr(Cluster, "_at", send_late)
+        assert await cluster.execute([("SET", key, 1) for key in (ONE, TWO, THREE)]) == [b"OK"] * 3
+    await nobody_is_connected(*shared.nodes)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_cancellations_anywhere_leave_the_cluster_usable_and_no_connections_behind(
+    shared: Nodes[Endpoint], seed: int
+) -> None:
+    chance = random.Random(seed)
+    keys = [f"{name}-{n}" for n in range(40) for name in (ONE, TWO, THREE)]
+    async with open_cluster(shared.url) as cluster:
+
+        async def send() -> None:
+            with trio.move_on_after(chance.uniform(0, 0.03)):
+                values = {key: b"%d" % chance.getrandbits(30) for key in chance.sample(keys, 30)}
+                what = chance.choice(["in_turn", "beside", "script", "subscribe"])
+                sets: list[Command] = [("SET", key, value) for key, value in values.items()]
+                if what == "beside":
+                    await cluster.beside(sets)
+                elif what == "script":
+                    await cluster.execute([call(scripts.DUE, [f"due-{key}"], 0, 10) for key in keys[:3]])
+                elif what == "subscribe":
+                    async with cluster.subscription(cluster.part(ONE)) as subscription:
+                        await subscription.subscribe([ONE])
+                else:
+                    replies = await cluster.in_turn(sets, [("STRLEN", key) for key in values])
+                    assert replies[:30] == [b"OK"] * 30
+                    assert all(0 < length < 11 for length in replies[30:])
+
+        await cluster.ask("GET", ONE)
+        for _ in range(8):
+            async with trio.open_nursery() as nursery:
+                for _ in range(8):
+                    nursery.start_soon(send)
+        for n, key in enumerate(keys):
+            assert await cluster.execute([("SET", key, n), ("GET", key)]) == [b"OK", b"%d" % n]
+        for node in shared.nodes:
+            assert len(await ours(node)) <= 12
+    await nobody_is_connected(*shared.nodes)
+
+
+# Finding it
+
+
+async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
+    urls = ",".join(f"127.0.0.1:{_free_port()}" for _ in range(3))
+    async with open_cluster(f"redis+cluster://{urls}") as cluster:
+        with trio.fail_after(5):
+            assert await refused(cluster, ("GET", ONE))
+            await cluster.beside([("GET", ONE)])
+            with pytest.raises(LogUnavailable):
+                await cluster.in_turn([("GET", ONE)], [("GET", TWO)])
+            with pytest.raises(LogUnavailable):
+                async with cluster.subscription("127.0.0.1:1"):
+                    pytest.fail("there is no such node")
+        assert cluster.parts() == ("",)
+
+
+async def test_any_of_the_nodes_in_the_url_will_do(shared: Nodes[Endpoint]) -> None:
+    for node in shared.nodes:
+        url = f"redis+cluster://127.0.0.1:{_free_port()},{at(node)},127.0.0.1:{_free_port()}"
+        async with open_cluster(url) as cluster:
+            assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [None] * 3
+
+
+# Slots that move
+
+
+async def test_slots_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with redis_cluster() as own, open_cluster(own.url) as cluster:
+        first, second, _ = own.nodes
+        told: list[str] = []
+        cluster.watch(lambda: told.append(cluster.part(ONE)))
+        here, there, missing = f"{TAG}here", f"{TAG}there", f"{TAG}missing"
+        await cluster.execute([("SET", key, "value") for key in (here, there, TWO)])
+        assert told == [at(first)]
+
+        # A key that is not there any more, or not yet, is asked for where its slot will be.
+        slot = own.slot(ONE)
+        await own.begin_move(slot, second)
+        assert await cluster.execute([("SET", missing, "new"), ("GET", here), ("GET", TWO), ("GET", missing)]) == [
+            *[b"OK", b"value", b"value", b"new"]
+        ]
+        enlist = call(scripts.ENLIST, [f"{TAG}list"], 60_000, "1", "r")
+        assert [await cluster.ask(*enlist), await cluster.ask("ZCARD", f"{TAG}list")] == [None, 1]
+        many: list[Command] = [("RPUSH", f"{TAG}queue", n) for n in range(250)]
+        assert await cluster.execute(many) == [*range(1, 251)]
+        assert cluster.part(ONE) == at(first)
+        assert told == [at(first)]
+
+        # Two keys, one here and one there, are tried again if somebody waits for them; nobody is refused with them.
+        both = ("MGET", here, missing)
+        refusal, got = await cluster.execute([both, ("GET", TWO)])
+        assert isinstance(refusal, LogUnavailable)
+        assert "is moving what a command is about" in str(refusal)
+        assert got == b"value"
+        assert await rejected(first, "mget") == 1
+        monkeypatch.setattr("penstock.log.redis.cluster.PATIENCE", 0.5)
+        with pytest.raises(LogUnavailable, match="is moving what a command is about"):
+            await cluster.ask(*both)
+        assert await rejected(first, "mget") > 2
+
+        # Whoever is patient has an answer when the slot has moved, and from then on all is sent to where it is.
+        monkeypatch.setattr("penstock.log.redis.cluster.PATIENCE", GUARD)
+        async with trio.open_nursery() as nursery:
+            replies: list[Any] = []
+
+            async def ask() -> None:
+                replies.extend(await cluster.in_turn([both, ("GET", TWO)]))
+
+            tried = await rejected(first, "mget")
+            nursery.start_soon(ask)
+            await until(lambda: more_rejected(first, "mget", tried))
+            await own.finish_move(slot, second)
+        assert replies == [[b"value", b"new"], b"value"]
+        assert await cluster.ask("GET", here) == b"value"
+        assert told == [at(first), at(second)]
+        assert cluster.part(ONE) == at(second)
+        before = (await first.stats())["get"], (await second.stats())["get"]
+        assert await cluster.execute([("GET", here)] * 5) == [b"value"] * 5
+        assert ((await first.stats())["get"], (await second.stats())["get"]) == (before[0], before[1] + 5)
+        assert await cluster.ask("LRANGE", f"{TAG}queue", 0, -1) == [b"%d" % n for n in range(250)]
+
+
+async def rejected(node: Endpoint, command: str) -> int:
+    """How often a node has refused to run this."""
+    return int((await node.command("INFO", "commandstats")).get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
+
+
+async def more_rejected(node: Endpoint, command: str, times: int) -> bool:
+    return await rejected(node, command) > times
+
+
+@pytest.mark.parametrize("kind", ["unknown-endpoint", "hostname"])
+async def test_nodes_that_do_not_say_their_host_have_the_one_at_which_they_were_reached(kind: str) -> None:
+    async with redis_cluster(cluster_preferred_endpoint_type=kind) as own, open_cluster(own.url) as cluster:
+        assert await cluster.execute([("SET", key, 1) for key in (ONE, TWO, THREE)]) == [b"OK"] * 3
+        assert sorted(cluster.parts()) == sorted(at(node) for node in own.nodes)
+        await own.begin_move(own.slot(ONE), own.nodes[1])
+        assert await cluster.execute([("SET", f"{TAG}new", 1), ("GET", f"{TAG}new")]) == [b"OK", b"1"]
+        await own.finish_move(own.slot(ONE), own.nodes[1])
+        assert await cluster.execute([("GET", f"{TAG}new"), ("GET", TWO)]) == [b"1", b"1"]
+        assert sorted(cluster.parts()) == sorted(at(node) for node in own.nodes)
+
+
+# Nodes that are away
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_node_that_is_away_holds_up_its_own_commands_alone() -> None:
+    async with redis_cluster() as own, open_cluster(own.url) as cluster:
+        first, second, third = own.nodes
+        await cluster.execute([("SET", key, "value") for key in (ONE, TWO, THREE)])
+
+        # Stalled: whoever wants nothing of it goes on, and whoever does waits once, for all that it wants.
+        third.pause()
+        done: list[str] = []
+
+        async def stalled() -> None:
+            commands: list[Command] = [("GET", THREE), ("SET", THREE, "x"), ("INCR", TAG), ("GET", TWO)]
+            refusal, again, _, got = await cluster.execute(commands)
+            assert got == b"value"
+            assert isinstance(refusal, LogUnavailable)
+            assert refusal is again
+            assert f"Redis at {at(third)} has not answered for 0.5 s" in str(refusal)
+            done.append("stalled")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(stalled)
+            for _ in range(20):
+                assert await cluster.execute([("GET", ONE), ("GET", TWO)]) == [b"value"] * 2
+                assert await cluster.in_turn([("GET", ONE)], [("GET", TWO)]) == [b"value"] * 2
+                await cluster.beside([("SET", THREE, "beside")])
+                await cluster.beside([("INCR", f"{{{TWO}}}beside")])
+            assert not done
+            for key in (TAG, f"{{{TWO}}}beside"):  # what is for others has been sent
+                await until(partial(has, cluster, key))
+            assert not done
+        assert done == ["stalled"] * 3
+
+        # A later stage is not begun if something of an earlier one is not done.
+        with pytest.raises(LogUnavailable, match="has not answered"):
+            await cluster.in_turn([("SET", ONE, "stage"), ("GET", THREE)], [("SET", TWO, "stage")])
+        assert await cluster.execute([("GET", ONE), ("GET", TWO)]) == [b"stage", b"value"]
+        third.resume()
+        await until(lambda: has(cluster, THREE))
+        stages = await cluster.in_turn([("SET", ONE, "value"), ("GET", TWO)], [("LPUSH", THREE, 1), ("GET", TWO)])
+        assert isinstance(stages[2], ResponseError)  # done, and refused
+
+        # Dead: the same, and at once.
+        await third.kill()
+        got, refusal = await cluster.execute([("GET", ONE), ("GET", THREE)])
+        assert got == b"value"
+        assert isinstance(refusal, LogUnavailable)
+        assert at(third) in str(refusal)
+        assert at(third) in await refused(cluster, ("GET", THREE), ("SET", THREE, 1))
+        with pytest.raises(LogUnavailable):
+            async with cluster.subscription(at(third)) as subscription:
+                await subscription.subscribe([THREE])
+        assert await cluster.in_turn([("GET", ONE)], [("GET", TWO)]) == [b"value"] * 2
+
+        # All of them: nothing is left to answer, and nobody waits for `beside`.
+        await first.kill()
+        second.pause()
+        done.clear()
+
+        async def all_of_them() -> None:
+            assert await refused(cluster, *[("GET", key) for key in (ONE, TWO, THREE)])
+            done.append("refused")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(all_of_them)
+            for key in (ONE, TWO, THREE):
+                await cluster.beside([("SET", key, "x")])
+            assert not done
+
+
+async def has(cluster: Cluster, key: str) -> bool:
+    (there,) = await asked(cluster, ("EXISTS", key))
+    return bool(there == 1)
+
+
+async def asked(cluster: Cluster, *commands: Command) -> list[Any]:
+    """The replies, or what is wrong with all of them."""
+    try:
+        return await cluster.execute(commands)
+    except LogUnavailable as error:
+        return [error] * len(commands)
+
+
+async def test_a_cluster_that_wants_all_slots_served_is_away_with_one_master_and_comes_back() -> None:
+    async with (
+        redis_cluster(cluster_require_full_coverage="yes", node_timeout=1.0) as own,
+        open_cluster(own.url) as cluster,
+    ):
+        commands: list[Command] = [("SET", key, "value") for key in (ONE, TWO, THREE)]
+        assert await cluster.execute(commands) == [b"OK"] * 3
+        await own.nodes[0].kill()
+
+        async def down() -> bool:
+            replies = [(await asked(cluster, command))[0] for command in commands[1:]]
+            return all("its cluster is down" in str(reply) for reply in replies)
+
+        await until(down)
+        assert await refused(cluster, *commands)
+        assert "its cluster is down" in await refused(cluster, ("GET", TWO))
+        await own.nodes[0].restart(empty=True)
+        await own.settled()
+        assert await cluster.execute(commands) == [b"OK"] * 3
+
+
+async def test_a_replica_that_takes_over_is_found_from_a_url_that_names_the_dead_and_its_attempts_are_rerouted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 3.0 * GUARD)  # nothing here waits for that
+    monkeypatch.setattr("penstock.log.redis.cluster.HASTE", GUARD)
+    async with redis_cluster(replicas=1, node_timeout=1.0) as own, open_cluster(one_of(own.nodes[0])) as cluster:
+        first, second, _, heir, other_heir, _ = own.nodes
+        told: list[set[str]] = []
+        await cluster.execute([("SET", key, "value") for key in (ONE, TWO, THREE)])
+        cluster.watch(lambda: told.append({*cluster.parts()}))
+
+        # Its master hands over, and says so.
+        await own.promote(other_heir)
+        assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [b"value"] * 3
+        assert cluster.part(TWO) == at(other_heir)
+        await nobody_is_connected(second)
+        assert at(second) not in cluster.parts()
+
+        # Its master stalls, with commands under way.
+        first.pause()
+        with trio.fail_after(GUARD):
+            replies = await cluster.execute([("SET", ONE, "new"), ("GET", TWO)])
+        assert replies == [b"OK", b"value"]
+        assert cluster.part(ONE) == at(heir)
+        assert await heir.command("GET", ONE) == "new"
+        assert at(first) not in cluster.parts()
+        assert at(first) not in told[-1]
+        assert at(heir) in told[-1]
+        first.resume()
+        await nobody_is_connected(first)
+
+        # The only node that the URL names is dead.
+        await first.kill()
+        assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [b"new", b"value", b"value"]
+        await own.nodes[2].kill()
+        await until(lambda: has(cluster, THREE))
+        assert cluster.part(THREE) == at(own.nodes[5])
+
+
+async def test_a_replica_is_asked_for_the_slots_if_no_primary_is_left_that_could_be() -> None:
+    async with redis_cluster(masters=1, replicas=1) as own, open_cluster(own.url) as cluster:
+        primary, replica = own.nodes
+        await cluster.ask("SET", ONE, "value")
+        cluster._slots.replicas.append(("127.0.0.1", replica.port))  # its primary tells of it only after some seconds
+        await primary.kill()
+        await own.promote(replica, "TAKEOVER")
+        await until(partial(has, cluster, ONE))
+        assert cluster.parts() == [at(replica)]

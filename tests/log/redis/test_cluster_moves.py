@@ -1,0 +1,377 @@
+"""Slots of a real cluster on their way: while one is half moved nothing waits that is not on it, and nobody dies of it.
+
+A slot is half moved when its node has handed over some keys, or has never had some: whoever asks there for two keys of
+a run at once is told to try again, for as long as that lasts.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from redis.crc import key_slot
+
+from penstock.log import Lease
+from penstock.log.open import open_log
+from penstock.log.redis import scripts
+from penstock.log.redis.client import call, open_client
+from penstock.log.redis.schema import Keys, fields_of_ending
+from penstock.sse import Event
+from penstock.supervisor import open_supervisor
+from tests.support.clustered import ClusteredServer, in_order
+from tests.support.logs import OBITUARY, record
+from tests.support.redis_clusters import redis_cluster
+from tests.support.redis_runs import (
+    SOON,
+    Ticks,
+    counted,
+    last_seq,
+    record_of,
+    same_everywhere,
+    stream_of,
+    supervisor_at,
+    until,
+    until_it_is,
+)
+from tests.support.redis_servers import _talk, _talk_in_thread
+from tests.support.supervising import Notes, count, read, readers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from penstock.log.redis.log import RedisLog
+    from tests.support.redis_clusters import Cluster
+    from tests.support.redis_servers import Endpoint, RedisServer
+
+KEYS = Keys()
+LONG = 3_600.0
+"""Seconds that no test waits for."""
+
+
+class Works:
+    """A cluster of three masters whose slots have not moved yet, and ids of runs that begin on one of them."""
+
+    def __init__(self, cluster: Cluster[RedisServer]) -> None:
+        self.cluster = cluster
+        self.server = ClusteredServer(cluster)
+        self.url = cluster.url
+        self.first, self.second, self.third = cluster.nodes
+        self._ids = [self._on(node) for node in range(3)]
+        self._slots: set[int] = set()
+
+    def _on(self, node: int) -> Iterator[str]:
+        for run_id in (f"run-{number}" for number in range(100_000)):
+            slot = key_slot(record_of(run_id).encode())
+            if slot * 3 // 16384 == node and slot not in self._slots:
+                self._slots.add(slot)
+                yield run_id
+
+    def run_on(self, node: RedisServer) -> str:
+        """A run id that has its slot for itself."""
+        return next(self._ids[self.cluster.nodes.index(node)])
+
+    async def begin(self, run_id: str, to: RedisServer, *, keys: int = 0) -> None:
+        """Begin to move a run's slot; so many of its keys come along at once."""
+        slot = self.cluster.slot(record_of(run_id))
+        await self.cluster.begin_move(slot, to)
+        assert await self.cluster.move_keys(slot, to, at_most=keys) == keys
+
+    async def finish(self, run_id: str, to: RedisServer) -> None:
+        await self.cluster.finish_move(self.cluster.slot(record_of(run_id)), to)
+
+    async def lease_end(self, node: RedisServer, run_id: str) -> int:
+        """By the record of a run, which this node has, perhaps beyond an ASK."""
+        words = ("HGET", record_of(run_id), "lease_end")
+        return int((await _talk_in_thread(node.url, ("ASKING",), words))[1])
+
+    async def keys_on(self, node: RedisServer, run_id: str) -> set[str]:
+        """The keys on a run's slot that a node has."""
+        return {*await node.command("CLUSTER", "GETKEYSINSLOT", self.cluster.slot(record_of(run_id)), 10)}
+
+
+@asynccontextmanager
+async def three_masters() -> AsyncIterator[Works]:
+    async with redis_cluster() as cluster:
+        yield Works(cluster)
+
+
+class Gate:
+    """A producer that says nothing until it may, and then goes on until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.may = trio.Event()
+        self.ticks = Ticks()
+        self.saw: str | None = None
+
+    async def __call__(self) -> AsyncIterator[Event]:
+        try:
+            await self.may.wait()
+        except trio.Cancelled as cancelled:
+            self.saw = cancelled.reason
+            raise
+        async for event in self.ticks():
+            yield event
+
+
+@pytest.fixture
+def without_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not published where a reader listens never comes to it."""
+    monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", LONG)
+
+
+# Half moved
+
+
+@pytest.mark.usefixtures("without_look_ups")
+async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_other_of_its_node_nor_their_readers() -> (
+    None
+):
+    notes, others_notes = Notes(), Notes()
+    async with (
+        three_masters() as works,
+        supervisor_at(works.url, lease=LONG, observer=notes) as owner,
+        supervisor_at(works.url, lease=LONG, observer=others_notes) as other,
+    ):
+        stuck, free = works.run_on(works.first), works.run_on(works.first)
+        gate, ticks = Gate(), Ticks()
+        await owner.start(gate, run_id=stuck)
+        await owner.start(ticks, run_id=free)
+        ticks_of_free = ticks
+        async with readers((other, stuck), (owner, free), (other, free)) as following:
+            await until(lambda: min(map(last_seq, following[1:])) > 20)
+            await works.begin(stuck, works.second)
+            # Alone in a commit, as the only run that says anything, and alone in a fetch.
+            ticks.enough.set()
+            await until(lambda: all(reader.ended_at for reader in following[1:]))
+            gate.may.set()
+            await until(lambda: any("cannot commit" in words for words in notes.warnings))
+            await works.first.command("SPUBLISH", KEYS.wake(stuck), 1)
+            later, ticks = works.run_on(works.first), Ticks()
+            await owner.start(ticks, run_id=later)
+            async with readers((owner, later), (other, later)) as later_readers:
+                await until(lambda: min(map(last_seq, later_readers)) > 100)
+                assert last_seq(following[0]) == 0
+                ticks.enough.set()
+            await works.finish(stuck, works.second)
+            await until(lambda: last_seq(following[0]) > 100)
+            gate.ticks.enough.set()
+        counted(await same_everywhere(works.server, stuck, following[:1]), gate.ticks)
+        counted(await same_everywhere(works.server, free, following[1:]), ticks_of_free)
+        counted(await same_everywhere(works.server, later, later_readers), ticks)
+
+
+async def test_a_dead_run_whose_slot_is_half_moved_keeps_no_other_of_its_node_from_being_reaped() -> None:
+    async with three_masters() as works, open_log(works.url) as log:
+        await log.check()
+        first_list = redis(log)._lists.live(log.part(works.run_on(works.first)))[0]
+        ids = [works.run_on(works.first) for _ in range(12)]
+        stuck = next(run_id for run_id in ids if redis(log)._lists.live_of(run_id) == first_list)
+        others = sorted({*ids} - {stuck})
+        assert {redis(log)._lists.live_of(run_id) for run_id in others} - {first_list}
+        for run_id in ids:
+            await in_order(log).start(record(run_id), Lease("dead", "epoch", 0.001))
+        await works.begin(stuck, works.second)
+        assert sorted(await log.reap(lambda: OBITUARY)) == others
+        assert await log.reap(lambda: OBITUARY) == []
+        await works.finish(stuck, works.second)
+        await until_it_is(lambda: log.reap(lambda: OBITUARY), [stuck])
+
+
+def redis(log: Any) -> RedisLog:
+    """The log, as what it is."""
+    found: RedisLog = log
+    return found
+
+
+async def test_a_run_whose_slot_is_half_moved_for_longer_than_its_lease_is_renewed_and_not_reaped() -> None:
+    lease = 1.0
+    async with (
+        three_masters() as works,
+        supervisor_at(works.url, lease=lease) as owner,
+        supervisor_at(works.url, lease=lease) as other,
+    ):
+        silent, wrote = works.run_on(works.first), works.run_on(works.first)
+        gates = [Gate(), Gate()]
+        await owner.start(gates[0], run_id=silent)
+        await owner.start(count_then(gates[1]), run_id=wrote)
+        async with readers((other, silent), (other, wrote)) as following:
+            await until(lambda: last_seq(following[1]) == 1)
+            await works.begin(silent, works.second)
+            await works.begin(wrote, works.second, keys=1)
+            here = await works.keys_on(works.first, wrote)
+            assert here in ({record_of(wrote)}, {stream_of(wrote)})
+            at = {silent: works.first, wrote: works.first if here == {record_of(wrote)} else works.second}
+            before = {run_id: await works.lease_end(node, run_id) for run_id, node in at.items()}
+            for run_id, node in at.items():
+                await renewed_until(works, node, run_id, before[run_id] + round(2_000 * lease))
+            for run_id in at:
+                await works.finish(run_id, works.second)
+            await reaps_again(works, other)
+            for gate in gates:
+                assert gate.saw is None
+                gate.may.set()
+            await until(lambda: min(map(last_seq, following)) > 50)
+            for gate in gates:
+                gate.ticks.enough.set()
+        for run_id, gate, first in zip(at, gates, (0, 1), strict=True):
+            ended = await same_everywhere(works.server, run_id, [following[first]])
+            assert (ended["status"], int(ended["seq"])) == ("completed", gate.ticks.said + 1 + first)
+
+
+def count_then(gate: Gate) -> Any:
+    """A producer that says one thing, and then is this one."""
+
+    async def producer() -> AsyncIterator[Event]:
+        yield Event(data="first")
+        async for event in gate():
+            yield event
+
+    return producer
+
+
+async def renewed_until(works: Works, node: RedisServer, run_id: str, end: int) -> None:
+    with trio.fail_after(SOON):
+        while await works.lease_end(node, run_id) < end:  # noqa: ASYNC110  (each look is a request)
+            await trio.sleep(0.02)
+
+
+async def reaps_again(works: Works, supervisor: Any) -> None:
+    """Some dead run, of another owner, has been ended by this supervisor or another from now on."""
+    dead = works.run_on(works.second)
+    await supervisor.log.start(record(dead), Lease("dead", "epoch", 0.001))
+    assert (await supervisor.wait(dead)).status == "lost"
+
+
+# Another clock
+
+
+async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_the_clock_there_says() -> None:
+    async with three_masters() as works, open_log(works.url) as log:
+        run_id = works.run_on(works.first)
+        await in_order(log).start(record(run_id), Lease("owner", "epoch", LONG))
+        live = redis(log)._lists.live_of(run_id)
+        slot = works.cluster.slot(record_of(run_id))
+        await works.cluster.move_slot(slot, works.second)
+        await until_it_is(lambda: moved_to(log, run_id), works.second.url.split("/")[2])
+        await works.server.command("HSET", record_of(run_id), "lease_end", 1)  # by a clock that is far ahead
+        await works.server.command("ZADD", live, 1, run_id)
+        assert await log.reap(lambda: OBITUARY) == []
+        assert (await log.get(run_id)).status == "running"
+        async with open_log(works.url) as another:  # it has not seen it come
+            await works.server.command("ZADD", live, 1, run_id)
+            assert await another.reap(lambda: OBITUARY) == [run_id]
+
+
+async def moved_to(log: Any, run_id: str) -> str:
+    """Where the run is, by what the log knows after a look at it."""
+    await log.get(run_id)
+    part: str = log.part(run_id)
+    return part
+
+
+@pytest.mark.parametrize("here, left", [(0, 30_000), (29_999, 1), (30_000, None), (10**12, None)])
+async def test_the_script_that_reaps_leaves_a_run_alone_that_has_been_here_for_less_than_its_lease(
+    server: Endpoint, here: int, left: int | None
+) -> None:
+    async with open_log(server.url) as log, open_client(server.url) as client:
+        await log.start(record("r"), Lease("owner", "epoch", 30.0))
+        await server.command("HSET", record_of("r"), "lease_end", 1)
+        keys = [KEYS.stream("r"), KEYS.record("r")]
+        ending = fields_of_ending(OBITUARY.ending)
+        words = (2, here, 1_000, KEYS.wake("r"), "PUBLISH", len(ending), *ending, *OBITUARY.blocks)
+        reply = await client.ask(*call(scripts.REAP, keys, *words))
+        assert reply == ([b"FENCED", 0] if left is None else [b"OK", left])
+        assert (await log.get("r")).status == ("lost" if left is None else "running")
+
+
+# Wake-ups
+
+
+@pytest.mark.usefixtures("without_look_ups")
+async def test_what_is_written_while_a_runs_keys_are_beyond_an_ask_reaches_readers_elsewhere() -> None:
+    async with (
+        three_masters() as works,
+        supervisor_at(works.url, lease=LONG) as owner,
+        supervisor_at(works.url, lease=LONG) as other,
+    ):
+        ticks = Ticks()
+        run = await owner.start(ticks, run_id=works.run_on(works.first))
+        async with readers((other, run.id)) as (reader,):
+            await until(lambda: last_seq(reader) > 20)
+            await works.begin(run.id, works.second, keys=2)
+            assert await works.keys_on(works.second, run.id) == {record_of(run.id), stream_of(run.id)}
+            said = ticks.said
+            await until(lambda: last_seq(reader) > said + 100)
+            assert await works.cluster.node_of(record_of(run.id)) is works.first
+            await works.finish(run.id, works.second)
+            said = ticks.said
+            await until(lambda: last_seq(reader) > said + 100)
+            ticks.enough.set()
+        counted(await same_everywhere(works.server, run.id, [reader]), ticks)
+
+
+@pytest.mark.usefixtures("without_look_ups")
+async def test_the_channels_of_a_slot_that_was_moved_away_and_back_are_listened_to_again() -> None:
+    async with (
+        three_masters() as works,
+        supervisor_at(works.url, lease=LONG) as owner,
+        supervisor_at(works.url, lease=LONG) as other,
+    ):
+        ticks = Ticks()
+        run = await owner.start(ticks, run_id=works.run_on(works.first))
+        async with readers((other, run.id)) as (reader,):
+            await until(lambda: last_seq(reader) > 20)
+            there_and_back(works, works.cluster.slot(record_of(run.id)), works.first, works.second)
+            said = ticks.said
+            await until(lambda: last_seq(reader) > said + 100)
+            ticks.enough.set()
+        counted(await same_everywhere(works.server, run.id, [reader]), ticks)
+
+
+def there_and_back(works: Works, slot: int, home: RedisServer, other: RedisServer) -> None:
+    """Move a slot twice while nothing else happens in this process."""
+    ids = works.cluster._ids
+    for source, to in ((home, other), (other, home)):
+        _talk(to.url, ("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port]))
+        begin = ("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[to.port])
+        _, keys = _talk(source.url, begin, ("CLUSTER", "GETKEYSINSLOT", slot, 10))
+        _talk(source.url, ("MIGRATE", "127.0.0.1", to.port, "", 0, 5_000, "KEYS", *keys))
+        for node in (to, source):
+            _talk(node.url, ("CLUSTER", "SETSLOT", slot, "NODE", ids[to.port]))
+
+
+async def test_when_a_slot_moves_a_supervisor_that_has_left_its_log_to_another_breaks_nothing() -> None:
+    async with three_masters() as works, open_log(works.url) as log:
+        async with open_supervisor(log, drain_timeout=0) as first:
+            channel = KEYS.process(first._services.owner)
+            slot = works.cluster.slot(channel)
+        async with open_supervisor(log, drain_timeout=0) as second:
+            home = await works.cluster.node_of_slot(slot)
+            to = next(node for node in works.cluster.nodes if node is not home)
+            before = redis(log)._servers.part(channel)
+            await works.cluster.move_slot(slot, to)
+            redis(log)._servers.doubt()
+            await until(lambda: redis(log)._servers.part(channel) != before)
+            for _ in range(5):
+                run = await second.start(count, 3)
+                assert len(await read(second, run.id)) == 4
+
+
+async def test_a_slot_that_nobody_serves_silences_the_readers_of_no_other_run_on_its_node() -> None:
+    async with three_masters() as works, supervisor_at(works.url) as owner, supervisor_at(works.url) as other:
+        lost, well = Ticks(), Ticks()
+        ids = [works.run_on(works.first) for _ in range(2)]
+        await owner.start(lost, run_id=ids[0])
+        await owner.start(well, run_id=ids[1])
+        async with readers((other, ids[0]), (other, ids[1])) as (_, reader):
+            await until(lambda: last_seq(reader) >= 3)
+            await works.first.command("CLUSTER", "DELSLOTS", works.cluster.slot(record_of(ids[0])))
+            for _ in range(3):
+                seen = last_seq(reader)
+                await until(lambda seen=seen: last_seq(reader) >= seen + 100, SOON)  # type: ignore[misc]
+            await works.first.command("CLUSTER", "ADDSLOTS", works.cluster.slot(record_of(ids[0])))
+            lost.enough.set()
+            well.enough.set()
+            assert {(await owner.wait(run_id)).status for run_id in ids} == {"completed"}

@@ -1,0 +1,245 @@
+"""Where the lists of runs are: two of one server, and in a cluster some on every node."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from redis.crc import key_slot
+
+from penstock.log.redis.client import open_client
+from penstock.log.redis.cluster import open_cluster
+from penstock.log.redis.indexes import NUMBERS, Lists
+from penstock.log.redis.schema import Keys
+from penstock.log.redis.slots import Slots
+from tests.support.redis_clusters import shared_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from penstock.log.redis.backend import Servers
+
+KEYS = Keys()
+RUNS = [f"run-{number}" for number in range(300)]
+SLOTS = 16_384
+
+
+class Nodes:
+    """As much of a cluster as lists ask for: its masters share the slots evenly, and slots can be moved."""
+
+    clustered = True
+    address = "cluster"
+
+    def __init__(self, masters: int) -> None:
+        self.slots = Slots()
+        self.told: list[Callable[[], None]] = []
+        self.share([f"node-{number}" for number in range(masters)])
+
+    def share(self, hosts: Sequence[str]) -> None:
+        """Give these hosts the slots."""
+        bounds = [SLOTS * number // len(hosts) for number in range(len(hosts) + 1)]
+        ranges = [[bounds[n], bounds[n + 1] - 1, [host.encode(), 1]] for n, host in enumerate(hosts)]
+        self.slots.replace(ranges, "asked")
+        self.tell()
+
+    def tell(self) -> None:
+        for told in self.told:
+            told()
+
+    def part(self, key: str) -> str:
+        return self.slots.owner(key)
+
+    def parts(self) -> Collection[str]:
+        return [*self.slots.primaries] or ("",)
+
+    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
+        self.told.append(moved)
+        return lambda: self.told.remove(moved)
+
+
+def lists_of(nodes: Nodes) -> Lists:
+    servers: Servers = nodes  # type: ignore[assignment]  # sending is of no concern here
+    return Lists(KEYS, servers)
+
+
+def by_lease(lists: Lists) -> list[str]:
+    """All lists by lease, sorted."""
+    return sorted(key.replace("runs", "live") for key in lists.runs())
+
+
+def run_is_at_home(nodes: Nodes, lists: Lists, run_id: str) -> bool:
+    """Whether a run stands in lists of its own node, of those that there are."""
+    home = nodes.part(KEYS.record(run_id))
+    assert lists.runs_of(run_id) in lists.runs()
+    assert lists.live_of(run_id) == lists.runs_of(run_id).replace("runs", "live")
+    return nodes.part(lists.live_of(run_id)) == nodes.part(lists.runs_of(run_id)) == home
+
+
+# One server
+
+
+async def test_one_server_has_two_lists_whatever_the_run() -> None:
+    async with open_client("redis://nobody.invalid") as client:
+        lists = Lists(KEYS, client)
+        assert {lists.runs_of(run_id) for run_id in RUNS} == {"sse:runs"}
+        assert {lists.live_of(run_id) for run_id in RUNS} == {"sse:live"}
+        assert lists.runs() == ["sse:runs"]
+        assert lists.live("") == ["sse:live"]
+        assert lists.by_live(RUNS) == {"sse:live": RUNS}
+        assert lists.probe("") == "sse:live"
+
+
+async def test_they_are_called_after_the_prefix() -> None:
+    async with open_client("redis://nobody.invalid") as client:
+        lists = Lists(Keys("my:run:"), client)
+        assert (lists.runs_of("r"), lists.live_of("r"), lists.probe("")) == ("my:runs", "my:live", "my:live")
+
+
+# A cluster
+
+
+def test_a_cluster_has_lists_with_numbers() -> None:
+    lists = lists_of(Nodes(3))
+    assert len({*lists.runs()}) == len(NUMBERS)
+    assert all(re.fullmatch(r"sse:runs:\{[0-9]+\}", key) for key in lists.runs())
+
+
+@pytest.mark.parametrize("masters", range(1, len(NUMBERS) + 1))
+def test_with_even_slots_each_of_up_to_eight_masters_has_lists_and_each_run_stands_at_home(masters: int) -> None:
+    nodes = Nodes(masters)
+    lists = lists_of(nodes)
+    each = [lists.live(part) for part in nodes.parts()]
+    assert all(each)
+    assert sorted(key for keys in each for key in keys) == by_lease(lists)
+    assert all(run_is_at_home(nodes, lists, run_id) for run_id in RUNS)
+
+
+@pytest.mark.parametrize("masters", [1, 3])
+def test_the_runs_of_a_node_are_spread_over_its_lists(masters: int) -> None:
+    lists = lists_of(Nodes(masters))
+    assert sorted({lists.live_of(run_id) for run_id in RUNS}) == by_lease(lists)
+
+
+@pytest.mark.parametrize("masters", [3, 40])
+def test_a_run_stands_in_the_same_lists_for_every_process(masters: int) -> None:
+    one, other = lists_of(Nodes(masters)), lists_of(Nodes(masters))
+    assert [one.live_of(run_id) for run_id in RUNS] == [other.live_of(run_id) for run_id in reversed(RUNS)][::-1]
+
+
+@pytest.mark.parametrize("masters", [17, 40, 200])
+def test_with_more_masters_than_lists_a_run_whose_node_has_none_stands_in_some(masters: int) -> None:
+    nodes = Nodes(masters)
+    lists = lists_of(nodes)
+    with_lists = {nodes.part(key) for key in lists.runs()}
+    assert len(with_lists) < masters
+    strangers = [run_id for run_id in RUNS if nodes.part(KEYS.record(run_id)) not in with_lists]
+    assert strangers
+    for run_id in RUNS:
+        assert run_is_at_home(nodes, lists, run_id) is (run_id not in strangers)
+    assert len({lists.live_of(run_id) for run_id in strangers}) > len(NUMBERS) // 2
+    for part in nodes.parts():
+        assert bool(lists.live(part)) is (part in with_lists)
+
+
+def test_runs_are_gathered_by_the_list_in_which_they_stand() -> None:
+    lists = lists_of(Nodes(3))
+    gathered = lists.by_live(RUNS)
+    assert sorted(run_id for runs in gathered.values() for run_id in runs) == sorted(RUNS)
+    for key, runs in gathered.items():
+        assert runs == [run_id for run_id in RUNS if lists.live_of(run_id) == key]
+    assert lists.by_live([]) == {}
+
+
+def test_after_slots_have_moved_runs_stand_in_lists_of_their_new_node() -> None:
+    nodes = Nodes(3)
+    lists = lists_of(nodes)
+    before = {run_id: lists.live_of(run_id) for run_id in RUNS}
+    nodes.share(["node-2", "node-0", "node-3", "node-4"])
+    assert all(run_is_at_home(nodes, lists, run_id) for run_id in RUNS)
+    assert before != {run_id: lists.live_of(run_id) for run_id in RUNS}
+    assert lists.live("node-1:1") == []
+    assert sorted(key for part in nodes.parts() for key in lists.live(part)) == by_lease(lists)
+
+
+def test_a_run_stays_where_it_is_if_slots_move_that_are_not_its_own() -> None:
+    nodes = Nodes(2)
+    lists = lists_of(nodes)
+    run_id = next(each for each in RUNS if nodes.part(KEYS.record(each)) == "node-0:1")
+    before = lists.live_of(run_id)
+    nodes.slots.moved(SLOTS - 1, "node-2", 1)
+    nodes.tell()
+    assert lists.live_of(run_id) == before
+
+
+def test_a_node_that_has_got_one_list_with_one_slot_has_that_for_its_runs() -> None:
+    nodes = Nodes(2)
+    lists = lists_of(nodes)
+    lists.live("node-9:1")
+    run_id = RUNS[0]
+    live, runs = by_lease(lists)[7], by_lease(lists)[7].replace("live", "runs")
+    for key in (KEYS.record(run_id), live):
+        nodes.slots.moved(key_slot(key.encode()), "node-9", 1)
+    nodes.tell()
+    assert lists.live("node-9:1") == [live]
+    assert (lists.live_of(run_id), lists.runs_of(run_id)) == (live, runs)
+    assert lists.probe("node-9:1") == live
+
+
+def test_before_the_slots_are_known_a_run_stands_in_some_list() -> None:
+    nodes = Nodes(1)
+    nodes.slots = Slots()
+    lists = lists_of(nodes)
+    assert nodes.parts() == ("",)
+    assert sorted({lists.live_of(run_id) for run_id in RUNS}) == by_lease(lists)
+    assert sorted(lists.live("")) == by_lease(lists)
+    assert lists.probe("") in by_lease(lists)
+    nodes.share(["node-0"])
+    assert lists.live("") == []
+    assert len(lists.live("node-0:1")) == len(NUMBERS)
+
+
+@pytest.mark.parametrize("masters", [1, 3, 16, 17, 40, 200])
+def test_the_probe_of_a_node_is_a_key_of_its_own_and_a_list_if_it_has_any(masters: int) -> None:
+    nodes = Nodes(masters)
+    lists = lists_of(nodes)
+    for part in nodes.parts():
+        probe = lists.probe(part)
+        assert nodes.part(probe) == part
+        assert probe == lists.probe(part)
+        assert not lists.live(part) or probe == lists.live(part)[0]
+
+
+def test_the_probe_of_a_node_moves_with_the_slots() -> None:
+    nodes = Nodes(2)
+    lists = lists_of(nodes)
+    before = [lists.probe(part) for part in nodes.parts()]
+    nodes.share(["node-1", "node-0"])
+    assert [lists.probe(part) for part in nodes.parts()] == before
+    assert {nodes.part(lists.probe(part)) for part in nodes.parts()} == {*nodes.parts()}
+    assert lists.probe("node-0:1") == before[1]
+
+
+def test_a_node_that_is_none_has_no_lists_and_its_probe_is_a_list_all_the_same() -> None:
+    lists = lists_of(Nodes(3))
+    assert lists.live("nobody:1") == []
+    assert lists.probe("nobody:1") in by_lease(lists)
+
+
+async def test_the_lists_of_a_real_cluster_are_on_the_nodes_that_it_says() -> None:
+    shared = shared_cluster()
+    shared.flushall()
+    async with open_cluster(shared.url) as cluster:
+        lists = Lists(KEYS, cluster)
+        assert sorted(lists.live("")) == by_lease(lists)
+        await cluster.ask("PERSIST", lists.probe(""))  # it is looked at now
+        parts = [f"127.0.0.1:{node.port}" for node in shared.nodes]
+        assert sorted(cluster.parts()) == sorted(parts)
+        for node, part in zip(shared.nodes, parts, strict=True):
+            keys = [*lists.live(part), lists.probe(part)]
+            assert len(keys) > 1
+            for key in keys:
+                assert await shared.node_of(key) is node
+        for run_id in RUNS[:30]:
+            home = await shared.node_of(KEYS.record(run_id))
+            assert await shared.node_of(lists.live_of(run_id)) is home

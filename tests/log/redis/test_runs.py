@@ -1,0 +1,393 @@
+"""Runs over a real Redis, whatever the network between does: once, in order, by one owner, and cheaply."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from penstock.log import Batch, Entry
+from penstock.log.open import open_log
+from penstock.log.redis import scripts
+from penstock.runs import Ending, RunStatus
+from penstock.supervisor.tail import Tail
+from tests.support.clustered import on_a_cluster
+from tests.support.redis_runs import (
+    Ticks,
+    all_may_reap,
+    counted,
+    last_seq,
+    nothing_is_left,
+    record_of,
+    same_everywhere,
+    stored,
+    stream_of,
+    supervisor_at,
+    supervisors,
+    until,
+    until_it_is,
+)
+from tests.support.serving import family
+from tests.support.supervising import Notes, Reader, Witness, gists, readers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from penstock.supervisor import Supervisor
+    from tests.support.proxy import Proxy, Reply
+    from tests.support.redis_servers import Endpoint
+
+LOST = ["first", "error RUN_LOST", "[DONE]"]
+
+
+# Replies that are lost
+
+
+def first_of_each_append() -> Callable[[Reply], bool]:
+    """Lose the reply to every append that has not been sent before."""
+    seen = set()
+
+    def lost(reply: Reply) -> bool:
+        digest, *rest = reply.arguments or (b"",)
+        if digest.decode() != scripts.APPEND.digest or tuple(rest) in seen:
+            return False
+        seen.add(tuple(rest))
+        return True
+
+    return lost
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+async def test_replies_that_are_lost_make_neither_a_gap_nor_a_repetition(
+    server: Endpoint, between: Proxy, n: int
+) -> None:
+    async with supervisors(between.url, server.url) as (owner, other):
+        ticks = Ticks(0.002)
+        run = await owner.start(ticks)
+        async with readers((owner, run.id), (other, run.id)) as following:
+            if n == 1:
+                between.drop_reply_when(first_of_each_append())
+            else:
+                between.lose_every(n, "EVALSHA")
+            await until(lambda: between.lost >= 30 and min(map(last_seq, following)) >= 100)
+            ticks.enough.set()
+        counted(await same_everywhere(server, run.id, following), ticks)
+        between.lose_nothing()
+        await nothing_is_left(owner)
+        await nothing_is_left(other)
+
+
+async def test_many_runs_whose_replies_are_lost_are_stored_once_each(server: Endpoint, between: Proxy) -> None:
+    async with supervisors(between.url, server.url) as (owner, other):
+        several = [Ticks(0.01) for _ in range(10)]
+        runs = [await owner.start(ticks) for ticks in several]
+        async with readers(*((each, run.id) for run in runs for each in (owner, other))) as following:
+            between.lose_every(13, "EVALSHA")
+            await until(lambda: between.lost >= 20 and min(map(last_seq, following)) >= 50)
+            for ticks in several:
+                ticks.enough.set()
+        for number, (run, ticks) in enumerate(zip(runs, several, strict=True)):
+            counted(await same_everywhere(server, run.id, following[2 * number : 2 * number + 2]), ticks)
+
+
+# Connections that are dropped, scripts that are forgotten
+
+
+async def test_connections_that_keep_breaking_cost_a_run_of_thousands_of_events_nothing(
+    server: Endpoint, between: Proxy
+) -> None:
+    async def cut_now_and_then() -> None:
+        while True:
+            await trio.sleep(0.25)
+            between.cut()
+
+    notes = Notes()
+    async with (
+        supervisors(between.url, server.url) as (other, near),
+        supervisor_at(between.url, observer=notes) as owner,
+        trio.open_nursery() as nursery,
+    ):
+        ticks = Ticks(0.001)
+        run = await owner.start(ticks)
+        async with readers((owner, run.id), (other, run.id), (other, run.id), (near, run.id)) as following:
+            nursery.start_soon(cut_now_and_then)
+            await until(lambda: min(map(last_seq, following)) >= 2_500)
+            ticks.enough.set()
+        nursery.cancel_scope.cancel()
+        counted(await same_everywhere(server, run.id, following), ticks)
+        assert (notes.fenced, notes.errors) == ([], [])
+
+
+async def test_what_was_written_while_a_reader_was_cut_off_is_there_as_soon_as_it_is_back(
+    server: Endpoint, between: Proxy
+) -> None:
+    async with supervisors(server.url, between.url) as (owner, there), owner.open_run("run") as writer:
+        await writer.write("data: first\n\n")
+        async with readers((there, "run")) as (reader,):
+            await until(lambda: last_seq(reader) == 1)
+            between.refuse()
+            await writer.write("data: second\n\n")
+            await writer.flush()
+            await between.accept()
+            await until(lambda: last_seq(reader) == 2, 4)  # and nothing more is written that would tell
+            reader.leave()
+
+
+async def test_a_server_that_forgets_its_scripts_in_the_middle_of_it_is_given_them_again(server: Endpoint) -> None:
+    async with supervisors(server.url, server.url) as (owner, other):
+        several = [Ticks(0.002) for _ in range(5)]
+        runs = [await owner.start(ticks) for ticks in several]
+        async with readers(*((other, run.id) for run in runs)) as following:
+            for _ in range(20):
+                await server.command("SCRIPT", "FLUSH", "SYNC")
+                seen = min(map(last_seq, following))
+                await until(lambda: min(map(last_seq, following)) > seen + 5)  # noqa: B023  (it is done with in this round)
+            for ticks in several:
+                ticks.enough.set()
+        for run, ticks, reader in zip(runs, several, following, strict=True):
+            counted(await same_everywhere(server, run.id, [reader]), ticks)
+
+
+# Two owners
+
+
+async def test_an_owner_that_was_cut_off_and_reaped_is_fenced_and_stores_nothing_more(
+    server: Endpoint, between: Proxy
+) -> None:
+    notes, witness, ticks = Notes(), Witness(), Ticks()
+    async with (
+        supervisors(server.url, lease=0.6) as (other,),
+        supervisor_at(between.url, lease=0.6, observer=notes) as owner,
+    ):
+        silent, busy = await owner.start(witness.waits), await owner.start(ticks)
+        async with readers(*((each, run.id) for run in (silent, busy) for each in (owner, other))) as following:
+            await until(lambda: min(map(last_seq, following)) >= 1)
+            await all_may_reap(server)
+            between.refuse()
+            for run in (silent, busy):
+                record = await other.wait(run.id)
+                assert (record.status, record.error and record.error.code) == ("lost", "RUN_LOST")
+            at_the_end = [await stored(server, run.id) for run in (silent, busy)]
+            await until(lambda: ticks.said > int(at_the_end[1][-1][1]["seq_id"]))  # it has something to store
+            await between.accept()
+            await until(lambda: len(notes.fenced) == 2)
+        assert witness.saw == "fenced"
+        assert ticks.left
+        assert [await stored(server, run.id) for run in (silent, busy)] == at_the_end
+        assert {*notes.fenced} == {silent.id, busy.id}
+        assert notes.ended == []
+        assert gists(following[0].entries) == gists(following[1].entries) == LOST
+        for at, run in enumerate((silent, busy)):
+            record = await same_everywhere(server, run.id, following[2 * at : 2 * at + 2])
+            assert record["status"] == "lost"
+        await nothing_is_left(owner)
+
+
+@pytest.mark.parametrize("hears_of_it_by", ["append", "renewal"])
+@on_a_cluster
+async def test_of_two_owners_the_one_whose_epoch_is_on_record_goes_on(server: Endpoint, hears_of_it_by: str) -> None:
+    notes, witness, ticks = Notes(), Witness(), Ticks()
+    lease = 60.0 if hears_of_it_by == "append" else 1.0
+    async with (
+        supervisors(server.url, lease=60.0) as (other,),
+        supervisor_at(server.url, lease=lease, observer=notes) as owner,
+        open_log(server.url) as log,
+    ):
+        run = await owner.start(ticks if hears_of_it_by == "append" else witness.waits)
+        async with readers((owner, run.id), (other, run.id)) as following:
+            await until(lambda: min(map(last_seq, following)) >= 1)
+            await server.command("HSET", record_of(run.id), "epoch", "another")
+            await until(lambda: notes.fenced == [run.id])
+            last = int(await server.command("HGET", record_of(run.id), "seq"))
+            for seq in (last + 1, last + 2, last + 3):
+                entry = Entry.of(seq, b"data: of the other\n\n", 1)
+                (reply,) = await log.append([Batch(run.id, "another", [entry])])
+                assert reply.seq == seq
+            done = Entry.of(last + 4, b"data: [DONE]\n\n", 1, terminal=True)
+            await log.append([Batch(run.id, "another", [done], Ending(RunStatus.COMPLETED, "end_turn"))])
+        record = await same_everywhere(server, run.id, following)
+        assert (record["status"], record["seq"]) == ("completed", str(last + 4))
+        assert (ticks if hears_of_it_by == "append" else witness).left
+        assert notes.ended == []
+        assert (await owner.get(run.id)).status == "completed"
+        await nothing_is_left(owner)
+
+
+# What readers cost
+
+
+AT_ONCE = 100
+"""Readers come, and runs are started, so many at a time, lest the last wait for too long on a busy machine."""
+
+
+async def follow_all(nursery: trio.Nursery, supervisor: Supervisor, runs: list[str]) -> list[Reader]:
+    """A reader of each of these, when all of them follow."""
+    following = [Reader(supervisor, run_id) for run_id in runs]
+    for start in range(0, len(runs), AT_ONCE):
+        async with trio.open_nursery() as starting:
+            for reader in following[start : start + AT_ONCE]:
+                starting.start_soon(nursery.start, reader.run)
+    return following
+
+
+def all_tasks() -> list[trio.lowlevel.Task]:
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    return family(root)
+
+
+def commands(stats: dict[str, int]) -> int:
+    return sum(stats.values())
+
+
+@pytest.mark.parametrize("runs, most", [(1, 10), (1_000, 30)])
+async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_connection(
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch, runs: int, most: int
+) -> None:
+    window = 3.0
+    monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", 1.0)  # what else comes in a lump every 5 s
+    named = f"{server.url}?client_name=readers"
+    async with supervisors(server.url, named, lease=3_600.0) as (owner, there):
+        let_go = trio.Event()
+
+        async def producer() -> AsyncIterator[str]:
+            yield "data: first\n\n"
+            await let_go.wait()
+
+        for start in range(0, runs, AT_ONCE):
+            async with trio.open_nursery() as starting:
+                for number in range(start, min(start + AT_ONCE, runs)):
+                    starting.start_soon(partial(owner.start, producer, run_id=f"run-{number}"))
+        tasks = there._services._nursery.child_tasks
+        before = len(tasks), len(all_tasks())
+        async with trio.open_nursery() as nursery:
+            following = await follow_all(nursery, there, [f"run-{number % runs}" for number in range(1_000)])
+            await until(lambda: min(map(last_seq, following)) == 1)
+            assert len(await server.command("PUBSUB", "CHANNELS")) == runs + 2
+            stats, began = await server.stats(), trio.current_time()
+            await trio.sleep(window)
+            spent = commands(await server.stats()) - commands(stats)
+            assert spent / (trio.current_time() - began) < most
+            assert len([each for each in await server.clients() if each["name"] == "readers"]) <= 12
+            assert len(there._services.tails) == runs
+            for reader in following[:500]:
+                reader.leave()
+            let_go.set()  # for the others it goes on, however long they were idle
+        assert {tuple(gists(reader.entries)) for reader in following} == {("first",), ("first", "[DONE]")}
+        await nothing_is_left(there)
+        await until_it_is(partial(channels, server), 2)
+        assert len(tasks) == before[0]
+        assert len(all_tasks()) <= before[1] + 12  # each connection has one
+
+
+async def channels(server: Endpoint) -> int:
+    """How many there are, the two of the supervisors themselves among them."""
+    found = await server.command("PUBSUB", "CHANNELS")
+    assert sum(channel.startswith("sse:proc:") for channel in found) == 2
+    return len(found)
+
+
+@on_a_cluster
+async def test_a_reader_that_comes_wakes_none_of_those_that_are_there(
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = 0
+    wait = Tail.wait
+
+    async def counted_wait(self: Tail) -> None:
+        nonlocal waited
+        waited += 1
+        await wait(self)
+
+    monkeypatch.setattr(Tail, "wait", counted_wait)
+    async with supervisors(server.url, server.url) as (owner, there):
+        run = await owner.start(Witness().waits)
+        async with trio.open_nursery() as nursery:
+            following = await follow_all(nursery, there, [run.id] * 200)
+            await until(lambda: min(map(last_seq, following)) == 1)
+            await wait_all_tasks_blocked(0.01)
+            assert waited <= 3 * 200  # and not as many as there are pairs of readers
+            for reader in following:
+                reader.leave()
+
+
+async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server: Endpoint) -> None:
+    async with supervisors(server.url, server.url) as (owner, there):
+        taps = [trio.Event(), trio.Event()]
+
+        async def producer(tap: trio.Event) -> AsyncIterator[str]:
+            yield "data: first\n\n"
+            await tap.wait()
+            yield "data: second\n\n"
+            await trio.sleep_forever()
+
+        one, other = [await owner.start(producer, tap) for tap in taps]
+        async with readers((there, one.id), (there, other.id)) as following:
+            await until(lambda: min(map(last_seq, following)) == 1)
+            fetcher, fetch = there._services.fetcher, there.log.fetch
+            busy, gate = trio.Event(), trio.Event()
+            wakeups: Any = fetcher._wakeups
+
+            async def held(positions: Any) -> Any:
+                busy.set()
+                await gate.wait()
+                return await fetch(positions)
+
+            there.log.fetch = held
+            taps[0].set()
+            await busy.wait()
+            taps[1].set()
+            await until(lambda: fetcher._feeds[""]._moved.get(other.id) == 2)
+            wakeups._moved[other.id] = 1  # the reply to a look-up that was asked before the append
+            wakeups._lot.unpark_all()
+            await until(lambda: not wakeups._moved)
+            gate.set()
+            await until(lambda: last_seq(following[1]) == 2, 3)
+            for reader in following:
+                reader.leave()
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["running", "ended"])
+@pytest.mark.parametrize("last", [None, 10])
+async def test_d38_resuming_near_the_end_of_a_long_run_takes_at_most_three_commands(
+    server: Endpoint, between: Proxy, over: bool, last: int | None
+) -> None:
+    async with supervisors(
+        server.url, between.url, limits={"max_entries": 20_000}, lease=3_600.0, cancel_check_interval=3_600.0
+    ) as (owner, there):
+        let_go = trio.Event()
+
+        async def producer() -> AsyncIterator[str]:
+            for number in range(100):
+                yield "".join(f"data: {100 * number + each}\n\n" for each in range(1, 101))
+            await let_go.wait()
+
+        run = await owner.start(producer)
+        if over:
+            let_go.set()
+            await owner.wait(run.id)
+        await until_it_is(partial(server.command, "XLEN", stream_of(run.id)), 10_001 if over else 10_000)
+        async with there.follow(run.id):  # a connection is there, and the server knows the script
+            pass
+        await until_it_is(partial(channels, server), 2)
+        between.requests.clear()
+        async with there.follow(run.id, 0 if last else 9_990, last=last and last + over) as entries:
+            resumed = [await anext(entries) for _ in range(10)]
+            assert [entry.seq for entry in resumed] == list(range(9_991, 10_001))
+            del between.requests["PERSIST"]  # the reaper's, once a second
+            assert between.requests.total() <= 3, between.requests
+        await until_it_is(partial(channels, server), 2)
+
+
+async def test_d15_a_reader_may_leave_together_with_its_supervisor(server: Endpoint) -> None:
+    async with supervisors(server.url, server.url) as (owner, _):
+        run = await owner.start(Witness().waits)
+        for _ in range(10):
+            async with supervisor_at(server.url) as there, there.follow(run.id) as entries:
+                await anext(entries)
+            gc.collect()  # what was never awaited says so
+        await until_it_is(partial(channels, server), 2)

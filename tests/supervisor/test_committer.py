@@ -1,0 +1,439 @@
+"""The committer while all goes well: order, pace, batches and room."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from penstock.runs import RunStatus
+from penstock.supervisor.committer import LOADED
+from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES
+from tests.support.committing import committing, shown
+from tests.support.logs import COMPLETED, DONE, FAILED, seqs
+
+APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
+"""The most entries of one run in one append."""
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_put_is_stored_in_order_and_then_shown(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 500)
+        assert list(shown(outbox.tail)) == []
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert await works.stored() == list(range(1, 502))
+        assert seqs(shown(outbox.tail)) == list(range(1, 502))
+        assert outbox.tail.ended
+        run = await works.log.get("r")
+        assert (run.status, run.seq) == (RunStatus.COMPLETED, 501)
+        assert works.committer.pending_bytes == outbox.size == 0
+        assert works.owners["r"].told == ["settled"]
+
+
+async def test_nothing_is_shown_before_the_log_has_acknowledged_it(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        works.put(outbox, 3)
+        await trio.sleep(0.9)
+        assert (await works.log.get("r")).seq == 3
+        assert list(shown(outbox.tail)) == []
+        await trio.sleep(0.2)
+        assert seqs(shown(outbox.tail)) == [1, 2, 3]
+
+
+async def test_what_is_put_while_a_commit_is_under_way_goes_with_the_next(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        works.put(outbox, 2)
+        await trio.sleep(0.5)
+        works.put(outbox, 3)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert [batches for _, batches in works.log.appended] == [[("r", 1, 2)], [("r", 3, 6)]]
+
+
+async def test_one_append_is_under_way_at_a_time(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        works.log.latency = 0.1
+        boxes = [await works.run(f"r{number}") for number in range(5)]
+        for number in range(100):
+            works.put(boxes[number % 5])
+            await trio.sleep(0.007)
+        for outbox in boxes:
+            await works.committer.flush(outbox)
+        assert works.log.calls["append"] >= 5
+        assert works.log.most_under_way == 1
+
+
+# --- pace -----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_committer_commits_at_once(autojump_clock: MockClock) -> None:
+    async with committing(spacing=5.0) as works:
+        outbox = await works.run()
+        await trio.sleep(100)
+        works.put(outbox)
+        await wait_all_tasks_blocked()
+        assert seqs(shown(outbox.tail)) == [1]
+        assert works.appends == [100]
+
+
+async def test_the_first_commit_of_all_waits_for_nothing(autojump_clock: MockClock) -> None:
+    async with committing(spacing=5.0) as works:
+        outbox = await works.run()
+        works.put(outbox)
+        await wait_all_tasks_blocked()
+        assert works.appends == [0]
+
+
+@pytest.mark.parametrize("spacing", [0.002, 1.0])
+async def test_under_load_commits_start_at_least_the_spacing_apart(autojump_clock: MockClock, spacing: float) -> None:
+    async with committing(spacing=spacing) as works:
+        outbox = await works.run()
+        for _ in range(50):
+            works.put(outbox, LOADED)
+            await trio.sleep(spacing / 10)
+        await trio.sleep(2 * spacing)
+        gaps = [other - one for one, other in pairwise(works.appends)]
+        assert all(gap >= spacing * 0.999 for gap in gaps)
+        assert 5 <= len(works.appends) <= 7
+        assert await works.stored() == list(range(1, 50 * LOADED + 1))
+
+
+@pytest.mark.parametrize("entries", [1, 2, LOADED - 1, LOADED, LOADED + 1, 10 * LOADED])
+async def test_a_commit_is_followed_by_the_part_of_the_spacing_that_its_entries_make(
+    autojump_clock: MockClock, entries: int
+) -> None:
+    async with committing(spacing=1.0) as works:
+        first, second = await works.run("first"), await works.run("second")
+        works.put(first, entries // 2)  # those of all runs count
+        works.put(second, entries - entries // 2)
+        await trio.sleep(0.01)
+        works.put(first)
+        await trio.sleep(2)
+        assert works.appends == [0, pytest.approx(max(min(1.0, entries / LOADED), 0.01))]
+
+
+async def test_a_slow_log_is_not_made_to_wait_for_the_spacing_as_well(autojump_clock: MockClock) -> None:
+    async with committing(spacing=1.0) as works:
+        works.log.latency = 3.0
+        outbox = await works.run()
+        works.put(outbox)
+        await trio.sleep(1)
+        works.put(outbox)
+        await trio.sleep(10)
+        assert works.appends == [0, 3]
+
+
+async def test_all_runs_go_in_one_append(autojump_clock: MockClock) -> None:
+    async with committing(spacing=1.0) as works:
+        boxes = [await works.run(f"r{number}") for number in range(50)]
+        for outbox in boxes:
+            works.put(outbox, 2)
+        await trio.sleep(0.5)
+        assert works.log.calls["append"] == 1
+        assert [seqs(shown(outbox.tail)) for outbox in boxes] == [[1, 2]] * 50
+
+
+async def test_an_idle_committer_asks_nothing_of_the_log(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox)
+        await trio.sleep(10)
+        before = works.log.calls.copy()
+        await trio.sleep(10_000)
+        assert works.log.calls == before
+
+
+# --- linger ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_commit_waits_its_interval_for_more_to_join_it(autojump_clock: MockClock) -> None:
+    async with committing(flush_interval=0.5) as works:
+        outbox = await works.run()
+        await trio.sleep(10)
+        for _ in range(4):
+            works.put(outbox)
+            await trio.sleep(0.1)
+        assert works.appends == []
+        await trio.sleep(1)
+        assert works.appends == [10.5]
+        assert seqs(shown(outbox.tail)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("count, when", [(2, 10.5), (3, 10.2), (4, 10.2)])
+async def test_so_many_pending_entries_of_a_run_end_the_wait(
+    autojump_clock: MockClock, count: int, when: float
+) -> None:
+    async with committing(flush_interval=0.5, flush_size=3) as works:
+        outbox, other = await works.run(), await works.run("other")
+        await trio.sleep(10)
+        works.put(other, 2)
+        await trio.sleep(0.2)
+        works.put(outbox, count)
+        await trio.sleep(1)
+        assert works.appends == [pytest.approx(when)]
+        assert len(shown(outbox.tail)) == count
+        assert len(shown(other.tail)) == 2
+
+
+async def test_an_ending_ends_the_wait(autojump_clock: MockClock) -> None:
+    async with committing(flush_interval=60) as works:
+        outbox = await works.run()
+        works.put(outbox)
+        await trio.sleep(1)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert works.appends == [1]
+
+
+async def test_what_comes_after_something_urgent_waits_its_interval_again(autojump_clock: MockClock) -> None:
+    async with committing(flush_interval=5) as works:
+        outbox, other = await works.run(), await works.run("other")
+        works.put(outbox)
+        await works.committer.flush(outbox)
+        await trio.sleep(1)
+        works.put(other)
+        await trio.sleep(10)
+        assert works.appends == [0, 6]
+
+
+async def test_flush_ends_the_wait_and_returns_when_all_is_stored(autojump_clock: MockClock) -> None:
+    async with committing(flush_interval=60) as works:
+        works.log.latency = 2.0
+        outbox = await works.run()
+        works.put(outbox, 3)
+        await trio.sleep(1)
+        await works.committer.flush(outbox)
+        assert trio.current_time() - works.start == 3
+        assert seqs(shown(outbox.tail)) == [1, 2, 3]
+
+
+async def test_flush_waits_for_what_was_put_before_it_and_no_longer(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        works.put(outbox, APPEND_ENTRIES * 2)
+
+        async def go_on() -> None:
+            for _ in range(10):
+                await trio.sleep(0.4)
+                works.put(outbox)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(go_on)
+            await works.committer.flush(outbox)
+            assert trio.current_time() - works.start == 2
+            assert outbox.stored == APPEND_ENTRIES * 2
+
+
+async def test_flush_of_nothing_is_a_checkpoint_and_no_more(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await works.committer.flush(outbox)
+        assert scope.cancelled_caught
+        await works.committer.flush(outbox)
+        assert works.log.calls["append"] == 0
+        assert trio.current_time() == works.start
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+FOUR = [(1, 200), (201, 400), (401, 600), (601, 800)]
+"""The first batches of a run that has much pending."""
+
+
+@pytest.mark.parametrize(
+    "count, appends",
+    [
+        (BATCH_ENTRIES - 1, [[(1, 199)]]),
+        (BATCH_ENTRIES, [[(1, 200)]]),
+        (BATCH_ENTRIES + 1, [[(1, 200), (201, 201)]]),
+        (2 * BATCH_ENTRIES + 1, [[(1, 200), (201, 400), (401, 401)]]),
+        (APPEND_ENTRIES - 1, [[*FOUR, (801, 999)]]),
+        (APPEND_ENTRIES, [[*FOUR, (801, 1000)]]),
+        (APPEND_ENTRIES + 1, [[*FOUR, (801, 1000)], [(1001, 1001)]]),
+        (APPEND_ENTRIES + BATCH_ENTRIES + 1, [[*FOUR, (801, 1000)], [(1001, 1200), (1201, 1201)]]),
+        (
+            2 * APPEND_ENTRIES + 1,
+            [
+                [*FOUR, (801, 1000)],
+                [(1001, 1200), (1201, 1400), (1401, 1600), (1601, 1800), (1801, 2000)],
+                [(2001, 2001)],
+            ],
+        ),
+    ],
+)
+async def test_a_batch_holds_at_most_so_many_entries_and_an_append_so_many_batches_of_a_run(
+    autojump_clock: MockClock, count: int, appends: list[list[tuple[int, int]]]
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, count)
+        await works.committer.flush(outbox)
+        assert works.sent() == appends
+        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize(
+    "size, appends",
+    [
+        (BATCH_BYTES // 4 - 1, [[(1, 5), (6, 10), (11, 11)]]),
+        (BATCH_BYTES // 4, [[(1, 4), (5, 8), (9, 11)]]),
+        (BATCH_BYTES // 4 + 1, [[(1, 4), (5, 8), (9, 11)]]),
+        (BATCH_BYTES // 2 - 1, [[(1, 3), (4, 6), (7, 9), (10, 11)]]),
+        (BATCH_BYTES // 2, [[(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], [(11, 11)]]),
+        (BATCH_BYTES - 1, [[(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], [(11, 11)]]),
+        (BATCH_BYTES, [[(n, n) for n in range(1, 6)], [(n, n) for n in range(6, 11)], [(11, 11)]]),
+        (BATCH_BYTES + 1, [[(n, n) for n in range(1, 6)], [(n, n) for n in range(6, 11)], [(11, 11)]]),
+    ],
+)
+async def test_a_batch_is_full_when_its_bytes_are_reached(
+    autojump_clock: MockClock, size: int, appends: list[list[tuple[int, int]]]
+) -> None:
+    async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
+        outbox = await works.run()
+        works.put(outbox, 11, size)
+        await works.committer.flush(outbox)
+        assert works.sent() == appends
+
+
+@pytest.mark.parametrize(
+    "before, appends",
+    [
+        (BATCH_ENTRIES - 2, [[(1, 200)]]),
+        (BATCH_ENTRIES - 1, [[(1, 201)]]),
+        (BATCH_ENTRIES, [[(1, 200), (201, 202)]]),
+        (BATCH_ENTRIES + 1, [[(1, 200), (201, 203)]]),
+        (2 * BATCH_ENTRIES - 1, [[(1, 200), (201, 401)]]),
+        (APPEND_ENTRIES - BATCH_ENTRIES - 1, [[*FOUR[:3], (601, 801)]]),
+        (APPEND_ENTRIES - BATCH_ENTRIES, [[*FOUR, (801, 802)]]),
+        (APPEND_ENTRIES - 2, [[*FOUR, (801, 1000)]]),
+        (APPEND_ENTRIES - 1, [[*FOUR, (801, 1001)]]),
+        (APPEND_ENTRIES, [[*FOUR, (801, 1000)], [(1001, 1002)]]),
+        (APPEND_ENTRIES + 1, [[*FOUR, (801, 1000)], [(1001, 1003)]]),
+    ],
+)
+async def test_an_ending_is_never_parted_and_comes_with_its_last_entry(
+    autojump_clock: MockClock, before: int, appends: list[list[tuple[int, int]]]
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, before)
+        works.committer.close(outbox, [b"event: error\ndata: {}\n\n", DONE], FAILED)
+        await works.settled()
+        assert works.sent() == appends
+        assert await works.stored() == list(range(1, before + 3))
+        assert (await works.log.get("r")).status is RunStatus.FAILED
+
+
+async def test_an_ending_is_not_parted_by_its_bytes_either(autojump_clock: MockClock) -> None:
+    async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
+        outbox = await works.run()
+        large = b"data: " + b"x" * BATCH_BYTES + b"\n\n"
+        works.committer.close(outbox, [large, large, DONE], FAILED)
+        await works.settled()
+        assert works.sent() == [[(1, 3)]]
+
+
+@pytest.mark.parametrize(
+    "before, appends",
+    [
+        (BATCHES - 1, [[(1, 1), (2, 2), (3, 3), (4, 4), (5, 7)]]),
+        (BATCHES, [[(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)], [(6, 8)]]),
+    ],
+)
+async def test_an_ending_of_many_bytes_after_entries_of_many_bytes_is_not_parted(
+    autojump_clock: MockClock, before: int, appends: list[list[tuple[int, int]]]
+) -> None:
+    async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
+        outbox = await works.run()
+        works.put(outbox, before, BATCH_BYTES)
+        large = b"data: " + b"x" * BATCH_BYTES + b"\n\n"
+        works.committer.close(outbox, [large, large, DONE], FAILED)
+        await works.settled()
+        assert works.sent() == appends
+        assert await works.stored() == list(range(1, before + 4))
+
+
+async def test_the_rest_of_a_large_run_waits_no_interval(autojump_clock: MockClock) -> None:
+    async with committing(flush_interval=60, flush_size=3 * APPEND_ENTRIES + 1, spacing=0.002) as works:
+        outbox = await works.run()
+        works.put(outbox, 3 * APPEND_ENTRIES)
+        await trio.sleep(61)
+        assert len(shown(outbox.tail)) == 3 * APPEND_ENTRIES
+        assert works.appends == [pytest.approx(when) for when in (60, 60.002, 60.004)]
+
+
+# --- room -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, full", [(499, False), (500, True), (501, True)])
+async def test_a_run_waits_when_so_much_of_it_is_pending(autojump_clock: MockClock, size: int, full: bool) -> None:
+    async with committing(max_pending_bytes=1_000) as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        works.put(outbox, 2, size)
+        assert works.committer.is_full(outbox) is full
+        await works.committer.room(outbox)
+        assert trio.current_time() - works.start == (1.0 if full else 0.0)
+
+
+@pytest.mark.parametrize("size, full", [(249, False), (250, True)])
+async def test_runs_wait_when_so_much_of_all_of_them_is_pending(
+    autojump_clock: MockClock, size: int, full: bool
+) -> None:
+    async with committing(max_pending_bytes=600, max_process_pending_bytes=1_000) as works:
+        works.log.latency = 1.0
+        one, other, idle = await works.run("one"), await works.run("other"), await works.run("idle")
+        works.put(one, 2, size)
+        works.put(other, 2, size)
+        assert works.committer.pending_bytes == 4 * size
+        assert [works.committer.is_full(outbox) for outbox in (one, other)] == [full, full]
+        assert works.committer.is_full(idle) is full  # or a thousand idle runs would have a thousand events pending
+        await works.committer.room(idle)
+        assert trio.current_time() - works.start == (1.0 if full else 0.0)
+        await works.committer.room(other)
+        assert trio.current_time() - works.start == (1.0 if full else 0.0)
+        await works.committer.flush(one)
+        assert works.committer.pending_bytes == 0
+
+
+async def test_a_writer_is_held_back_to_the_pace_of_the_log(autojump_clock: MockClock) -> None:
+    async with committing(max_pending_bytes=1_000) as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        most = 0
+        for _ in range(100):
+            await works.write(outbox, 1, 100)
+            most = max(most, outbox.size)
+        assert most == 1_000
+        assert 9 <= trio.current_time() - works.start <= 20
+
+
+async def test_an_ending_waits_for_no_room(autojump_clock: MockClock) -> None:
+    async with committing(max_pending_bytes=100, max_process_pending_bytes=100) as works:
+        outbox = await works.run()
+        works.put(outbox, 1, 5_000)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert await works.stored() == [1, 2]
+
+
+async def test_room_is_a_checkpoint_also_when_there_is_some(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await works.committer.room(outbox)
+        assert scope.cancelled_caught

@@ -1,0 +1,563 @@
+"""Several batches of one run in one append: what follows one that is not stored is not stored, and comes again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.errors import LogUnavailable
+from penstock.log import Appended, AppendStatus
+from penstock.runs import RunStatus
+from penstock.supervisor.committer import FULL_PAUSE
+from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
+from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
+from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, Unreliable, in_virtual_time, seqs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trio.testing import MockClock
+
+    from penstock.log import Batch
+
+APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
+"""The most entries of one run in one append."""
+KTH = [1, 2, 3]
+"""Which batch of several is not stored."""
+
+
+class Between(Unreliable):
+    """A log to which something happens between two batches of one append."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks: dict[str, tuple[int, Callable[[Batch], Appended | None]]] = {}
+        """By run: called once, before that batch of the next append (1: the first); what it returns is the reply."""
+        self.replies: list[list[AppendStatus]] = []
+        """What was said to each append that had a reply."""
+        self._nth: dict[str, int] = {}
+
+    async def append(self, batches: list[Batch]) -> list[Appended]:  # type: ignore[override]
+        self._nth = {}
+        replies = list(await super().append(batches))
+        self.replies.append([reply.status for reply in replies])
+        return replies
+
+    def _append(self, batch: Batch) -> Appended:
+        nth = self._nth[batch.run_id] = self._nth.get(batch.run_id, 0) + 1
+        which, hook = self.hooks.get(batch.run_id, (0, None))
+        if hook is not None and nth == which:
+            del self.hooks[batch.run_id]
+            reply = hook(batch)
+            if reply is not None:
+                return reply
+        return super()._append(batch)
+
+    def at(self, nth: int, hook: Callable[[Batch], Appended | None], run_id: str = "r") -> None:
+        """Let this happen before the nth batch of the run in the next append that has so many."""
+        self.hooks[run_id] = nth, hook
+
+
+def log_of(works: Works) -> Between:
+    assert isinstance(works.log, Between)
+    return works.log
+
+
+def says(status: AppendStatus) -> Callable[[Batch], Appended]:
+    """The log says so, and stores nothing."""
+    return lambda _: Appended(status, words=f"it is {status.name}")
+
+
+def away(_: Batch) -> Appended:
+    """The log can be reached no more; what came before is stored."""
+    raise LogUnavailable("away")
+
+
+async def nothing_is_left(works: Works) -> None:
+    """Nothing is pending, and nothing is asked of the log any more."""
+    committer = works.committer
+    await trio.sleep(1)
+    assert committer.waiting == []
+    assert committer.pending_bytes == 0
+    for owner in works.owners.values():
+        assert (owner.outbox.size, owner.outbox.entries) == (0, [])
+    before = works.log.calls.copy()
+    await trio.sleep(10 * FULL_PAUSE)
+    assert works.log.calls == before
+
+
+async def is_whole(works: Works, run_id: str = "r") -> None:
+    """The log and the readers have all of a run, once and in order, to the byte."""
+    outbox = works.owners[run_id].outbox
+    assert await works.stored(run_id) == seqs(shown(outbox.tail)) == list(range(1, outbox.seq + 1))
+    page = await works.log.read(run_id, 0, max_entries=100_000, max_bytes=2**40)
+    assert list(page.entries) == list(shown(outbox.tail))
+
+
+async def end(works: Works, run_id: str = "r") -> None:
+    """End a run, which is whole then."""
+    works.committer.close(works.owners[run_id].outbox, [DONE], COMPLETED)
+    await works.settled(run_id)
+    await is_whole(works, run_id)
+
+
+# --- one that is not stored -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kth", [*KTH, BATCHES])
+async def test_after_a_batch_without_room_the_rest_waits_with_it_and_follows_it(
+    autojump_clock: MockClock, kth: int
+) -> None:
+    async with committing(Between()) as works:
+        outbox = await works.run()
+        log_of(works).at(kth, says(AppendStatus.FULL))
+        works.put(outbox, APPEND_ENTRIES + 7)
+        before = (kth - 1) * BATCH_ENTRIES
+        await trio.sleep(FULL_PAUSE / 2)
+        works.put(outbox, 3)
+        await trio.sleep(FULL_PAUSE / 4)
+        assert works.log.calls["append"] == 1
+        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, before + 1))
+        assert outbox.stored == before
+        assert seqs(outbox.entries) == list(range(before + 1, APPEND_ENTRIES + 11))
+        assert works.committer.pending_bytes == outbox.size == sum(len(each.wire) for each in outbox.entries)
+        await works.committer.flush(outbox)
+        assert works.sent()[1][0][0] == before + 1
+        assert trio.current_time() - works.start == pytest.approx(FULL_PAUSE, abs=0.1)
+        assert works.warnings == ["cannot commit: it is FULL; trying again"]
+        await end(works)
+        assert works.owners["r"].told == ["settled"]
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", KTH)
+async def test_after_a_batch_without_room_only_the_ending_waits_for_none(autojump_clock: MockClock, kth: int) -> None:
+    async with committing(Between()) as works:
+        outbox = await works.run()
+        log_of(works).at(kth, says(AppendStatus.FULL))
+        works.put(outbox, APPEND_ENTRIES + 7)
+        await trio.sleep(FULL_PAUSE / 2)
+        await end(works)
+        assert trio.current_time() - works.start == pytest.approx(FULL_PAUSE / 2, abs=0.1)
+        assert works.sent()[1][0][0] == (kth - 1) * BATCH_ENTRIES + 1
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", KTH)
+@pytest.mark.parametrize("loss", ["some", "all"])
+async def test_what_is_lost_between_two_batches_is_given_again_before_the_rest(
+    autojump_clock: MockClock, kth: int, loss: str
+) -> None:
+    async with committing(Between()) as works:
+        outbox = await works.run()
+        works.put(outbox, 50)
+        await works.committer.flush(outbox)
+        before = 50 + (kth - 1) * BATCH_ENTRIES
+
+        def lose(_: Batch) -> None:
+            if loss == "all":
+                forget(works.log, "r")
+            else:
+                lose_last(works.log, "r", 30)
+
+        log_of(works).at(kth, lose)
+        works.put(outbox, APPEND_ENTRIES + 7)
+        await works.committer.flush(outbox)
+        status = AppendStatus.GONE if loss == "all" else AppendStatus.HOLE
+        assert log_of(works).replies[1] == [AppendStatus.OK] * (kth - 1) + [status] * (BATCHES - kth + 1)
+        again = 1 if loss == "all" else before - 30 + 1
+        assert works.sent()[2][0][0] == again
+        assert works.warnings == [f"the log had lost a part of run r; going on from entry {again}"]
+        await end(works)
+        assert works.owners["r"].told == ["settled"]
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", KTH)
+async def test_what_is_lost_for_good_between_two_batches_ends_the_run_after_what_is_left(
+    autojump_clock: MockClock, kth: int
+) -> None:
+    async with committing(Between(), tail_entries=5) as works:
+        outbox = await works.run()
+        works.put(outbox, 50)
+        await works.committer.flush(outbox)
+        log_of(works).at(kth, lambda _: lose_last(works.log, "r", 30))
+        works.put(outbox, APPEND_ENTRIES)
+        await works.settled()
+        assert works.owners["r"].told == ["diverged", "settled"]
+        run = await works.log.get("r")
+        assert (run.status, run.error, run.seq) == (RunStatus.FAILED, DIVERGED.error, APPEND_ENTRIES + 52)
+        first = 50 + (kth - 1) * BATCH_ENTRIES - 5 + 1
+        kept = (await works.log.read("r", first - 1, max_entries=100_000, max_bytes=2**40)).entries
+        assert seqs(kept) == list(range(first, APPEND_ENTRIES + 53))
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", KTH)
+async def test_a_hole_where_nothing_was_lost_costs_a_question_and_nothing_else(
+    autojump_clock: MockClock, kth: int
+) -> None:
+    async with committing(Between()) as works:
+        outbox = await works.run()
+        log_of(works).at(kth, says(AppendStatus.HOLE))
+        works.put(outbox, APPEND_ENTRIES)
+        await works.committer.flush(outbox)
+        assert works.sent()[1][0][0] == (kth - 1) * BATCH_ENTRIES + 1
+        await end(works)
+        assert works.owners["r"].told == ["settled"]
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", KTH)
+@pytest.mark.parametrize("refusal", [AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.REFUSED])
+async def test_a_run_whose_nth_batch_is_refused_is_given_up_after_what_is_stored_and_harms_no_other(
+    autojump_clock: MockClock, refusal: AppendStatus, kth: int
+) -> None:
+    async with committing(Between()) as works:
+        boxes = [await works.run(run_id) for run_id in ("before", "r", "after")]
+
+        def refuse(_: Batch) -> Appended | None:
+            stored = works.log._runs["r"]
+            if refusal is AppendStatus.FENCED:
+                stored.lease = replace(stored.lease, epoch="another's")
+            elif refusal is AppendStatus.ENDED:
+                stored.run = stored.run.ended(FAILED, seq=stored.ring.last, at=1.0)
+            else:
+                stored.lease = replace(stored.lease, epoch="another's")
+                return Appended(AppendStatus.REFUSED, words="the key holds something else")
+            return None
+
+        log_of(works).at(kth, refuse)
+        for outbox in boxes:
+            works.put(outbox, APPEND_ENTRIES + 7)
+        told = "cannot be stored" if refusal is AppendStatus.REFUSED else "lost"
+        await works.settled("r", told)
+        assert log_of(works).replies[0][BATCHES : 2 * BATCHES][kth - 1] is refusal
+        for run_id in ("before", "after"):
+            await end(works, run_id)
+            assert works.owners[run_id].told == ["settled"]
+        assert works.owners["r"].told == [told]
+        outbox = boxes[1]
+        assert (outbox.abandoned, outbox.closing, outbox.settled) == (True, True, False)
+        stored = list(range(1, (kth - 1) * BATCH_ENTRIES + 1))
+        assert seqs(works.log._runs["r"].ring.after(0, max_entries=100_000, max_bytes=2**40)) == stored
+        assert (seqs(shown(outbox.tail)) if stored else list(shown(outbox.tail))) == stored
+        assert len(works.sent()) == 1
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", [*KTH, BATCHES])
+async def test_a_completion_that_is_refused_as_the_last_of_several_gives_way_to_the_other_ending(
+    autojump_clock: MockClock, kth: int
+) -> None:
+    async with committing(Between()) as works:
+        outbox = await works.run()
+
+        def cancel(_: Batch) -> None:
+            stored = works.log._runs["r"]
+            stored.cancel_requested, stored.run = True, replace(stored.run, cancel_reason="stop")
+
+        log_of(works).at(kth, cancel)
+        works.put(outbox, (kth - 1) * BATCH_ENTRIES + 5)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert log_of(works).replies[0] == [AppendStatus.OK] * (kth - 1) + [AppendStatus.CANCELLED]
+        assert works.sent()[1] == [((kth - 1) * BATCH_ENTRIES + 1, (kth - 1) * BATCH_ENTRIES + 7)]
+        assert works.owners["r"].told == ["refused: stop", "settled"]
+        assert (await works.log.get("r")).status is RunStatus.CANCELLED
+        await is_whole(works)
+        await nothing_is_left(works)
+
+
+# --- sent again -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kth", [*KTH, BATCHES])
+async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_it_was(
+    autojump_clock: MockClock, kth: int
+) -> None:
+    async with committing(Between()) as works:
+        outbox, other = await works.run(), await works.run("other")
+        log_of(works).at(kth, away)
+        works.put(outbox, APPEND_ENTRIES + 7)
+        works.put(other, 2 * BATCH_ENTRIES)
+        await trio.sleep(0.01)
+        before = (kth - 1) * BATCH_ENTRIES
+        assert await works.stored() == list(range(1, before + 1))
+        assert list(shown(outbox.tail)) == list(shown(other.tail)) == []
+        works.put(outbox, 300)
+        works.put(other, 1)
+        await works.committer.flush(outbox)
+        assert works.log.appended[0][1] == works.log.appended[1][1]
+        assert works.sent()[2] == [(1001, 1200), (1201, 1307)]
+        for run_id in ("r", "other"):
+            await end(works, run_id)
+            assert works.owners[run_id].told == ["settled"]
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("kth", KTH)
+async def test_an_ending_that_comes_while_an_append_is_sent_again_goes_with_the_next(
+    autojump_clock: MockClock, kth: int
+) -> None:
+    async with committing(Between()) as works:
+        outbox = await works.run()
+        log_of(works).at(kth, away)
+        works.put(outbox, 2 * BATCH_ENTRIES + 7)
+        await trio.sleep(0.01)
+        await end(works)
+        assert works.sent() == [[(1, 200), (201, 400), (401, 407)]] * 2 + [[(408, 408)]]
+        await nothing_is_left(works)
+
+
+@pytest.mark.parametrize("replies", [1, 3])
+async def test_several_batches_with_an_ending_whose_replies_are_lost_are_stored_once(
+    autojump_clock: MockClock, replies: int
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.log.lost_replies = replies
+        works.put(outbox, APPEND_ENTRIES - 1)
+        await end(works)
+        assert works.sent() == [[(1, 200), (201, 400), (401, 600), (601, 800), (801, 1000)]] * (replies + 1)
+        assert works.owners["r"].told == ["settled"]
+        await nothing_is_left(works)
+
+
+async def test_what_is_written_while_several_batches_are_under_way_follows_them(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        works.put(outbox, APPEND_ENTRIES + 10)
+        await trio.sleep(0.5)
+        assert list(shown(outbox.tail)) == []
+        works.put(outbox, APPEND_ENTRIES)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert works.sent() == [
+            [(1, 200), (201, 400), (401, 600), (601, 800), (801, 1000)],
+            [(1001, 1200), (1201, 1400), (1401, 1600), (1601, 1800), (1801, 2000)],
+            [(2001, 2011)],
+        ]
+        await is_whole(works)
+        await nothing_is_left(works)
+
+
+async def test_a_run_that_is_given_up_while_several_of_its_batches_are_under_way_is_given_up_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with committing() as works:
+        works.log.latency = 1.0
+        outbox = await works.run()
+        works.put(outbox, APPEND_ENTRIES + 10)
+        await trio.sleep(0.5)
+        works.committer.abandon(outbox)
+        await trio.sleep(1)
+        assert works.owners["r"].told == ["lost"]
+        assert list(shown(outbox.tail)) == []
+        await nothing_is_left(works)
+
+
+# --- a cancel on record ---------------------------------------------------------------------------------------------
+
+
+async def test_a_cancel_on_record_is_told_with_the_first_of_several_batches(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox, owner = await works.run(), works.owners["r"]
+        stood: list[int] = []
+        note = owner.note
+
+        def noting(line: str) -> None:
+            stood.append(outbox.stored)
+            note(line)
+
+        owner.note = noting  # type: ignore[method-assign]
+        await works.log.request_cancel("r", "stop")
+        works.put(outbox, 2 * BATCH_ENTRIES + 1)
+        await works.committer.flush(outbox)
+        assert set(owner.told) == {"cancel: stop"}
+        assert stood[0] == BATCH_ENTRIES
+        assert works.log.calls["append"] == 1
+        await is_whole(works)
+        await nothing_is_left(works)
+
+
+async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_that_was_sent(
+    autojump_clock: MockClock,
+) -> None:
+    async with committing() as works:
+        outbox, owner = await works.run(), works.owners["r"]
+
+        def end_it(reason: str | None) -> None:
+            if not outbox.closing:
+                owner.note(f"cancel: {reason}")
+                works.committer.close(outbox, [DONE], CANCELLED)
+
+        owner.cancel_on_record = end_it  # type: ignore[method-assign]
+        await works.log.request_cancel("r", "stop")
+        works.put(outbox, 2 * BATCH_ENTRIES + 1)
+        await works.settled()
+        assert works.sent() == [[(1, 200), (201, 400), (401, 401)], [(402, 402)]]
+        assert owner.told == ["cancel: stop", "settled"]
+        await is_whole(works)
+        await nothing_is_left(works)
+
+
+async def test_an_owner_that_drops_its_run_between_two_replies_hears_no_more_of_it(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox, owner = await works.run(), works.owners["r"]
+
+        def drop(reason: str | None) -> None:
+            owner.note(f"cancel: {reason}")
+            works.committer.drop(outbox)
+
+        owner.cancel_on_record = drop  # type: ignore[method-assign]
+        await works.log.request_cancel("r", "stop")
+        works.put(outbox, APPEND_ENTRIES + 1)
+        await works.settled(told="cancel: stop")
+        assert owner.told == ["cancel: stop"]
+        assert seqs(shown(outbox.tail)) == list(range(1, BATCH_ENTRIES + 1))
+        await nothing_is_left(works)
+        assert owner.told == ["cancel: stop"]
+
+
+# --- many runs ------------------------------------------------------------------------------------------------------
+
+
+async def test_many_runs_with_many_batches_each_are_all_stored_whole(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        works.log.latency = 0.01
+        boxes = [await works.run(f"r{number}") for number in range(30)]
+        for number, outbox in enumerate(boxes):
+            works.put(outbox, 1 + 83 * number)
+        await trio.sleep(0.005)
+        for number, outbox in enumerate(boxes):
+            works.put(outbox, 40 * (number % 3))
+        for outbox in boxes:
+            works.committer.close(outbox, [DONE], COMPLETED)
+        for outbox in boxes:
+            await works.settled(outbox.run_id)
+            await is_whole(works, outbox.run_id)
+            assert works.owners[outbox.run_id].told == ["settled"]
+        for _, sent in works.log.appended:
+            in_order(sent)
+        assert works.log.calls["append"] <= 1 + boxes[-1].seq // APPEND_ENTRIES + 1
+        await nothing_is_left(works)
+
+
+def in_order(sent: list[tuple[str, int, int]], most: int = BATCHES) -> None:
+    """The batches of each run in an append stand together, follow each other, and are at most so many."""
+    runs = [run_id for run_id, _, _ in sent]
+    assert runs == [run_id for run_id in dict.fromkeys(runs) for _ in range(runs.count(run_id))]
+    for (one, _, last), (other, first, _) in pairwise(sent):
+        assert one != other or first == last + 1
+    assert all(runs.count(run_id) <= most for run_id in runs)
+
+
+async def test_each_of_many_runs_gets_the_replies_to_its_own_batches(autojump_clock: MockClock) -> None:
+    async with committing(Between()) as works:
+        boxes = {
+            run_id: await works.run(run_id) for run_id in ("a", "full", "b", "fenced", "c", "lossy", "d", "refused")
+        }
+        log_of(works).at(2, says(AppendStatus.FULL), "full")
+        log_of(works).at(3, says(AppendStatus.FENCED), "fenced")
+        log_of(works).at(2, lambda _: lose_last(works.log, "lossy", 5), "lossy")
+        log_of(works).at(1, says(AppendStatus.REFUSED), "refused")
+        for number, outbox in enumerate(boxes.values()):
+            works.put(outbox, 3 * BATCH_ENTRIES + number)
+        await trio.sleep(FULL_PAUSE / 2)
+        assert {run_id: outbox.stored for run_id, outbox in boxes.items()} == {
+            "a": 600,
+            "full": 200,
+            "b": 602,
+            "fenced": 400,
+            "c": 604,
+            "lossy": 605,
+            "d": 606,
+            "refused": 0,
+        }
+        for run_id in ("a", "b", "c", "d", "full", "lossy"):
+            await end(works, run_id)
+            assert works.owners[run_id].told == ["settled"]
+        assert works.owners["fenced"].told == ["lost"]
+        assert works.owners["refused"].told == ["cannot be stored"]
+        await nothing_is_left(works)
+
+
+# --- everything at once ---------------------------------------------------------------------------------------------
+
+happenings = st.lists(
+    st.sampled_from(["", "", "", "full", "hole", "gone", "lose", "forget", "away", "reply", "cancel"]), max_size=60
+)
+steps = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.sampled_from([0.0, 0.01, 0.6])), max_size=12)
+
+
+class Eventful(Unreliable):
+    """A log to which, at each batch, the next of these things happens."""
+
+    def __init__(self, happenings: list[str]) -> None:
+        super().__init__()
+        self.happenings = happenings
+        self.saw: dict[tuple[str, int], bytes] = {}
+
+    def _append(self, batch: Batch) -> Appended:
+        for each in batch.entries:  # an entry is the same whenever it is sent, but for those of an ending
+            if batch.ending is None:
+                assert self.saw.setdefault((batch.run_id, each.seq), each.wire) == each.wire
+        happening = self.happenings.pop(0) if self.happenings else ""
+        stored = self._runs.get(batch.run_id)
+        if happening == "away":
+            raise LogUnavailable("away")
+        if happening == "reply":
+            self.lost_replies = 1
+        elif stored is not None and not stored.run.status.terminal:
+            is_new = batch.entries[0].seq > stored.ring.last
+            if happening in {"full", "hole", "gone"} and is_new:  # no log says so of what it has
+                return Appended(AppendStatus[happening.upper()], words="so it is")
+            if happening == "lose":
+                lose_last(self, batch.run_id, 4)
+            elif happening == "forget":
+                forget(self, batch.run_id)
+            elif happening == "cancel":
+                stored.cancel_requested, stored.run = True, replace(stored.run, cancel_reason="stop")
+        return super()._append(batch)
+
+
+@settings(max_examples=150, deadline=None)
+@given(happenings, steps, st.sampled_from([0.0, 0.01]))
+def test_whatever_happens_between_batches_each_run_is_stored_once_whole_and_in_order(
+    happenings: list[str], steps: list[tuple[int, int, float]], latency: float
+) -> None:
+    async def main() -> None:
+        async with committing(Eventful(list(happenings))) as works:
+            works.log.latency = latency
+            boxes = [await works.run(f"r{number}") for number in range(2)]
+            for which, count, pause in steps:
+                works.put(boxes[which], count)
+                await trio.sleep(pause)
+            for outbox in boxes:
+                works.committer.close(outbox, [DONE], COMPLETED)
+            for outbox in boxes:
+                await works.settled(outbox.run_id)
+            for outbox in boxes:
+                await is_whole(works, outbox.run_id)
+                told = works.owners[outbox.run_id].told
+                assert told.count("settled") == 1
+                assert {line.split(":")[0] for line in told} <= {"settled", "cancel", "refused"}
+                refused = any(line.startswith("refused") for line in told)
+                status = (await works.log.get(outbox.run_id)).status
+                assert status is (RunStatus.CANCELLED if refused else RunStatus.COMPLETED)
+            for _, sent in works.log.appended:
+                in_order(sent, most=3)
+            await nothing_is_left(works)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penstock.supervisor.write_buffer.BATCH_ENTRIES", 4)
+        patch.setattr("penstock.supervisor.write_buffer.BATCHES", 3)
+        in_virtual_time(main)

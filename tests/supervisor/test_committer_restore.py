@@ -1,0 +1,944 @@
+"""A log that has lost something of a run is given it again by its owner, or told that nobody has it any more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.errors import CursorExpired, LogUnavailable
+from penstock.log import Appended, AppendStatus
+from penstock.runs import RunStatus
+from penstock.sse import Event
+from penstock.supervisor import open_supervisor
+from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
+from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
+from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, Unreliable, batch, entries, in_virtual_time, record, seqs
+from tests.support.supervising import (
+    FIRST,
+    Notes,
+    View,
+    Witness,
+    assert_nothing_is_left,
+    come_back,
+    count,
+    ended,
+    entries_of,
+    gists,
+    go_away,
+    near,
+    read,
+    readers,
+    shielded,
+    two_supervisors,
+    unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from trio.testing import MockClock
+
+    from penstock.log import Lease
+    from penstock.log.memory import MemoryLog
+    from penstock.runs import Run
+
+ALL = 1_000_000
+APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
+"""The most entries of one run in one append."""
+
+
+async def finish(works: Works, *run_ids: str) -> None:
+    """End these runs, and see that the log has each of them whole, and that nothing is pending."""
+    for run_id in run_ids or tuple(works.owners):
+        works.committer.close(works.owners[run_id].outbox, [DONE], COMPLETED)
+    for run_id in run_ids or tuple(works.owners):
+        await works.settled(run_id)
+        outbox = works.owners[run_id].outbox
+        assert await works.stored(run_id) == list(range(1, outbox.seq + 1))
+        assert works.owners[run_id].told == ["settled"]
+        assert (outbox.size, outbox.stored, outbox.entries) == (0, outbox.seq, [])
+    assert works.committer.pending_bytes == 0
+
+
+LOSE_AN_APPEND = partial(lose_last, count=APPEND_ENTRIES)
+
+# --- given again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [1, 2, 3 * BATCH_ENTRIES, 3 * APPEND_ENTRIES])
+@pytest.mark.parametrize("before", [1, 3, BATCH_ENTRIES, 2 * BATCH_ENTRIES + 50, 2 * APPEND_ENTRIES + 50])
+async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
+    autojump_clock: MockClock, before: int, after: int
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, before)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        works.put(outbox, after)
+        await works.committer.flush(outbox)
+        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, before + after + 1))
+        assert works.warnings == ["the log had lost a part of run r; going on from entry 1"]
+        await finish(works)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 10, BATCH_ENTRIES + 10, 2 * BATCH_ENTRIES, APPEND_ENTRIES + 10])
+async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
+    autojump_clock: MockClock, lost: int
+) -> None:
+    before = 2 * APPEND_ENTRIES
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, before)
+        await works.committer.flush(outbox)
+        kept = works.log._runs["r"].ring.after(0, max_entries=ALL, max_bytes=ALL)
+        lose_last(works.log, "r", lost)
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        assert await works.stored() == list(range(1, before + 6))
+        assert works.log._runs["r"].ring.after(0, max_entries=before, max_bytes=ALL) == kept
+        assert works.warnings == [f"the log had lost a part of run r; going on from entry {before - lost + 1}"]
+        await finish(works)
+
+
+async def test_what_is_given_again_is_shown_to_no_reader_a_second_time(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 10)
+        await works.committer.flush(outbox)
+        first = list(shown(outbox.tail))
+        forget(works.log, "r")
+        works.put(outbox)
+        await works.committer.flush(outbox)
+        assert list(shown(outbox.tail))[:10] == first
+        assert seqs(shown(outbox.tail)) == list(range(1, 12))
+
+
+async def test_several_runs_that_are_lost_at_once_are_all_given_again(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        boxes = [await works.run(f"r{number}") for number in range(7)]
+        for number, outbox in enumerate(boxes):
+            works.put(outbox, 1 + 100 * number)
+        for outbox in boxes:
+            await works.committer.flush(outbox)
+        forget(works.log, "r0", "r2", "r4", "r6")
+        lose_last(works.log, "r5", 300)
+        for outbox in boxes:
+            works.put(outbox, 3)
+        for outbox in boxes:
+            await works.committer.flush(outbox)
+            assert await works.stored(outbox.run_id) == list(range(1, outbox.seq + 1))
+        assert len(works.warnings) == 5
+        await finish(works)
+
+
+async def test_a_run_that_is_lost_again_and_again_is_given_again_each_time(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        for number in range(10):
+            works.put(outbox, 30)
+            await works.committer.flush(outbox)
+            if number % 2:
+                forget(works.log, "r")
+            else:
+                lose_last(works.log, "r", 7 * number)
+        await finish(works)
+
+
+@pytest.mark.parametrize("loss", [forget, LOSE_AN_APPEND, partial(lose_last, count=1)])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given_again(
+    autojump_clock: MockClock, nth: int, when: str, loss: Callable[[MemoryLog, str], None]
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 3 * APPEND_ENTRIES)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        appends = losses = 0
+
+        async def lose(call: str) -> None:
+            nonlocal appends, losses
+            await trio.lowlevel.checkpoint()
+            appends += 1
+            if appends == nth + 1 and "r" in works.log._runs:  # the first one hears of the loss
+                losses += 1
+                loss(works.log, "r")
+
+        setattr(works.log, when, lose)
+        works.put(outbox, 3)
+        await works.committer.flush(outbox)
+        assert losses == 1
+        works.log.before = works.log.after = None
+        await finish(works)
+
+
+async def test_entries_that_came_while_the_log_was_given_what_it_had_lost_follow_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 2 * APPEND_ENTRIES)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        works.log.latency = 1.0
+        for _ in range(20):
+            works.put(outbox, 2)
+            await trio.sleep(0.3)
+        await finish(works)
+
+
+@pytest.mark.parametrize("before", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
+@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
+async def test_an_ending_that_was_pending_comes_last_in_the_log_that_had_lost_the_run(
+    autojump_clock: MockClock, before: int, pending: int
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, before)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        works.put(outbox, pending)
+        await finish(works)
+        assert (await works.log.get("r")).status is RunStatus.COMPLETED
+        assert outbox.tail.ended
+
+
+@pytest.mark.parametrize("lost", [1, 3, 4, 6])
+async def test_an_ending_whose_reply_was_lost_and_then_itself_is_stored_once(
+    autojump_clock: MockClock, lost: int
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 2)
+        await works.committer.flush(outbox)
+        works.put(outbox, 3)
+        works.log.lost_replies = 1
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await trio.sleep(0.01)
+        assert (await works.log.get("r")).status is RunStatus.COMPLETED
+        lose_last(works.log, "r", lost)
+        await works.settled()
+        assert await works.stored() == list(range(1, 7))
+        assert works.owners["r"].told == ["settled"]
+        assert works.committer.pending_bytes == 0
+
+
+@pytest.mark.parametrize("lost", [2, 5, 8, 10])
+async def test_what_was_stored_and_lost_before_its_reply_came_is_stored_once(
+    autojump_clock: MockClock, lost: int
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        works.log.lost_replies = 1
+        works.put(outbox, 5)
+        await trio.sleep(0.01)
+        assert works.log._runs["r"].ring.last == 10
+        if lost == 10:
+            forget(works.log, "r")
+        else:
+            lose_last(works.log, "r", lost)
+        await works.committer.flush(outbox)
+        assert await works.stored() == list(range(1, 11))
+        await finish(works)
+
+
+@pytest.mark.parametrize("flush_interval", [0.0, 100.0])
+async def test_a_run_that_has_nothing_to_say_is_given_again_at_once_when_somebody_finds_it_gone(
+    autojump_clock: MockClock, flush_interval: float
+) -> None:
+    async with committing(flush_interval=flush_interval) as works:
+        outbox = await works.run()
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        began = trio.current_time()
+        works.committer.restore(outbox)
+        await trio.sleep(0.1)
+        assert await works.stored() == [1, 2, 3, 4, 5]
+        assert works.committer.pending_bytes == 0
+        assert trio.current_time() == near(began)
+        await finish(works)
+
+
+async def test_a_run_that_had_said_nothing_yet_is_there_again(autojump_clock: MockClock) -> None:
+    async with committing(tail_entries=1) as works:
+        outbox = await works.run()
+        forget(works.log, "r")
+        works.committer.restore(outbox)
+        await trio.sleep(0.1)
+        assert (await works.log.get("r")).seq == 0
+        forget(works.log, "r")
+        works.put(outbox)
+        await finish(works)
+
+
+async def test_a_run_that_is_found_gone_although_it_is_there_stays_as_it_is(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        appends = len(works.log.appended)
+        works.committer.restore(outbox)
+        await trio.sleep(1)
+        assert len(works.log.appended) == appends
+        assert outbox.size == works.committer.pending_bytes == 0
+        await finish(works)
+
+
+async def test_the_record_that_is_put_back_is_that_of_the_start_and_has_the_lease(autojump_clock: MockClock) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 2)
+        await works.committer.flush(outbox)
+        was = await works.log.get("r")
+        forget(works.log, "r")
+        works.put(outbox)
+        await works.committer.flush(outbox)
+        run = await works.log.get("r")
+        assert (run.id, run.producer, run.metadata, run.status) == (was.id, was.producer, was.metadata, was.status)
+        assert works.log._runs["r"].lease == LEASE
+        assert await works.log.renew("owner", {"r": "epoch"}, 30) == {"r": AppendStatus.OK}
+
+
+async def test_a_writer_that_waits_for_room_goes_on_when_what_was_lost_is_there_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with committing(max_pending_bytes=1_000, max_process_pending_bytes=2_000) as works:
+        outbox = await works.run()
+        for _ in range(5):
+            await works.write(outbox, 30, 100)
+            forget(works.log, "r")
+        with trio.fail_after(60):
+            await works.committer.flush(outbox)
+        await finish(works)
+
+
+# --- not at hand any more -------------------------------------------------------------------------------------------
+
+
+async def test_a_loss_that_the_tail_covers_to_the_entry_is_made_good(autojump_clock: MockClock) -> None:
+    async with committing(tail_entries=5) as works:
+        outbox = await works.run()
+        works.put(outbox, 20)
+        await works.committer.flush(outbox)
+        lose_last(works.log, "r", 5)
+        works.put(outbox)
+        await finish(works)
+
+
+@pytest.mark.parametrize("pending", [0, 1, 3, BATCH_ENTRIES + 7, APPEND_ENTRIES + 7])
+@pytest.mark.parametrize("lost", [6, 19, 20])
+async def test_a_loss_beyond_the_tail_ends_the_run_after_what_is_left(
+    autojump_clock: MockClock, lost: int, pending: int
+) -> None:
+    async with committing(tail_entries=5) as works:
+        outbox = await works.run()
+        works.put(outbox, 20)
+        await works.committer.flush(outbox)
+        if lost == 20:
+            forget(works.log, "r")
+        else:
+            lose_last(works.log, "r", lost)
+        works.put(outbox, pending)
+        works.committer.restore(outbox)
+        await works.settled()
+        assert works.owners["r"].told == ["diverged", "settled"]
+        await is_what_is_left(works, first=16, last=22 + pending)
+
+
+async def is_what_is_left(works: Works, *, first: int, last: int) -> None:
+    """The log has entries `first` to `last` of a run that failed, and nothing is pending."""
+    page = await works.log.read("r", first - 1)
+    assert page.oldest_seq == first
+    assert [each.seq for each in (await works.log.read("r", first - 1, max_entries=ALL)).entries] == [
+        *range(first, last + 1)
+    ]
+    assert (page.run.status, page.run.error, page.run.seq) == (RunStatus.FAILED, DIVERGED.error, last)
+    outbox = works.owners["r"].outbox
+    assert (works.committer.pending_bytes, outbox.size, outbox.entries) == (0, 0, [])
+    (newest,) = (await works.log.read("r", last - 1)).entries
+    assert (newest.data, newest.terminal) == (DONE, True)
+
+
+@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
+async def test_an_ending_that_was_pending_gives_way_to_the_one_that_says_so(
+    autojump_clock: MockClock, pending: int
+) -> None:
+    async with committing(tail_entries=5) as works:
+        outbox = await works.run()
+        works.put(outbox, 20)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        works.put(outbox, pending)
+        works.committer.close(outbox, [DONE], COMPLETED)
+        await works.settled()
+        assert works.owners["r"].told == ["diverged", "settled"]
+        await is_what_is_left(works, first=16, last=22 + pending)
+
+
+async def test_a_log_that_loses_even_the_ending_which_says_so_is_given_it_again(autojump_clock: MockClock) -> None:
+    async with committing(tail_entries=5) as works:
+        outbox = await works.run()
+        works.put(outbox, 20)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        losses = 0
+
+        async def lose(call: str) -> None:
+            nonlocal losses
+            await trio.lowlevel.checkpoint()
+            if "r" in works.log._runs and losses < 3:
+                losses += 1
+                forget(works.log, "r")
+
+        works.log.before = lose
+        works.put(outbox, 2)
+        await works.settled()
+        assert losses == 3
+        assert works.owners["r"].told == ["diverged"] * 4 + ["settled"]
+        await is_what_is_left(works, first=16, last=24)
+
+
+@pytest.mark.parametrize("loss, first", [(0, 1), (1, APPEND_ENTRIES + 1), (APPEND_ENTRIES, APPEND_ENTRIES + 1)])
+async def test_entries_that_are_pending_again_are_kept_although_the_tail_has_given_them_up(
+    autojump_clock: MockClock, loss: int, first: int
+) -> None:
+    async with committing() as works:
+        outbox = await works.run()
+        works.put(outbox, 3 * APPEND_ENTRIES)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+
+        async def shrink(call: str) -> None:
+            await trio.lowlevel.checkpoint()
+            if "r" in works.log._runs and works.log._runs["r"].ring.last == APPEND_ENTRIES:
+                works.log.after = None
+                outbox.tail.trim(1_000)
+                lose_last(works.log, "r", loss)
+                works.committer.restore(outbox)
+
+        works.log.after = shrink
+        works.put(outbox, 2)
+        await works.committer.flush(outbox)
+        assert works.log.after is None
+        if loss:
+            await works.settled()
+            assert works.owners["r"].told == ["diverged", "settled"]
+            await is_what_is_left(works, first=first, last=3 * APPEND_ENTRIES + 4)
+        else:
+            await finish(works)
+
+
+# --- what is pending again ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq", [0, 1, 5, 6, 7])
+async def test_what_is_pending_again_is_what_the_log_had_acknowledged_once_and_in_order(
+    autojump_clock: MockClock, seq: int
+) -> None:
+    works = Works(Unreliable())
+    outbox = await works.run()
+    outbox.tail.extend(entries(1, 10, 50))  # it has more than what the log has acknowledged since it was lost
+    outbox.stored, outbox.seq = 6, 12
+    outbox.entries = entries(7, 12, 50)
+    outbox.size = 6 * 50
+    added = outbox.go_back(seq, outbox.at_hand())
+    stands_at = min(seq, 6)
+    assert (outbox.stored, added) == (stands_at, (6 - stands_at) * 50)
+    assert seqs(outbox.entries) == list(range(stands_at + 1, 13))
+    assert outbox.size == 50 * len(outbox.entries)
+
+
+# --- not to be given back -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refusal", [AppendStatus.FENCED, AppendStatus.ENDED])
+async def test_a_run_that_is_anothers_or_over_by_then_is_given_up_as_fenced(
+    autojump_clock: MockClock, refusal: AppendStatus
+) -> None:
+    async with committing() as works:
+        outbox, other = await works.run(), await works.run("other")
+        works.put(outbox, 5, 100)
+        works.put(other, 5)
+        await works.committer.flush(outbox)
+        forget(works.log, "r")
+        fenced = refusal is AppendStatus.FENCED
+        await works.log.start(record("r"), replace(LEASE, epoch="another's") if fenced else LEASE)
+        if not fenced:
+            await works.log.append([batch(1, 2, FAILED)])
+        there = works.log._runs["r"].ring.last
+        works.committer.restore(outbox)
+        works.put(outbox, 3, 100)
+        works.put(other, 3)
+        await works.settled(told="lost")
+        assert (outbox.abandoned, outbox.size, outbox.entries) == (True, 0, [])
+        assert works.owners["r"].told == ["lost"]
+        assert works.log._runs["r"].ring.last == there
+        await finish(works, "other")
+
+
+class Forgetful(Unreliable):
+    """An unreliable log whose `restore` is counted, and can be away, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restores: list[float] = []
+        self.cannot_restore = 0
+        self.restored: AppendStatus | None = None
+        """What is said instead of what the log would say."""
+
+    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
+        self.restores.append(trio.current_time())
+        await self._arrive("restore")
+        if self.cannot_restore:
+            self.cannot_restore -= 1
+            raise LogUnavailable("away")
+        if self.restored is not None:
+            return Appended(self.restored, words="as it was told")
+        reply = await super().restore(run, lease, oldest)
+        await self._leave("restore")
+        return reply
+
+
+async def test_a_log_that_is_away_is_given_what_it_had_lost_when_it_is_back(autojump_clock: MockClock) -> None:
+    log = Forgetful()
+    async with committing(log) as works:
+        outbox = await works.run()
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        forget(log, "r")
+        log.cannot_restore = 4
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        assert len(log.restores) == 5
+        assert works.warnings[0] == "cannot restore run r: away; trying again"
+        await finish(works)
+
+
+@pytest.mark.parametrize("refusal", [AppendStatus.FENCED, AppendStatus.ENDED])
+async def test_a_refusal_to_take_the_run_back_ends_it_here_and_harms_no_other(
+    autojump_clock: MockClock, refusal: AppendStatus
+) -> None:
+    log = Forgetful()
+    async with committing(log) as works:
+        boxes = [await works.run(f"r{number}") for number in range(3)]
+        for outbox in boxes:
+            works.put(outbox, 5)
+            await works.committer.flush(outbox)
+        forget(log, "r1")
+        log.restored = refusal
+        for outbox in boxes:
+            works.put(outbox, 5)
+        await works.settled("r1", "lost")
+        assert works.owners["r1"].told == ["lost"]
+        await finish(works, "r0", "r2")
+        assert len(log.restores) == 1
+
+
+async def test_a_full_log_is_asked_later_whether_it_takes_back_what_it_had_lost(autojump_clock: MockClock) -> None:
+    log = Forgetful()
+    async with committing(log) as works:
+        outbox = await works.run()
+        works.put(outbox, 5)
+        await works.committer.flush(outbox)
+        forget(log, "r")
+        log.restored = AppendStatus.FULL
+        works.put(outbox, 5)
+        await trio.sleep(10)
+        assert 15 <= len(log.restores) <= 21
+        assert outbox.size == works.committer.pending_bytes > 0
+        log.restored = None
+        await works.committer.flush(outbox)
+        await finish(works)
+
+
+@pytest.mark.parametrize("when", ["during", "before"])
+async def test_a_run_that_is_given_up_meanwhile_is_not_given_again(autojump_clock: MockClock, when: str) -> None:
+    log = Forgetful()
+    async with committing(log) as works:
+        outbox = await works.run()
+        works.put(outbox, 5, 100)
+        await works.committer.flush(outbox)
+        forget(log, "r")
+        log.latency = 1.0
+        if when == "before":
+            works.committer.restore(outbox)
+            works.committer.drop(outbox)
+        else:
+            works.committer.restore(outbox)
+            await trio.sleep(0.5)
+            works.committer.drop(outbox)
+        await trio.sleep(5)
+        assert (works.committer.pending_bytes, outbox.size, outbox.entries) == (0, 0, [])
+        assert len(log.restores) == (when == "during")
+        assert works.warnings == []
+
+
+# --- everything at once ---------------------------------------------------------------------------------------------
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put", "put", "sleep", "away", "back", "reply", "forget", "lose", "find", "end"]),
+        st.integers(0, 2),
+        st.integers(1, 260),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps, st.sampled_from([0.0, 0.01, 0.7]), st.sampled_from([0.0, 0.3]))
+def test_whatever_is_lost_each_run_is_in_the_log_once_whole_and_in_order(
+    steps: list[tuple[str, int, int]], latency: float, flush_interval: float
+) -> None:
+    async def main() -> None:
+        log = Forgetful()
+        async with committing(log, flush_interval=flush_interval, flush_size=50) as works:
+            log.latency = latency
+            boxes = [await works.run(f"r{number}") for number in range(3)]
+            for step, which, amount in steps:
+                await take(works, step, f"r{which}", amount)
+            log.away = False
+            log.lost_replies = 0
+            for outbox in boxes:
+                if not outbox.closing:
+                    works.committer.close(outbox, [DONE], COMPLETED)
+            for outbox in boxes:
+                await works.settled(outbox.run_id)
+                assert seqs(shown(outbox.tail)) == list(range(1, outbox.seq + 1))
+                assert works.owners[outbox.run_id].told == ["settled"]
+                assert await works.stored(outbox.run_id) == list(range(1, outbox.seq + 1))
+                assert list(shown(outbox.tail)) == await everything(log, outbox.run_id)
+            assert works.committer.pending_bytes == 0
+
+    in_virtual_time(main)
+
+
+async def everything(log: MemoryLog, run_id: str) -> list[object]:
+    return list((await log.read(run_id, 0, max_entries=ALL, max_bytes=ALL)).entries)
+
+
+async def take(works: Works, step: str, run_id: str, amount: int) -> None:
+    """Take one step of the example above."""
+    log = works.log
+    outbox = works.owners[run_id].outbox
+    if step == "sleep":
+        await trio.sleep(amount / 100)
+    elif step in {"away", "back"}:
+        log.away = step == "away"
+    elif step == "reply":
+        log.lost_replies = amount % 3
+    elif step in {"forget", "lose", "find"}:
+        if "settled" not in works.owners[run_id].told:
+            lose(works, step, run_id, amount)
+    elif not outbox.closing:
+        if step == "end":
+            works.committer.close(outbox, [DONE], COMPLETED)
+        else:
+            works.put(outbox, amount)
+
+
+def lose(works: Works, step: str, run_id: str, amount: int) -> None:
+    """Let the log lose something of a run, or somebody find that it is gone."""
+    if step == "find":
+        works.committer.restore(works.owners[run_id].outbox)
+        return
+    stored = works.log._runs.get(run_id)
+    if stored is not None and not stored.run.status.terminal:  # of what is lost after the end nobody hears
+        if step == "forget":
+            forget(works.log, run_id)
+        else:
+            lose_last(works.log, run_id, amount)
+
+
+# --- with producers and readers -------------------------------------------------------------------------------------
+
+LEASE_SECONDS = 6.0
+
+
+def numbers(upto: int) -> list[str]:
+    return [*map(str, range(1, upto + 1)), "[DONE]"]
+
+
+@pytest.mark.parametrize("lost", [1, 7, ALL])
+@pytest.mark.parametrize("times", [1, 4])
+async def test_readers_here_and_elsewhere_see_every_entry_of_a_run_that_was_lost_once(
+    autojump_clock: MockClock, lost: int, times: int
+) -> None:
+    view, notes = View(), Notes()
+    async with two_supervisors(view, observer=notes) as (owner, other):
+        run = await owner.start(count, 100, 0.1)
+        async with readers((owner, run.id), (other, run.id)) as (here, there):
+            for _ in range(times):
+                await trio.sleep(2.05)
+                if lost == ALL:
+                    forget(view.log, run.id)
+                else:
+                    lose_last(view.log, run.id, lost)
+            await trio.sleep(0.5)
+            late = [await read(supervisor, run.id, 10) for supervisor in (owner, other)]
+        assert gists(here.entries) == gists(there.entries) == numbers(100)
+        assert [gists(each) for each in late] == [numbers(100)[10:]] * 2
+        assert here.entries == there.entries == await entries_of(view, run.id)
+        assert (await ended(view, run.id)).status == "completed"
+        assert (notes.errors, notes.fenced) == ([], [])
+        assert len(notes.warnings) == times
+        assert_nothing_is_left(owner)
+        assert_nothing_is_left(other)
+
+
+async def test_all_runs_of_a_log_that_was_started_anew_go_on_where_they_were(autojump_clock: MockClock) -> None:
+    view = View()
+    async with two_supervisors(view) as (owner, other):
+        runs = [await (owner, other)[number % 2].start(count, 40 + number, 0.1) for number in range(10)]
+        async with readers(*((supervisor, run.id) for run in runs for supervisor in (owner, other))) as following:
+            await trio.sleep(2)
+            go_away(view)
+            await trio.sleep(3)
+            forget(view.log)
+            come_back(view)
+        for number, run in enumerate(runs):
+            for reader in following[2 * number : 2 * number + 2]:
+                assert reader.error is None
+                assert gists(reader.entries) == numbers(40 + number)
+            assert (await ended(view, run.id)).status == "completed"
+
+
+async def test_a_silent_run_is_given_again_when_its_renewal_finds_it_gone(autojump_clock: MockClock) -> None:
+    view, witness = View(), Witness()
+    async with two_supervisors(view, lease=LEASE_SECONDS) as (owner, other):
+        run = await owner.start(witness.waits)
+        async with readers((owner, run.id), (other, run.id)) as (here, there):
+            await trio.sleep(20.5)
+            forget(view.log, run.id)
+            await trio.sleep(LEASE_SECONDS / 3)
+            assert gists(await entries_of(view, run.id)) == ["first"]
+            assert (await owner.get(run.id)).status == "running"
+            await trio.sleep(5 * LEASE_SECONDS)
+            assert not witness.left
+            await other.cancel(run.id, "enough")
+        assert witness.saw == "run cancelled: enough"
+        assert gists(here.entries) == gists(there.entries) == ["first", "cancelled", "[DONE]"]
+        assert (await ended(view, run.id)).cancel_reason == "enough"
+        assert_nothing_is_left(owner)
+
+
+async def test_a_reader_that_is_reading_the_history_when_the_log_loses_it_goes_on_when_it_is_there_again(
+    autojump_clock: MockClock,
+) -> None:
+    view = View()
+    async with two_supervisors(view, tail_entries=1000, lease=LEASE_SECONDS) as (owner, other):
+        run = await owner.start(count_and_wait)
+        await trio.sleep(1)
+        async with other.follow(run.id) as entries:
+            seen = [(await anext(entries)).seq for _ in range(500)]
+            forget(view.log, run.id)  # and the second page is asked for
+            seen += [(await anext(entries)).seq for _ in range(499)]
+        assert seen == list(range(1, 1000))
+        await owner.cancel(run.id)
+
+
+async def count_and_wait() -> AsyncIterator[Event]:
+    for number in range(1, 1000):
+        yield Event(data=str(number))
+    await trio.sleep_forever()
+
+
+async def diverges(view: View, run_id: str, *, first: int, last: int) -> None:
+    """The run is in the log from `first` on, and failed since the log had lost what was before."""
+    record = await view.get(run_id)
+    page = await view.read(run_id, first - 1)
+    assert page.oldest_seq == first
+    assert [each.seq for each in page.entries] == list(range(first, last + 1))
+    assert gists(page.entries)[-2:] == ["error LOG_DIVERGED", "[DONE]"]
+    assert [each.seq for each in page.entries if each.terminal] == [last]
+    assert record.error is not None
+    assert (record.status, record.stop_reason, record.error.code) == ("failed", "error", "LOG_DIVERGED")
+    assert record.seq == last
+
+
+async def test_a_run_of_which_nobody_has_the_beginning_any_more_ends_and_says_so(autojump_clock: MockClock) -> None:
+    view, witness, notes = View(), Witness(), Notes()
+
+    async def producer() -> AsyncIterator[Event]:
+        for number in range(1, 1000):
+            yield Event(data=str(number))
+            with witness.watching():
+                await trio.sleep(0.1)
+
+    async with two_supervisors(view, tail_entries=5, observer=notes) as (owner, other):
+        run = await owner.start(producer)
+        async with readers((owner, run.id), (other, run.id)) as (here, there):
+            await trio.sleep(2.05)  # it has said 21
+            forget(view.log, run.id)
+        assert (witness.saw, witness.saw_at) == ("log diverged", near(2.1))
+        for reader in (here, there):
+            assert reader.error is None
+            assert gists(reader.entries) == [*map(str, range(1, 23)), "error LOG_DIVERGED", "[DONE]"]
+        await diverges(view, run.id, first=17, last=24)
+        for supervisor in (owner, other):
+            assert [each.seq for each in await read(supervisor, run.id, 16)] == list(range(17, 25))
+            for cursor in (0, 15):
+                with pytest.raises(CursorExpired) as caught:
+                    await read(supervisor, run.id, cursor)
+                assert caught.value.oldest_seq == 17
+            assert_nothing_is_left(supervisor)
+        assert [each.status for each in notes.ended] == ["failed"]
+
+
+async def test_a_reader_in_the_middle_of_what_is_lost_for_good_is_told_where_the_rest_begins(
+    autojump_clock: MockClock,
+) -> None:
+    view = View()
+    async with two_supervisors(view, tail_entries=5, lease=LEASE_SECONDS) as (owner, other):
+        run = await owner.start(count_and_wait)
+        await trio.sleep(1)
+        for supervisor in (owner, other):
+            entries = await supervisor.follow(run.id).__aenter__()
+            assert [(await anext(entries)).seq for _ in range(500)] == list(range(1, 501))
+            if supervisor is owner:
+                forget(view.log, run.id)
+                await trio.sleep(LEASE_SECONDS)
+                with pytest.raises(CursorExpired) as caught:
+                    await anext(entries)
+                assert caught.value.oldest_seq == 995
+            await entries.__aexit__(None, None, None)
+            if supervisor is owner:
+                break
+        await diverges(view, run.id, first=995, last=1001)
+        assert_nothing_is_left(owner)
+        assert_nothing_is_left(other)
+
+
+async def test_an_ending_that_was_on_its_way_is_replaced_by_one_that_says_what_was_lost(
+    autojump_clock: MockClock,
+) -> None:
+    view, notes = View(), Notes()
+    async with open_supervisor(view, tail_entries=5, observer=notes, finalize_timeout=60) as owner:
+        run = await owner.start(count, 20, 0.1)
+        async with readers((owner, run.id)) as (here,):
+            await trio.sleep(1.95)  # it has said 19
+            view.before["append"] = unavailable
+            await trio.sleep(5)
+            assert owner._services.live[run.id].left
+            forget(view.log, run.id)
+            view.before.clear()
+        assert gists(here.entries) == [*map(str, range(1, 21)), "error LOG_DIVERGED", "[DONE]"]
+        await diverges(view, run.id, first=15, last=22)
+        assert [(each.status, each.seq) for each in notes.ended] == [("failed", 22)]
+        assert_nothing_is_left(owner)
+
+
+@pytest.mark.parametrize("cleanup", [1.0, 8.0, 30.0])
+async def test_a_run_whose_producer_only_cleans_up_ends_as_diverged_all_the_same(
+    autojump_clock: MockClock, cleanup: float
+) -> None:
+    view = View()
+
+    class Lingers:
+        """Numbers, and then a cleanup that takes its time."""
+
+        def __init__(self) -> None:
+            self.numbers = count(20)
+
+        def __aiter__(self) -> AsyncIterator[Event]:
+            return self.numbers
+
+        async def aclose(self) -> None:
+            await self.numbers.aclose()  # type: ignore[attr-defined]
+
+    async def producer() -> AsyncIterator[Event]:
+        try:
+            async for each in Lingers():
+                yield each
+            yield Event(data="[DONE]")
+        finally:
+            with trio.move_on_after(cleanup, shield=True):
+                await trio.sleep_forever()
+
+    async with open_supervisor(view, tail_entries=5, lease=3.0, cancel_grace=5) as owner:
+        run = await owner.start(producer)
+        async with readers((owner, run.id)) as (here,):
+            await trio.sleep(0.5)
+            assert owner._services.live[run.id].ended
+            forget(view.log, run.id)
+        assert gists(here.entries) == [*map(str, range(1, 21)), "error LOG_DIVERGED", "[DONE]"]
+        await diverges(view, run.id, first=16, last=22)
+        await trio.sleep(cleanup)
+        assert_nothing_is_left(owner)
+
+
+async def test_a_run_written_by_hand_is_cut_short_when_the_log_has_diverged(autojump_clock: MockClock) -> None:
+    view, witness = View(), Witness()
+    async with open_supervisor(view, tail_entries=2, lease=3.0) as owner:
+        with pytest.raises(Exception, match="has ended") as caught:  # noqa: PT012
+            async with owner.open_run("by-hand") as writer:
+                for _ in range(5):
+                    await writer.write(FIRST)
+                await writer.flush()
+                forget(view.log, "by-hand")
+                with witness.watching():
+                    await trio.sleep_forever()
+        assert type(caught.value).__name__ == "RunEnded"
+        assert (witness.saw, witness.saw_at) == ("log diverged", near(1))
+        await diverges(view, "by-hand", first=4, last=7)
+        assert_nothing_is_left(owner)
+
+
+async def test_a_stuck_producer_does_not_keep_a_diverged_run_from_its_end(autojump_clock: MockClock) -> None:
+    view, let_go = View(), trio.Event()
+
+    async def holds_on() -> AsyncIterator[Event]:
+        for _ in range(5):
+            yield FIRST
+        await shielded(let_go)
+        yield FIRST
+
+    async with open_supervisor(view, tail_entries=2, lease=3.0, cancel_grace=4) as owner:
+        run = await owner.start(holds_on)
+        async with readers((owner, run.id)) as (here,):
+            await trio.sleep(0.5)
+            forget(view.log, run.id)
+        assert here.ended_at == near(5)
+        await diverges(view, run.id, first=4, last=7)
+        let_go.set()
+        await trio.sleep(1)
+        assert_nothing_is_left(owner)
+
+
+async def test_a_log_that_lost_a_run_while_it_drains_is_given_it_again_with_its_end(autojump_clock: MockClock) -> None:
+    view = View()
+    async with two_supervisors(view, drain_timeout=3) as (owner, other):
+        run = await owner.start(count, 1000, 0.1)
+        async with readers((other, run.id)) as (there,), trio.open_nursery() as nursery:
+            await trio.sleep(1)
+            nursery.start_soon(owner.drain)
+            await trio.sleep(1)
+            forget(view.log, run.id)
+        assert gists(there.entries)[-2:] == ["error INTERRUPTED", "[DONE]"]
+        assert there.entries == await entries_of(view, run.id)
+        assert (await ended(view, run.id)).stop_reason == "interrupted"
+
+
+async def test_a_run_that_another_process_has_by_then_is_not_taken_back(autojump_clock: MockClock) -> None:
+    view, witness, notes = View(), Witness(), Notes()
+    async with two_supervisors(view, lease=LEASE_SECONDS, observer=notes) as (owner, other):
+        run = await owner.start(witness.waits, run_id="r")
+        await trio.sleep(1)
+        forget(view.log, run.id)
+        await other.start(count, 5, 1.0, run_id="r")
+        await trio.sleep(LEASE_SECONDS)
+        assert (witness.saw, notes.fenced) == ("fenced", ["r"])
+        assert gists(await entries_of(view, "r")) == numbers(5)
+        assert (await ended(view, "r")).status == "completed"
+        assert_nothing_is_left(owner)

@@ -1,0 +1,516 @@
+"""The watch: what a supervisor does by the clock, and what it does when the clock or the log stood still."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from math import inf
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from penstock.backoff import LONGEST_PAUSE
+from penstock.log import AppendStatus, News
+from penstock.log.memory import MemoryLog
+from penstock.supervisor import open_supervisor
+from penstock.supervisor.leases import REAP_INTERVAL, RENEWALS_PER_CALL
+from tests.support.committing import forget
+from tests.support.logs import LEASE as ANOTHERS
+from tests.support.logs import batch, record
+from tests.support.supervising import (
+    Notes,
+    View,
+    Witness,
+    assert_nothing_is_left,
+    come_back,
+    count,
+    ended,
+    entries_of,
+    gists,
+    go_away,
+    near,
+    readers,
+    slow,
+    two_supervisors,
+    unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from trio.testing import MockClock
+
+    from penstock.log import Wakeups
+    from tests.support.supervising import Hook
+
+LEASE = 6.0
+LOST = ["first", "error RUN_LOST", "[DONE]"]
+
+
+class Told:
+    """Wake-ups that can also tell that the log was out of reach."""
+
+    def __init__(self, wakeups: Wakeups) -> None:
+        self.wakeups = wakeups
+        self.came_back = trio.Event()
+        self._news: list[News] = []
+
+    @property
+    def _subscribed(self) -> set[str]:
+        subscribed: set[str] = getattr(self.wakeups, "_subscribed")  # noqa: B009  (the protocol does not have it)
+        return subscribed
+
+    def tell(self, news: News) -> None:
+        self._news.append(news)
+        self.came_back.set()
+
+    async def subscribe(self, run_id: str) -> None:
+        await self.wakeups.subscribe(run_id)
+
+    def unsubscribe(self, run_id: str) -> None:
+        self.wakeups.unsubscribe(run_id)
+
+    async def wait(self) -> News:
+        told: list[News] = []
+
+        async def listen(scope: trio.CancelScope) -> None:
+            told.append(await self.wakeups.wait())
+            scope.cancel()
+
+        async def look(scope: trio.CancelScope) -> None:
+            await self.came_back.wait()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen, nursery.cancel_scope)
+            nursery.start_soon(look, nursery.cancel_scope)
+        self.came_back = trio.Event()
+        told += self._news
+        self._news = []
+        moved = {run_id: seq for news in told for run_id, seq in news.moved.items()}
+        return News(moved, any(news.cancel for news in told), any(news.reconnected for news in told))
+
+
+class Reconnecting(MemoryLog):
+    """A log whose wake-ups can tell that it was out of reach; and that notes its renewals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Told] = []
+        self.renewals: list[tuple[float, int]] = []
+        """When a renewal came, and of how many leases."""
+        self.reaps: list[float] = []
+
+    @asynccontextmanager
+    async def wakeups(self, owner: str) -> AsyncIterator[Told]:  # type: ignore[override]
+        async with super().wakeups(owner) as wakeups:
+            self.told.append(Told(wakeups))
+            yield self.told[-1]
+
+    async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
+        self.renewals.append((trio.current_time(), len(epochs)))
+        return await super().renew(owner, epochs, seconds)
+
+
+def moments(view: View, operation: str) -> list[float]:
+    """Note when an operation is asked for, from now on."""
+    times: list[float] = []
+
+    async def hook() -> None:
+        await trio.lowlevel.checkpoint()
+        times.append(trio.current_time())
+
+    view.before[operation] = hook
+    return times
+
+
+async def asked(view: View, operation: str, hook: Hook) -> float:
+    """Wait until an operation is asked for the next time, which meets the hook; when that was."""
+    came = trio.Event()
+
+    async def meet() -> None:
+        came.set()
+        await hook()
+
+    view.before[operation] = meet
+    await came.wait()
+    return trio.current_time()
+
+
+# --- renewals -------------------------------------------------------------------------------------------------------
+
+
+async def test_leases_are_renewed_three_times_in_their_length(autojump_clock: MockClock) -> None:
+    log = Reconnecting()
+    async with open_supervisor(log, lease=LEASE) as owner:
+        run = await owner.start(Witness().waits)
+        await trio.sleep(60.1)
+        assert [when for when, _ in log.renewals] == [near(2.0 * number) for number in range(1, 31)]
+        await owner.cancel(run.id)
+        await owner.wait(run.id)
+        log.renewals.clear()
+        await trio.sleep(60)
+        assert log.renewals == []  # there is nothing to renew
+
+
+async def test_leases_are_renewed_at_once_when_the_log_is_back(autojump_clock: MockClock) -> None:
+    log = Reconnecting()
+    async with open_supervisor(log, lease=30.0) as owner:
+        run = await owner.start(Witness().waits)
+        await trio.sleep(13)
+        assert log.renewals == [(near(10), 1)]
+        log.told[0].tell(News({}, reconnected=True))
+        await trio.sleep(1)
+        assert log.renewals[1:] == [(near(13), 1)]
+        await trio.sleep(8.9)  # and the next is a third of a lease after this one
+        assert log.renewals[2:] == []
+        await trio.sleep(0.2)
+        assert log.renewals[2:] == [(near(23), 1)]
+        await owner.cancel(run.id)
+
+
+async def test_a_silent_run_that_the_log_has_lost_is_there_again_as_soon_as_the_log_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    log, notes = Reconnecting(), Notes()
+    async with two_supervisors(log, lease=30.0, observer=notes) as (owner, other):
+        run = await owner.start(Witness().waits)
+        async with readers((owner, run.id), (other, run.id)) as (here, there):
+            await trio.sleep(13)
+            forget(log, run.id)
+            for told in log.told:
+                told.tell(News({run.id: 2**53}, reconnected=True))
+            await trio.sleep(1)
+            assert gists(await entries_of(log, run.id)) == ["first"]
+            await owner.cancel(run.id)
+        for reader in (here, there):
+            assert reader.error is None
+            assert gists(reader.entries) == ["first", "cancelled", "[DONE]"]
+        assert (await ended(log, run.id)).status == "cancelled"
+        assert_nothing_is_left(other)
+
+
+@pytest.mark.parametrize("away", [0.5, 1.0, 1.5])
+async def test_a_renewal_that_fails_is_tried_again_before_the_lease_is_over(
+    autojump_clock: MockClock, away: float
+) -> None:
+    log, notes = Reconnecting(), Notes()
+    view = View(log)
+    async with (
+        open_supervisor(log, lease=LEASE) as other,
+        open_supervisor(view, lease=LEASE, observer=notes) as owner,
+    ):
+        run = await owner.start(Witness().waits)
+        for number in range(20):
+            await trio.sleep(LEASE + number / 10)
+            view.before["renew"] = unavailable
+            await trio.sleep(away)
+            come_back(view)
+        renewed = [when for when, _ in log.renewals]
+        assert max(after - before for before, after in pairwise(renewed)) < LEASE
+        assert (await other.get(run.id)).status == "running"
+        assert "cannot renew leases: the log is away; trying again" in notes.warnings
+        assert notes.fenced == []
+        await owner.cancel(run.id)
+
+
+async def test_many_leases_are_renewed_in_pieces_and_none_is_left_out(autojump_clock: MockClock) -> None:
+    log = Reconnecting()
+    number = 2 * RENEWALS_PER_CALL + 50
+    async with two_supervisors(log, lease=LEASE) as (owner, other):
+        for _ in range(number):
+            await owner.start(Witness().waits)
+        await trio.sleep(LEASE / 3 + 0.1)
+        assert [leases for _, leases in log.renewals] == [RENEWALS_PER_CALL, RENEWALS_PER_CALL, 50]
+        await trio.sleep(5 * LEASE)
+        assert len(await other.list(limit=number, status=None)) == number
+        assert {run.status for run in await other.list(limit=number)} == {"running"}
+        owner.interrupt()
+        await trio.sleep(1)
+
+
+async def test_a_run_that_settles_while_its_renewal_is_under_way_is_neither_given_up_nor_given_again(
+    autojump_clock: MockClock,
+) -> None:
+    view, notes = View(), Notes()
+    async with open_supervisor(view, lease=LEASE, observer=notes) as owner:
+        run = await owner.start(count, 3, 1)
+        view.after["renew"] = slow(2)
+        await trio.sleep(3.5)
+        assert (await ended(view, run.id)).status == "completed"
+        forget(view.log, run.id)
+        view.after.clear()
+        await trio.sleep(60)
+        assert (notes.fenced, notes.warnings) == ([], [])
+        assert [each.status for each in notes.ended] == ["completed"]
+        assert_nothing_is_left(owner)
+
+
+async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_not_called_fenced(
+    autojump_clock: MockClock,
+) -> None:
+    view, notes = View(), Notes()
+    async with open_supervisor(view, lease=3.0, observer=notes) as owner:
+        run = await owner.start(count, 2, 1)
+        async with readers((owner, run.id)) as (here,):
+            await trio.sleep(1.5)
+            execution = owner._services.live[run.id]
+            forget(view.log, run.id)
+            restores = 0
+
+            async def found_gone_once_more() -> None:
+                nonlocal restores
+                await trio.sleep(0.6)  # in the meantime the run ends, and the reply to a renewal says that it is gone
+                restores += 1
+                if restores == 1:
+                    owner._services.committer.restore(execution.outbox)
+
+            view.before["restore"] = found_gone_once_more
+            owner._services.committer.restore(execution.outbox)
+        await trio.sleep(5)
+        assert gists(here.entries) == ["1", "2", "[DONE]"]
+        assert (await ended(view, run.id)).status == "completed"
+        assert [each.status for each in notes.ended] == ["completed"]
+        assert notes.fenced == []
+        assert_nothing_is_left(owner)
+
+
+# --- cancel requests ------------------------------------------------------------------------------------------------
+
+
+async def test_i6_a_poll_that_fails_cancels_nothing_and_is_tried_again(autojump_clock: MockClock) -> None:
+    view, notes, witness = View(), Notes(), Witness()
+    async with two_supervisors(view, cancel_check_interval=0.5, observer=notes) as (owner, other):
+        run = await owner.start(witness.waits)
+        await trio.sleep(1)
+        view.before["cancel_requests"] = unavailable
+        await trio.sleep(5)
+        assert not witness.left
+        assert notes.warnings[0] == "cannot look for cancel requests: the log is away; trying again"
+        await other.cancel(run.id, "theirs")
+        owner_heard = witness.saw
+        await trio.sleep(5)
+        assert owner_heard is witness.saw is None
+        view.before.clear()
+        assert (await other.wait(run.id)).status == "cancelled"
+        assert witness.saw == "run cancelled: theirs"
+        assert witness.saw_at <= 11 + LONGEST_PAUSE + 0.1
+
+
+# --- the reaper -----------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def reaping(log: MemoryLog | None = None) -> AsyncIterator[tuple[View, Notes]]:
+    """A supervisor that has been in contact for longer than a lease, and so reaps."""
+    view, notes = View(log), Notes()
+    async with open_supervisor(view, lease=LEASE, observer=notes, outage_limit=1000):
+        await trio.sleep(2 * LEASE + 0.5)
+        yield view, notes
+
+
+async def abandoned(view: View, run_id: str = "r") -> None:
+    """A run whose owner has just gone; its lease is over at once."""
+    await view.log.start(record(run_id), type(ANOTHERS)("gone", "epoch", 0.0))
+    await view.log.append([batch(1, 1, run_id=run_id)])
+
+
+async def lost_after(view: View, seconds: float, run_id: str = "r") -> float:
+    """How many seconds it takes, at the most so many, until the run is lost."""
+    began = trio.current_time()
+    async with view.log.wakeups("the test") as wakeups:
+        await wakeups.subscribe(run_id)
+        with trio.move_on_after(seconds):
+            if not (await view.log.get(run_id)).status.terminal:
+                await wakeups.wait()
+            return trio.current_time() - began
+    return inf
+
+
+async def test_a_run_whose_lease_is_over_is_lost_within_a_second(autojump_clock: MockClock) -> None:
+    async with reaping() as (view, _):
+        for number in range(5):
+            await abandoned(view, f"r{number}")
+            assert await lost_after(view, 100, f"r{number}") <= REAP_INTERVAL + 0.1
+            await trio.sleep(0.3)
+
+
+async def test_a_reaper_that_has_just_begun_reaps_nobody_for_a_lease(autojump_clock: MockClock) -> None:
+    view = View()
+    await abandoned(view)
+    async with open_supervisor(view, lease=LEASE):
+        assert LEASE <= await lost_after(view, 100) <= LEASE + REAP_INTERVAL + 0.1
+
+
+@pytest.mark.parametrize("seconds, counts", [(LEASE / 3 - 0.1, False), (LEASE / 3 + 0.1, True), (10 * LEASE, True)])
+async def test_a_look_that_takes_longer_than_a_third_of_a_lease_counts_as_lost_contact(
+    autojump_clock: MockClock, seconds: float, *, counts: bool
+) -> None:
+    async with reaping() as (view, notes):
+        began = await asked(view, "reap", slow(seconds))
+        come_back(view)
+        await abandoned(view)
+        waited = await lost_after(view, 100)
+        if counts:
+            assert trio.current_time() - began >= LEASE / 3 + LEASE
+            assert waited <= LEASE / 3 + LEASE + 2 * REAP_INTERVAL + 0.1
+            assert notes.warnings == ["cannot reap: the log is slow; trying again"]
+        else:
+            assert waited <= LEASE / 3 + 0.1
+            assert notes.warnings == []
+
+
+async def test_a_look_that_is_slow_each_time_reaps_nobody_and_does_not_warn_each_time(
+    autojump_clock: MockClock,
+) -> None:
+    async with reaping() as (view, notes):
+        view.before["reap"] = view.before["check"] = slow(LEASE)
+        await trio.sleep(1.1)
+        await abandoned(view)
+        assert await lost_after(view, 100) > 99
+        assert len(notes.warnings) <= 2
+        come_back(view)
+        assert LEASE <= await lost_after(view, 100) <= LEASE + LEASE / 3 + 2 * REAP_INTERVAL + 0.1
+
+
+async def test_a_reaper_whose_log_was_away_reaps_nobody_for_a_lease(autojump_clock: MockClock) -> None:
+    async with reaping() as (view, notes):
+        go_away(view)
+        await trio.sleep(1.5)
+        come_back(view)
+        await abandoned(view)
+        assert LEASE - 0.6 <= await lost_after(view, 100) <= LEASE + 2 * REAP_INTERVAL
+        assert "cannot reap: the log is away; trying again" in notes.warnings
+
+
+@pytest.mark.parametrize("seconds", [LEASE / 3 + REAP_INTERVAL + 0.1, LEASE, 20 * LEASE])
+async def test_a_process_that_stood_still_reaps_nobody_for_a_lease(autojump_clock: MockClock, seconds: float) -> None:
+    async with reaping() as (view, notes):
+        await trio.sleep(0.25)
+        await abandoned(view)
+        autojump_clock.jump(seconds)
+        began = trio.current_time()
+        assert LEASE - 0.1 <= await lost_after(view, 100) <= LEASE + REAP_INTERVAL + 0.1
+        assert trio.current_time() - began >= LEASE - 0.1
+        assert notes.warnings == []
+
+
+async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_outage(
+    autojump_clock: MockClock,
+) -> None:
+    view, notes, witness = View(), Notes(), Witness()
+    async with two_supervisors(view, lease=LEASE, outage_limit=4.0, observer=notes) as (owner, other):
+        run = await owner.start(witness.waits)
+        async with readers((owner, run.id), (other, run.id)) as following:
+            await trio.sleep(2 * LEASE + 0.3)
+            for seconds in (3.0, 5.0, LEASE, 100.0, 0.5, 1_000.0):
+                for pause in (0.0, 1.3):
+                    await trio.sleep(pause)
+                    await wait_all_tasks_blocked()  # not in the middle of a call
+                    autojump_clock.jump(seconds)
+                await trio.sleep(3 * LEASE)
+            assert not witness.left
+            assert (await owner.get(run.id)).status == "running"
+            await other.cancel(run.id)
+        for reader in following:
+            assert reader.error is None
+            assert gists(reader.entries) == ["first", "cancelled", "[DONE]"]
+        assert notes.warnings == []
+
+
+async def test_a_process_that_stood_still_with_its_log_away_declares_an_outage_once(
+    autojump_clock: MockClock,
+) -> None:
+    view, notes, witness = View(), Notes(), Witness()
+    async with open_supervisor(view, lease=LEASE, outage_limit=4.0, observer=notes) as owner:
+        await owner.start(witness.waits)
+        await trio.sleep(2 * LEASE)
+        go_away(view)
+        autojump_clock.jump(50)
+        await trio.sleep(30)
+        assert witness.saw == "log unavailable"
+        assert len([warning for warning in notes.warnings if "given up" in warning]) == 1
+        come_back(view)
+        await trio.sleep(2 * LEASE)
+        assert owner.live_runs == 0
+
+
+@pytest.mark.parametrize("away", [1.5, LEASE, 5 * LEASE])
+async def test_nobody_is_reaped_within_a_lease_after_the_log_is_back(autojump_clock: MockClock, away: float) -> None:
+    log = MemoryLog()
+    views = [View(log), View(log)]
+    async with (
+        open_supervisor(views[0], lease=LEASE, outage_limit=1000) as one,
+        open_supervisor(views[1], lease=LEASE, outage_limit=1000) as two,
+    ):
+        await trio.sleep(2 * LEASE + 0.4)
+        runs = [await one.start(Witness().waits), await two.start(Witness().waits)]
+        await abandoned(views[0])
+        go_away(*views)
+        await trio.sleep(away)
+        come_back(*views)
+        assert LEASE - REAP_INTERVAL - 0.1 <= await lost_after(views[0], 100) <= LEASE + 2 * REAP_INTERVAL
+        await trio.sleep(3 * LEASE)
+        assert {(await one.get(run.id)).status for run in runs} == {"running"}
+        for supervisor, run in zip((one, two), runs, strict=True):
+            await supervisor.cancel(run.id)
+
+
+async def test_of_two_reapers_each_run_has_one_obituary(autojump_clock: MockClock) -> None:
+    view = View()
+    async with two_supervisors(view, lease=LEASE) as (_, other):
+        await trio.sleep(2 * LEASE)
+        for number in range(20):
+            await abandoned(view, f"r{number}")
+        async with readers(*((other, f"r{number}") for number in range(20))) as following:
+            await trio.sleep(2 * REAP_INTERVAL)
+        for number, reader in enumerate(following):
+            assert gists(reader.entries) == ["entry 1", "error RUN_LOST", "[DONE]"]
+            assert (await ended(view, f"r{number}")).status == "lost"
+
+
+# --- outages --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_outage_is_declared_once_and_only_after_the_limit(autojump_clock: MockClock) -> None:
+    view, notes = View(), Notes()
+    async with open_supervisor(view, lease=LEASE, outage_limit=7.0, observer=notes) as owner:
+        await trio.sleep(3)
+        began = trio.current_time()
+        go_away(view)
+        await trio.sleep_until(began + 6.9)
+        assert not owner._services.fetcher._away
+        await trio.sleep_until(began + 7.1 + REAP_INTERVAL)
+        assert owner._services.fetcher._away
+        await trio.sleep(50)
+        assert len([warning for warning in notes.warnings if "given up" in warning]) == 1
+        come_back(view)
+        await trio.sleep(LONGEST_PAUSE)
+        assert not owner._services.fetcher._away
+
+
+async def test_an_idle_watch_asks_the_log_no_more_than_its_rounds_take(autojump_clock: MockClock) -> None:
+    view = View()
+    async with open_supervisor(view, lease=LEASE, cancel_check_interval=0.5):
+        await trio.sleep(100)
+        view.calls.clear()
+        await trio.sleep(100)
+        assert 190 <= view.calls.pop("cancel_requests") <= 201
+        assert 90 <= view.calls.pop("reap") <= 101
+        assert set(view.calls) <= {"wait"}
+
+
+async def test_the_look_for_cancels_comes_at_its_interval_and_at_once_when_woken(autojump_clock: MockClock) -> None:
+    view = View()
+    async with two_supervisors(view.log, view, cancel_check_interval=10.0) as (other, owner):
+        await trio.sleep(0.5)
+        looks = moments(view, "cancel_requests")
+        run = await owner.start(Witness().waits)
+        await trio.sleep(24)
+        assert looks == [near(10), near(20)]
+        await other.cancel(run.id)
+        await trio.sleep(0.1)
+        assert looks[2:] == [near(24.5)]
+        assert (await other.get(run.id)).status == "cancelled"

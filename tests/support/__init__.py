@@ -1,0 +1,1 @@
+"""What tests share: servers, clients, logs and supervisors that they start."""

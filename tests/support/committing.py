@@ -1,0 +1,179 @@
+"""A committer at work in a test: a real one, on a log that can fail, with owners that take notes."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from math import inf
+from typing import TYPE_CHECKING
+
+import trio
+
+from penstock.log.ring import Ring
+from penstock.runs import Ending, RunError, RunStatus
+from penstock.supervisor.committer import Committer
+from penstock.supervisor.tail import Tails
+from penstock.supervisor.write_buffer import Outbox
+from tests.support.logs import CANCELLED, DONE, LEASE, Unreliable, record, seqs
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from penstock.log import Entry
+    from penstock.log.memory import MemoryLog
+    from penstock.observer import Commit
+    from penstock.supervisor.tail import Tail
+
+MIB = 1024 * 1024
+GUARD = 20_000
+"""Seconds after which a test that waits for what will never be stored has failed."""
+DIVERGED = Ending(RunStatus.FAILED, "error", RunError("LOG_DIVERGED", "the log lost a part of this run", "err-3"))
+
+
+class Owner:
+    """Takes notes of what becomes of a run, and puts another ending when it is asked for one."""
+
+    def __init__(self, works: Works) -> None:
+        self.works = works
+        self.told: list[str] = []
+        self.news = trio.lowlevel.ParkingLot()
+        self.outbox: Outbox
+
+    def note(self, line: str) -> None:
+        self.told.append(line)
+        self.news.unpark_all()
+
+    def cancel_on_record(self, reason: str | None) -> None:
+        self.note(f"cancel: {reason}")
+
+    def completion_refused(self, reason: str | None) -> None:
+        self.note(f"refused: {reason}")
+        self.works.committer.close(self.outbox, [b"event: cancelled\ndata: {}\n\n", DONE], CANCELLED)
+
+    def run_lost(self) -> None:
+        self.note("lost")
+
+    def run_settled(self) -> None:
+        self.note("settled")
+
+    def log_diverged(self) -> None:
+        self.note("diverged")
+        if not self.outbox.closing:
+            self.works.committer.close(self.outbox, [b"event: error\ndata: LOG_DIVERGED\n\n", DONE], DIVERGED)
+
+    def run_refused(self) -> None:
+        self.note("cannot be stored")
+
+
+class Works:
+    """A committer, its log, its tails, and the runs that write to it."""
+
+    def __init__(self, log: Unreliable, **knobs: float) -> None:
+        self.log = log
+        self.tails = Tails(
+            max_entries=int(knobs.get("tail_entries", 100_000)), max_bytes=100 * MIB, max_process_bytes=1000 * MIB
+        )
+        self.warnings: list[str] = []
+        self.commits: list[Commit] = []
+        self.owners: dict[str, Owner] = {}
+        self.committer = Committer(
+            log,
+            flush_interval=knobs.get("flush_interval", 0.0),
+            flush_size=int(knobs.get("flush_size", 512)),
+            spacing=knobs.get("spacing", 0.002),
+            max_pending_bytes=int(knobs.get("max_pending_bytes", MIB)),
+            max_process_pending_bytes=int(knobs.get("max_process_pending_bytes", 64 * MIB)),
+            on_warning=self.warnings.append,
+            on_commit=self.commits.append,
+        )
+        self.start = trio.current_time()
+
+    async def run(self, run_id: str = "r", epoch: str = LEASE.epoch) -> Outbox:
+        """A run that this committer owns."""
+        await self.log.start(record(run_id), LEASE)
+        return self.outbox(run_id, epoch)
+
+    def outbox(self, run_id: str, epoch: str = LEASE.epoch) -> Outbox:
+        """An outbox for a run that is in the log, or not."""
+        owner = self.owners[run_id] = Owner(self)
+        tail = self.tails.acquire(run_id)
+        tail.fed = True
+        owner.outbox = Outbox(record(run_id), replace(LEASE, epoch=epoch), tail, owner)
+        return owner.outbox
+
+    def put(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:
+        """Write so many entries, each `size` bytes long on the wire."""
+        for seq in range(outbox.seq + 1, outbox.seq + 1 + count):
+            block = b"data: " + b"x" * (size - len(b"id: %d\ndata: \n\n" % seq)) + b"\n\n"
+            self.committer.put(outbox, [block])
+
+    async def write(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:
+        """Wait for room before each of so many entries, as a run does."""
+        for _ in range(count):
+            await self.committer.room(outbox)
+            self.put(outbox, 1, size)
+
+    async def settled(self, run_id: str = "r", told: str = "settled") -> None:
+        """Wait until the owner has been told so."""
+        owner = self.owners[run_id]
+        with trio.fail_after(60):
+            while told not in owner.told:
+                await owner.news.park()
+
+    async def stored(self, run_id: str = "r") -> list[int]:
+        """What the log has of a run, which must be whole."""
+        page = await self.log.read(run_id, 0, max_entries=100_000, max_bytes=1000 * MIB)
+        assert seqs(page.entries) == list(range(1, page.run.seq + 1))
+        assert [each.seq for each in page.entries if each.terminal] == ([page.run.seq] if page.run.ended_at else [])
+        return seqs(page.entries)
+
+    def sent(self, run_id: str = "r") -> list[list[tuple[int, int]]]:
+        """Of every append that had something of a run: the first and the last seq of each of its batches, in order."""
+        sent = ([(first, last) for run, first, last in batches if run == run_id] for _, batches in self.log.appended)
+        return [batches for batches in sent if batches]
+
+    @property
+    def appends(self) -> list[float]:
+        """When the log was asked to append, in seconds from the beginning."""
+        return [when - self.start for when, _ in self.log.appended]
+
+
+def shown(tail: Tail) -> Sequence[Entry]:
+    """What readers can see."""
+    taken = tail.take(0, max_entries=100_000, max_bytes=1000 * MIB)
+    assert taken is not None
+    return taken
+
+
+def forget(log: MemoryLog, *run_ids: str) -> None:
+    """The log loses all that it has of these runs; of every run, if none is named."""
+    for run_id in run_ids or list(log._runs):
+        log._size -= log._runs[run_id].ring.size
+        del log._runs[run_id]
+        log._ended.pop(run_id, None)
+
+
+def lose_last(log: MemoryLog, run_id: str, count: int) -> None:
+    """The log loses the last so many entries of a run, and what it knew of its end."""
+    stored = log._runs[run_id]
+    first, last = stored.ring.first, max(stored.ring.last - count, stored.ring.first - 1)
+    kept = Ring(first - 1)
+    if last >= first:
+        kept.extend(stored.ring.after(first - 1, max_entries=last - first + 1, max_bytes=MIB * MIB))
+    log._size -= stored.ring.size - kept.size
+    stored.ring, stored.ended_at = kept, inf
+    stored.run = replace(
+        stored.run, seq=kept.last, status=RunStatus.RUNNING, stop_reason=None, error=None, ended_at=None
+    )
+    log._ended.pop(run_id, None)
+
+
+@asynccontextmanager
+async def committing(log: Unreliable | None = None, **knobs: float) -> AsyncIterator[Works]:
+    """A committer that runs as long as the block."""
+    works = Works(Unreliable() if log is None else log, **knobs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(works.committer.run)
+        with trio.fail_after(GUARD):  # noqa: ASYNC100  (the test's own checkpoints)
+            yield works
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,377 @@
+"""What the tests of runs share: a view of a log that can be made slow or bad, an observer and producers that take
+notes, readers, and what must be true of every run that has ended.
+
+All of it is for virtual time: nothing here waits for anything real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+
+from penstock.errors import LogUnavailable
+from penstock.log.memory import MemoryLog
+from penstock.observer.logging import LoggingObserver
+from penstock.sse import Decoder, Event
+from penstock.sse.dialects import DONE
+from penstock.supervisor import Supervisor, open_supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+
+    from penstock.log import (
+        Appended,
+        AppendStatus,
+        Batch,
+        CancelReply,
+        Entry,
+        Idempotency,
+        Lease,
+        News,
+        Obituary,
+        Page,
+        Started,
+        Wakeups,
+    )
+    from penstock.runs import Run, RunStatus
+
+    Hook = Callable[[], Awaitable[Any]]
+
+FIRST: Final = Event(data="first")
+
+
+async def unavailable() -> None:
+    """A hook for `View`: the log cannot be reached."""
+    await trio.lowlevel.checkpoint()
+    raise LogUnavailable("the log is away")
+
+
+async def broken() -> None:
+    """A hook for `View`: what no log does, and no service survives."""
+    await trio.lowlevel.checkpoint()
+    raise ZeroDivisionError("the log is broken")
+
+
+def slow(seconds: float) -> Hook:
+    """A hook for `View`: a round trip that takes its time."""
+
+    async def wait() -> None:
+        await trio.sleep(seconds)
+
+    return wait
+
+
+def near(seconds: float) -> Any:
+    """This time, give or take a few commits."""
+    return pytest.approx(seconds, abs=0.1)
+
+
+class View:
+    """An event log that others use as well, as one supervisor sees it: counted, and delayed or failed on demand.
+
+    A hook in `before` is awaited before the operation of that name, one in `after` when the log has done it and its
+    reply is on the way.
+    """
+
+    def __init__(self, log: MemoryLog | None = None) -> None:
+        self.log = MemoryLog() if log is None else log
+        self.calls: Counter[str] = Counter()
+        self.before: dict[str, Hook] = {}
+        self.after: dict[str, Hook] = {}
+        self.wakeups_of_cancels = True
+
+    async def _do(self, name: str, operation: Callable[..., Awaitable[Any]], *args: Any, **options: Any) -> Any:
+        self.calls[name] += 1
+        if (hook := self.before.get(name)) is not None:
+            await hook()
+        reply = await operation(*args, **options)
+        if (hook := self.after.get(name)) is not None:
+            await hook()
+        return reply
+
+    async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
+        started: Started = await self._do("start", self.log.start, run, lease, idempotency)
+        return started
+
+    async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
+        replies: Sequence[Appended] = await self._do("append", self.log.append, batches)
+        return replies
+
+    async def read(self, run_id: str, after: int, **limits: int) -> Page:
+        page: Page = await self._do("read", self.log.read, run_id, after, **limits)
+        return page
+
+    async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
+        pages: Mapping[str, Page | None] = await self._do("fetch", self.log.fetch, positions)
+        return pages
+
+    async def get(self, run_id: str) -> Run:
+        run: Run = await self._do("get", self.log.get, run_id)
+        return run
+
+    async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
+        runs: Sequence[Run] = await self._do("list", self.log.list, limit=limit, status=status)
+        return runs
+
+    async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
+        reply: CancelReply = await self._do("request_cancel", self.log.request_cancel, run_id, reason)
+        return reply
+
+    async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
+        requests: Mapping[str, str | None] = await self._do("cancel_requests", self.log.cancel_requests, owner)
+        return requests
+
+    async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
+        replies: Mapping[str, AppendStatus] = await self._do("renew", self.log.renew, owner, epochs, seconds)
+        return replies
+
+    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
+        reply: Appended = await self._do("restore", self.log.restore, run, lease, oldest)
+        return reply
+
+    def part(self, run_id: str) -> str:
+        return self.log.part(run_id)
+
+    def parts(self) -> Collection[str]:
+        return self.log.parts()
+
+    async def reap(self, obituary: Callable[[], Obituary], **where: Any) -> Sequence[str]:
+        reaped: Sequence[str] = await self._do("reap", self.log.reap, obituary, **where)
+        return reaped
+
+    @asynccontextmanager
+    async def wakeups(self, owner: str) -> AsyncIterator[Wakeups]:
+        if (hook := self.before.get("wakeups")) is not None:
+            await hook()
+        async with self.log.wakeups(owner) as wakeups:
+            yield _Told(self, wakeups)
+
+    async def check(self, part: str | None = None) -> None:
+        await self._do("check", self.log.check, part)
+
+
+ALL_CALLS: Final = (
+    *("start", "append", "read", "fetch", "get", "list", "request_cancel", "cancel_requests", "renew", "restore"),
+    *("reap", "check", "subscribe"),
+)
+
+
+def go_away(*views: View) -> None:
+    """The log cannot be reached through these views."""
+    for view in views:
+        view.before.update(dict.fromkeys(ALL_CALLS, unavailable))
+
+
+def come_back(*views: View) -> None:
+    """The log can be reached again, and has nothing in its way."""
+    for view in views:
+        view.before.clear()
+
+
+class _Told:
+    """The wake-ups of a view."""
+
+    def __init__(self, view: View, wakeups: Any) -> None:
+        self._view = view
+        self.wakeups = wakeups
+
+    async def subscribe(self, run_id: str) -> None:
+        await self._view._do("subscribe", self.wakeups.subscribe, run_id)
+
+    def unsubscribe(self, run_id: str) -> None:
+        self.wakeups.unsubscribe(run_id)
+
+    async def wait(self) -> News:
+        while True:
+            news: News = await self._view._do("wait", self.wakeups.wait)
+            news = replace(news, cancel=news.cancel and self._view.wakeups_of_cancels)
+            if news.moved or news.cancel or news.reconnected:
+                return news
+
+
+class Notes(LoggingObserver):
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.started: list[Run] = []
+        self.ended: list[Run] = []
+        self.fenced: list[str] = []
+        self.stuck: list[tuple[str, float, str]] = []
+        self.errors: list[tuple[BaseException, str, str]] = []
+        self.warnings: list[str] = []
+
+    def run_started(self, run: Run) -> None:
+        self.started.append(run)
+
+    def run_ended(self, run: Run) -> None:
+        self.ended.append(run)
+
+    def run_fenced(self, run_id: str) -> None:
+        self.fenced.append(run_id)
+
+    def run_stuck(self, run_id: str, seconds: float, stack: str) -> None:
+        self.stuck.append((run_id, seconds, stack))
+
+    def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
+        self.errors.append((error, error_id, where))
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+class Witness:
+    """What a producer wrote down of its own end."""
+
+    def __init__(self) -> None:
+        self.saw: str | None = None
+        """The reason of the `Cancelled` that reached it."""
+        self.saw_at = 0.0
+        self.left = False
+        """Its `finally` block has run."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        try:
+            yield
+        except trio.Cancelled as cancelled:
+            self.saw, self.saw_at = cancelled.reason, trio.current_time()
+            raise
+        finally:
+            self.left = True
+
+    async def waits(self) -> AsyncIterator[Event]:
+        """The usual producer: an event, and then silence for ever."""
+        yield FIRST
+        with self.watching():
+            await trio.sleep_forever()
+
+
+async def count(upto: int, every: float = 0.0) -> AsyncIterator[Event]:
+    """The numbers from 1, as events."""
+    for number in range(1, upto + 1):
+        if every:
+            await trio.sleep(every)
+        yield Event(data=str(number))
+
+
+async def shielded(until: trio.Event) -> None:
+    """Hold on to the task, whoever cancels it; not for ever, lest a test that fails hang."""
+    with trio.move_on_after(1000, shield=True):
+        await until.wait()
+
+
+@asynccontextmanager
+async def two_supervisors(
+    log: MemoryLog | View, other_log: MemoryLog | View | None = None, **knobs: Any
+) -> AsyncIterator[tuple[Supervisor, Supervisor]]:
+    """Two on one log, as two processes would be. The second one is left first."""
+    async with (
+        open_supervisor(log, **knobs) as owner,
+        open_supervisor(log if other_log is None else other_log, **knobs) as other,
+    ):
+        yield owner, other
+
+
+async def read(supervisor: Supervisor, run_id: str, after: int = 0) -> list[Entry]:
+    """All that a reader gets."""
+    async with supervisor.follow(run_id, after) as entries:
+        return [entry async for entry in entries]
+
+
+class Reader:
+    """A reader in a task of its own: what it got, when it got to the end, and the error that sent it away."""
+
+    def __init__(self, supervisor: Supervisor, run_id: str, after: int = 0) -> None:
+        self.follower = supervisor.follow(run_id, after)
+        self.entries: list[Entry] = []
+        self.error: Exception | None = None
+        self.ended_at: float | None = None
+        self._scope = trio.CancelScope()
+
+    def leave(self) -> None:
+        """Go, before the end."""
+        self._scope.cancel()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            with self._scope:
+                async with self.follower as entries:
+                    task_status.started()
+                    async for entry in entries:
+                        self.entries.append(entry)
+        except Exception as error:  # noqa: BLE001  (it is what the test looks at)
+            self.error = error
+        self.ended_at = trio.current_time()
+
+
+@asynccontextmanager
+async def readers(*which: tuple[Supervisor, str]) -> AsyncIterator[list[Reader]]:
+    """Readers that are following by the time the body begins; leaving waits until all are at their end."""
+    async with trio.open_nursery() as nursery:
+        following = [Reader(supervisor, run_id) for supervisor, run_id in which]
+        for reader in following:
+            await nursery.start(reader.run)
+        yield following
+
+
+async def entries_of(log: MemoryLog | View, run_id: str) -> list[Entry]:
+    """All that the log keeps of a run."""
+    entries: list[Entry] = []
+    while (page := await log.read(run_id, entries[-1].seq if entries else 0)).entries:
+        entries += page.entries
+    return entries
+
+
+def gist(entry: Entry) -> str:
+    """An entry in a word or two, in either dialect: its data, or what control event it is."""
+    decoder = Decoder()
+    (message,) = decoder.feed(entry.wire)
+    assert message.last_event_id == str(entry.seq)
+    try:
+        said = json.loads(message.data)
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        return f"{message.event} {message.data}" if message.event != "message" else message.data
+    if message.event == "cancelled" or said.get("stop_reason") == "cancelled":
+        return "cancelled"
+    if message.event == "error":
+        return f"error {said.get('code', message.data)}"
+    return f"stop {said['stop_reason']}" if "stop_reason" in said else message.data
+
+
+def gists(entries: Sequence[Entry]) -> list[str]:
+    return [gist(entry) for entry in entries]
+
+
+async def ended(log: MemoryLog | View, run_id: str) -> Run:
+    """The record of a run that must have ended, after a look at all that is true of every such run."""
+    run = await log.get(run_id)
+    entries = await entries_of(log, run_id)
+    assert run.status.terminal, f"{run_id} is {run.status}"
+    assert [entry.seq for entry in entries] == list(range(1, run.seq + 1))
+    assert [entry.seq for entry in entries if entry.terminal] == [run.seq]
+    assert entries[-1].data == DONE
+    assert sum(entry.data == DONE for entry in entries) == 1
+    assert run.stop_reason is not None
+    assert run.ended_at is not None
+    return run
+
+
+def assert_nothing_is_left(supervisor: Supervisor) -> None:
+    """Of runs that are over and have no readers a supervisor keeps nothing (D10)."""
+    services = supervisor._services
+    assert not services.live
+    assert supervisor.live_runs == 0
+    assert len(services.tails) == services.tails.size == 0
+    assert services.committer.pending_bytes == 0
+    assert not services.committer.waiting
+    assert not [timer for timer in services.timers._heap if timer.callback is not None]
+    wakeups: Any = services.fetcher._wakeups
+    assert not (wakeups.wakeups if isinstance(wakeups, _Told) else wakeups)._subscribed
