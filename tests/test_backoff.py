@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from penstock.backoff import FIRST_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE, WARNING_INTERVAL, patiently
+from penstock.backoff import FIRST_PAUSE, LONGEST_PAUSE, SHORTEST_PAUSE, WARNING_INTERVAL, retry_while_unavailable
 from penstock.errors import LogFull, LogUnavailable, RunNotFound
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Away:
         return "there"
 
     async def wait(self) -> str:
-        return await patiently(self, what="look", on_warning=self._warned)
+        return await retry_while_unavailable(self, what="look", on_warning=self._warned)
 
     def _warned(self, words: str) -> None:
         self.warnings.append((trio.current_time(), words))
@@ -116,7 +116,7 @@ async def test_a_log_that_is_full_is_tried_again_as_well(autojump_clock: MockClo
         if calls < 3:
             raise LogFull("no room")
 
-    await patiently(call, what="start", on_warning=lambda _: None)
+    await retry_while_unavailable(call, what="start", on_warning=lambda _: None)
     assert calls == 3
 
 
@@ -139,7 +139,7 @@ async def test_any_other_exception_passes_at_once_as_it_is(error: BaseException,
         raise error
 
     with pytest.raises(type(error)) as raised:
-        await patiently(call, what="look", on_warning=warnings.append)
+        await retry_while_unavailable(call, what="look", on_warning=warnings.append)
     assert raised.value is error
     assert error.__cause__ is None
     assert warnings == []
@@ -157,7 +157,7 @@ async def test_another_exception_passes_after_failures_too(autojump_clock: MockC
         raise LogUnavailable("away") if calls < 3 else error
 
     with pytest.raises(ValueError, match="its own") as raised:
-        await patiently(call, what="look", on_warning=lambda _: None)
+        await retry_while_unavailable(call, what="look", on_warning=lambda _: None)
     assert raised.value is error
     assert calls == 3
 
@@ -171,7 +171,7 @@ async def test_a_cancellation_ends_the_call_and_nothing_is_tried_again(autojump_
         await trio.sleep_forever()
 
     with trio.move_on_after(1) as scope:
-        await patiently(call, what="look", on_warning=pytest.fail)
+        await retry_while_unavailable(call, what="look", on_warning=pytest.fail)
     assert scope.cancelled_caught
     assert calls == 1
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from penstock.exception_groups import is_cancellation, parted, raise_bare, raise_unchanged
+from penstock.exception_groups import is_cancellation, raise_single, reraise, split_cancelled
 
 
 class Cancelled(BaseException):
@@ -20,7 +20,7 @@ def left_by(group: BaseExceptionGroup[BaseException]) -> BaseException:
         try:
             raise group
         except BaseExceptionGroup as caught:
-            raise_bare(caught, Cancelled)
+            raise_single(caught, Cancelled)
     except BaseException as error:  # noqa: ASYNC103, BLE001
         return error  # noqa: ASYNC104
 
@@ -94,7 +94,7 @@ def test_no_reference_cycle_is_made() -> None:
             try:
                 raise BaseExceptionGroup("", [error])  # noqa: TRY301
             except BaseExceptionGroup as group:
-                raise_bare(group, Cancelled)
+                raise_single(group, Cancelled)
         except MineError:
             return weakref.ref(error)
         finally:
@@ -114,7 +114,7 @@ def test_raise_unchanged_keeps_the_context_whatever_is_being_handled() -> None:
         try:
             raise OTHER
         except KeyError:
-            raise_unchanged(error)
+            reraise(error)
     assert error.__context__ is None
 
 
@@ -144,11 +144,11 @@ def test_a_cancellation_is_one_or_a_group_of_nothing_else(error: BaseException, 
 def test_what_is_a_cancellation_and_what_is_not_are_parted(
     error: BaseException, cancelled: BaseException | None, rest: BaseException | None
 ) -> None:
-    assert parted(error, Cancelled) == (cancelled, rest)
+    assert split_cancelled(error, Cancelled) == (cancelled, rest)
 
 
 def test_a_mixed_group_is_parted_into_one_cancellation_and_a_group_of_the_rest() -> None:
-    cancelled, rest = parted(BaseExceptionGroup("", [CANCELLED, ERROR, Cancelled()]), Cancelled)
+    cancelled, rest = split_cancelled(BaseExceptionGroup("", [CANCELLED, ERROR, Cancelled()]), Cancelled)
     assert cancelled is CANCELLED
     assert isinstance(rest, ExceptionGroup)
     assert rest.exceptions == (ERROR,)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("trouble", [slow(0.7), unavailable], ids=["slow", "away"])
 async def test_i1_no_reader_sees_what_the_log_does_not_have(autojump_clock: MockClock, trouble: Any) -> None:
-    # Fails if `Outbox.put` adds to the tail, or if `Committer._append` takes LogUnavailable for success.
+    # Fails if `WriteBuffer.put` adds to the tail, or if `Committer._append` takes LogUnavailable for success.
     view = View()
     seen = 0
     async with two_supervisors(view, view.log) as (owner, other), trio.open_nursery() as nursery:
@@ -68,7 +68,7 @@ async def test_i1_no_reader_sees_what_the_log_does_not_have(autojump_clock: Mock
 
 
 async def test_i1_what_is_stored_is_shown_once_its_acknowledgement_is_there(autojump_clock: MockClock) -> None:
-    # Fails if `Outbox.put` adds to the tail.
+    # Fails if `WriteBuffer.put` adds to the tail.
     view = View()
     async with open_supervisor(view) as supervisor:
         view.after["append"] = slow(3)

@@ -231,7 +231,7 @@ class Child:
         return self._answers[do, run]
 
     async def ask(self, do: str, run: str = "", **more: Any) -> dict[str, Any]:
-        """`tell`, and what is `heard` then."""
+        """`notify`, and what is `heard` then."""
         await self.tell(do, run, **more)
         return await self.heard(do, run)
 

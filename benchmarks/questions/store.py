@@ -109,7 +109,7 @@ QUESTION = Question(
   without that of any client that has something to say. With the same pipelines as redis-py's it is what penstock is
   judged by; longer ones, and more connections, show how far Redis goes.
 - What bounds penstock is the CPU of its one thread of Python, beside which Redis works: a producer's step, the event,
-  its encoding, its place in the outbox, the tail and the append. redis-py alone takes more than that for each
+  its encoding, its place in the buffer, the tail and the append. redis-py alone takes more than that for each
   command: six times its rate would leave a sixth of its time per event for everything. With {MANY} runs the window is
   full of few events of each, and Redis and Python take turns rather than work at the same time.
 - Every turn begins with an empty Redis. What it costs is the CPU of its whole process, background work included.

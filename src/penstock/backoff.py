@@ -27,7 +27,9 @@ WARNING_INTERVAL: Final = 10.0
 T = TypeVar("T")
 
 
-async def patiently(call: Callable[[], Awaitable[T]], *, what: str, on_warning: Callable[[str], None]) -> T:
+async def retry_while_unavailable(
+    call: Callable[[], Awaitable[T]], *, what: str, on_warning: Callable[[str], None]
+) -> T:
     """Call until the log can be reached. A checkpoint if the call is one; cancelling it stops the trying.
 
     Args:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 
-def raise_bare(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
+def raise_single(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
     """Raise the one exception in `group`; call it while `group` is being handled.
 
     Cancellations beside another exception are left aside: it takes their place, as an exception raised in a `finally`
@@ -26,12 +26,12 @@ def raise_bare(group: BaseExceptionGroup[BaseException], cancelled: type[BaseExc
     """
     others = [each for each in group.exceptions if not is_cancellation(each, cancelled)]
     try:
-        raise_unchanged(group if len(others) > 1 else (others or group.exceptions)[0])
+        reraise(group if len(others) > 1 else (others or group.exceptions)[0])
     finally:
         del group, others
 
 
-def raise_unchanged(error: BaseException) -> NoReturn:
+def reraise(error: BaseException) -> NoReturn:
     """Raise `error` with the context that it has, whatever is being handled at the moment."""
     context = error.__context__
     try:
@@ -43,9 +43,9 @@ def raise_unchanged(error: BaseException) -> NoReturn:
 
 def raise_cancellation(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
     """Raise one of the cancellations in `group`, alone; call it while `group` is being handled."""
-    cancellation, _ = parted(group, cancelled)
+    cancellation, _ = split_cancelled(group, cancelled)
     try:
-        raise_unchanged(cancellation or group)
+        reraise(cancellation or group)
     finally:
         del group, cancellation, _
 
@@ -57,7 +57,9 @@ def is_cancellation(error: BaseException, cancelled: type[BaseException]) -> boo
     return isinstance(error, cancelled)
 
 
-def parted(error: BaseException, cancelled: type[BaseException]) -> tuple[BaseException | None, BaseException | None]:
+def split_cancelled(
+    error: BaseException, cancelled: type[BaseException]
+) -> tuple[BaseException | None, BaseException | None]:
     """What of `error` is a cancellation (one, if it is a group of several), and what is not."""
     if not isinstance(error, BaseExceptionGroup):
         return (error, None) if isinstance(error, cancelled) else (None, error)

@@ -86,7 +86,7 @@ async def test_an_unexpected_exception_is_a_500_with_an_error_id(dialect: str, *
 
 async def test_a_server_that_is_not_ready_says_503_also_to_who_accepts_streams_alone() -> None:
     class Away(MemoryLog):
-        async def check(self, part: str | None = None) -> None:  # noqa: ARG002
+        async def check(self, shard: str | None = None) -> None:  # noqa: ARG002
             raise LogUnavailable("away")
 
     async with serving(log=Away()) as server:

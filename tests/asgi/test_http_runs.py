@@ -308,10 +308,10 @@ async def test_a_server_whose_log_is_away_is_alive_and_not_ready_and_starts_noth
     class Away(MemoryLog):
         away = False
 
-        async def check(self, part: str | None = None) -> None:
+        async def check(self, shard: str | None = None) -> None:
             if self.away:
                 raise LogUnavailable("redis://:hunter2@10.0.0.7 refuses connections")
-            await super().check(part)
+            await super().check(shard)
 
         async def start(self, *args: Any, **kwargs: Any) -> Any:
             await self.check()

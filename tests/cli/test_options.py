@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from penstock.asgi.auth import Links
 from penstock.cli import serve as serving
 from penstock.cli.main import main
-from penstock.cli.options import Admission, admission
+from penstock.cli.options import AuthOptions, auth_options
 from tests.asgi.test_access import SECRET, bearer, link
 from tests.support.command_line import environment, penstock
 from tests.support.http2_clients import UNCHECKED, Windows
@@ -178,11 +178,11 @@ def test_a_secret_is_what_links_are_signed_with_and_without_one_each_server_has_
 
 def test_no_secret_is_in_what_is_printed_of_an_admission() -> None:
     options: dict[str, Any] = {"tokens": None, "allow_origin": ("*",), "allow_host": (), "insecure": False}
-    admitted = admission(token=TOKEN, link_secret=SECRET, **options)
+    admitted = auth_options(token=TOKEN, link_secret=SECRET, **options)
     for shown in (repr(admitted), str(admitted), repr([admitted]), f"{admitted!r:.9999}"):
         assert TOKEN not in shown
         assert SECRET not in shown
-    assert SECRET not in repr(Admission(for_workers={"a": SECRET}))
+    assert SECRET not in repr(AuthOptions(for_workers={"a": SECRET}))
 
 
 def test_help_shows_the_variables_and_not_what_is_in_them() -> None:
@@ -500,12 +500,12 @@ def test_a_worker_admits_whom_its_parent_admits_whatever_the_file_says_by_then(
     path = tmp_path / "tokens.toml"
     path.write_text(f'[a]\ntoken = "{TOKEN}"\nrights = ["read"]\n')
     options: dict[str, Any] = {"tokens": str(path), "allow_origin": (), "allow_host": (), "insecure": False}
-    parent = admission(token=None, link_secret=None, **options)
+    parent = auth_options(token=None, link_secret=None, **options)
     path.unlink()
     for name, value in parent.for_workers.items():
         monkeypatch.setenv(name, value)
     secret = parent.for_workers["PENSTOCK_LINK_SECRET"]
-    worker = admission(token=None, link_secret=secret, worker=True, **options)
+    worker = auth_options(token=None, link_secret=secret, worker=True, **options)
     assert worker.for_workers == parent.for_workers
     assert TOKEN not in str(parent.for_workers)
 

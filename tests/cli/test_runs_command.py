@@ -13,7 +13,7 @@ import pytest
 import trio
 import trustme
 
-from penstock.cli.api import Answer, refusal_in, trouble_of, words_of
+from penstock.cli.api import ApiResponse, connection_failed, refusal_in, words_of
 from penstock.cli.terminal import visible
 from tests.cli.test_cli import ran, refused
 from tests.support.command_line import environment
@@ -401,19 +401,19 @@ def test_a_standard_output_that_nobody_reads_or_that_is_full_ends_without_a_trac
     ],
 )
 def test_refusals_of_both_dialects_are_understood(body: dict[str, Any], code: str, detail: str) -> None:
-    refusal = refusal_in(Answer(410, body=json.dumps(body).encode()))
+    refusal = refusal_in(ApiResponse(410, body=json.dumps(body).encode()))
     assert refusal is not None
     assert (refusal.code, refusal.detail) == (code, detail)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"{}", b'{"code": "A"}', b'{"code": 1, "detail": "b"}'])
 def test_what_is_no_refusal_is_none(body: bytes) -> None:
-    assert refusal_in(Answer(410, body=body)) is None
+    assert refusal_in(ApiResponse(410, body=body)) is None
 
 
 def test_a_token_is_blotted_out_however_the_server_has_escaped_it() -> None:
     body = json.dumps({"code": "A", "detail": TOKEN}).replace("/", "\\/").replace("s3", "\\u00733").encode()
-    assert words_of(Answer(400, body=body, token=TOKEN)) == "the server answered 400 A: [token]"
+    assert words_of(ApiResponse(400, body=body, token=TOKEN)) == "the server answered 400 A: [token]"
 
 
 def chained(error: Exception, cause: Exception) -> Exception:
@@ -438,12 +438,12 @@ def chained(error: Exception, cause: Exception) -> Exception:
     ],
 )
 def test_what_an_error_of_the_connection_comes_to(error: Exception, final: bool, words: str) -> None:
-    trouble = trouble_of(error)
+    trouble = connection_failed(error)
     assert trouble.final is final
     assert words in str(trouble)
 
 
 def test_once_an_answer_has_begun_no_error_is_final() -> None:
     errors = [httpx2.ReadError("x"), chained(httpx2.ReadError("x"), ssl.SSLError(1, "bad record"))]
-    assert [trouble_of(error, asked=True).final for error in errors] == [False, False]
-    assert str(trouble_of(httpx2.ReadTimeout("x"), asked=True)) == "nothing came for too long"
+    assert [connection_failed(error, asked=True).final for error in errors] == [False, False]
+    assert str(connection_failed(httpx2.ReadTimeout("x"), asked=True)) == "nothing came for too long"

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from penstock.cli import follow as module
-from penstock.cli.api import Answer, Decision, Failure, Server, Step, Trouble, decide, put_off, retry_after
-from penstock.cli.follow import Following, Pauses
+from penstock.cli.api import (
+    Action,
+    ApiClient,
+    ApiResponse,
+    CommandFailed,
+    ConnectionFailed,
+    Decision,
+    decide,
+    put_off,
+    retry_after,
+)
+from penstock.cli.follow import Backoff, Following
 from penstock.cli.terminal import Progress, Screen, event_as_json, event_as_words, how_it_ended
 from penstock.sse import Message
 from tests.cli.test_cli import ran
@@ -33,7 +43,7 @@ STREAM = {"content-type": "text/event-stream; charset=utf-8"}
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses are looked at by themselves, and by the clock of their own of `Told`."""
+    """Pauses are looked at by themselves, and by the clock of their own of `NotificationSink`."""
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(module, "SHORTEST_PAUSE", 0.0)
 
@@ -248,7 +258,7 @@ class Told(Screen):
 @contextmanager
 def patient(port: int, give_up_after: float = inf, **how: Any) -> Iterator[tuple[Following, Told]]:
     told = Told()
-    with Server(f"http://127.0.0.1:{port}") as server:
+    with ApiClient(f"http://127.0.0.1:{port}") as server:
         yield (
             Following(server, "r1", told, give_up_after=give_up_after, clock=told.clock, sleep=told.sleep, **how),
             told,
@@ -265,7 +275,7 @@ def nobody() -> Iterator[int]:
 
 def test_it_gives_up_after_so_many_seconds_without_an_answer(nobody: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.1)
-    with patient(nobody, 60) as (following, told), pytest.raises(Failure) as caught:
+    with patient(nobody, 60) as (following, told), pytest.raises(CommandFailed) as caught:
         following.to_the_end()
     assert str(caught.value) == "gave up after 60 s: no connection: Connection refused"
     assert sum(told.pauses) == pytest.approx(60)
@@ -298,7 +308,7 @@ def test_an_answer_that_puts_off_renews_no_patience_and_a_stream_does() -> None:
         assert following.to_the_end() == 0
         assert [pause for pause in told.pauses if pause > 1] == [20] * 4
     with answering(*put_off_for) as server, patient(server.port, 50) as (following, told):
-        with pytest.raises(Failure, match=r"gave up, since the server wants 20 s of patience: .* 503 DRAINING"):
+        with pytest.raises(CommandFailed, match=r"gave up, since the server wants 20 s of patience: .* 503 DRAINING"):
             following.to_the_end()
         assert told.pauses == [20, 20]
 
@@ -334,7 +344,7 @@ def test_the_streams_own_retry_is_obeyed_up_to_the_longest_pause(retry: str, pau
 def test_a_run_that_is_gone_is_sought_for_fifteen_seconds() -> None:
     gone = problem(404, "RUN_NOT_FOUND")
     with answering(stream(event(1)), gone) as server, patient(server.port, 3600) as (following, told):
-        with pytest.raises(Failure, match="gave up after 15 s: the server answered 404 RUN_NOT_FOUND"):
+        with pytest.raises(CommandFailed, match="gave up after 15 s: the server answered 404 RUN_NOT_FOUND"):
             following.to_the_end()
         assert 15 <= sum(told.pauses) < 21
     with (
@@ -355,7 +365,7 @@ def test_each_time_that_a_run_is_gone_it_is_sought_anew() -> None:
 def test_a_record_that_cannot_be_had_is_not_waited_for_as_long_as_a_stream(nobody: int) -> None:
     with answering(WHOLE, problem(503, "X")) as server, patient(server.port, 3600) as (following, told):
         with pytest.raises(
-            Failure, match="how the run ended is not known: gave up after 15 s: the server answered 503"
+            CommandFailed, match="how the run ended is not known: gave up after 15 s: the server answered 503"
         ):
             following.to_the_end()
         assert sum(told.pauses) == pytest.approx(15)
@@ -375,11 +385,11 @@ def test_a_connection_that_says_nothing_is_taken_for_dead_and_opened_again() -> 
 def test_the_silence_of_a_stream_has_a_limit_of_its_own() -> None:
     with (
         answering(Held(stream(event(1), cut=True))) as server,
-        Server(server.url) as asking,
+        ApiClient(server.url) as asking,
         asking.stream("r1", 0, wait=3600, silence=0.1) as (_, pieces),
     ):
         assert b"id: 1" in next(pieces)
-        with pytest.raises(Trouble, match="nothing came for too long"):
+        with pytest.raises(ConnectionFailed, match="nothing came for too long"):
             next(pieces)
 
 
@@ -388,7 +398,7 @@ def test_each_pause_is_drawn_anew_and_its_limit_doubles_up_to_five_seconds(monke
     monkeypatch.setattr(module, "SHORTEST_PAUSE", 0.05)
     drawn = []
     for _ in range(200):
-        pauses = Pauses()
+        pauses = Backoff()
         drawn.append([pauses.next() for _ in range(9)])
     columns = list(zip(*drawn, strict=True))
     for number, column in enumerate(columns):
@@ -403,36 +413,39 @@ def test_each_pause_is_drawn_anew_and_its_limit_doubles_up_to_five_seconds(monke
 @pytest.mark.parametrize(
     "status,headers,seen,step,pause",
     [
-        (200, STREAM, False, Step.READ, 0),
-        (200, {"content-type": "Text/Event-Stream"}, True, Step.READ, 0),
-        (200, {"content-type": "text/html"}, True, Step.STOP, 0),
-        (200, {}, True, Step.STOP, 0),
-        (201, STREAM, True, Step.STOP, 0),
-        (204, {}, False, Step.OVER, 0),
-        *((status, {"location": "/"}, True, Step.STOP, 0) for status in (301, 302, 303, 307, 308)),
-        *((status, {}, True, Step.STOP, 0) for status in (400, 401, 403, 405, 406, 409, 410, 413, 422, 431, 501, 505)),
-        (404, {}, False, Step.STOP, 0),
-        (404, {}, True, Step.SEEK, 0),
-        *((status, {}, False, Step.AGAIN, 0) for status in (408, 425, 429, 500, 502, 503, 504, 507, 520, 599)),
-        *((status, {"retry-after": "7"}, False, Step.AGAIN, 7) for status in (429, 502, 503, 504)),
-        (404, {"retry-after": "7"}, True, Step.SEEK, 0),
+        (200, STREAM, False, Action.READ, 0),
+        (200, {"content-type": "Text/Event-Stream"}, True, Action.READ, 0),
+        (200, {"content-type": "text/html"}, True, Action.STOP, 0),
+        (200, {}, True, Action.STOP, 0),
+        (201, STREAM, True, Action.STOP, 0),
+        (204, {}, False, Action.OVER, 0),
+        *((status, {"location": "/"}, True, Action.STOP, 0) for status in (301, 302, 303, 307, 308)),
+        *(
+            (status, {}, True, Action.STOP, 0)
+            for status in (400, 401, 403, 405, 406, 409, 410, 413, 422, 431, 501, 505)
+        ),
+        (404, {}, False, Action.STOP, 0),
+        (404, {}, True, Action.SEEK, 0),
+        *((status, {}, False, Action.AGAIN, 0) for status in (408, 425, 429, 500, 502, 503, 504, 507, 520, 599)),
+        *((status, {"retry-after": "7"}, False, Action.AGAIN, 7) for status in (429, 502, 503, 504)),
+        (404, {"retry-after": "7"}, True, Action.SEEK, 0),
     ],
 )
 def test_what_a_reader_does_after_an_answer(
-    status: int, headers: dict[str, str], seen: bool, step: Step, pause: float
+    status: int, headers: dict[str, str], seen: bool, step: Action, pause: float
 ) -> None:
-    decision = decide(Answer(status, headers), cursor=5, seen=seen)
+    decision = decide(ApiResponse(status, headers), cursor=5, seen=seen)
     assert (decision.step, decision.pause) == (step, pause)
-    assert bool(decision.words) is (step not in {Step.READ, Step.OVER})
-    if step not in {Step.READ, Step.OVER}:
-        assert put_off(Answer(status, headers), seen=seen) == decision
+    assert bool(decision.words) is (step not in {Action.READ, Action.OVER})
+    if step not in {Action.READ, Action.OVER}:
+        assert put_off(ApiResponse(status, headers), seen=seen) == decision
 
 
 def test_a_cursor_that_has_expired_is_followed_by_the_oldest_there_is() -> None:
     body = json.dumps({"code": "CURSOR_EXPIRED", "detail": "x", "oldest_seq": 7}).encode()
-    steps = [decide(Answer(410, body=body), cursor=cursor, seen=True).step for cursor in (0, 5, 6, 7)]
-    assert steps == [Step.SKIP, Step.SKIP, Step.STOP, Step.STOP]
-    assert decide(Answer(410, body=body), cursor=5, seen=True) == Decision(Step.SKIP, oldest=7)
+    steps = [decide(ApiResponse(410, body=body), cursor=cursor, seen=True).step for cursor in (0, 5, 6, 7)]
+    assert steps == [Action.SKIP, Action.SKIP, Action.STOP, Action.STOP]
+    assert decide(ApiResponse(410, body=body), cursor=5, seen=True) == Decision(Action.SKIP, oldest=7)
 
 
 @pytest.mark.parametrize(

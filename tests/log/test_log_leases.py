@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from penstock.log import AppendStatus, CancelStatus, Lease, News, Obituary
+from penstock.log import AppendStatus, CancelStatus, Lease, LostEnding, Notification
 from penstock.runs import RunStatus
 from tests.support.logs import CANCELLED, COMPLETED, DONE, LOST, OBITUARY, batch, record, seqs
 
@@ -78,9 +78,9 @@ async def test_each_dead_run_has_an_obituary_of_its_own(log: EventLog, clock: Cl
     await elapse(2.5)
     made: list[bytes] = []
 
-    def obituary() -> Obituary:
+    def obituary() -> LostEnding:
         made.append(b"data: obituary %d\n\n" % len(made))
-        return Obituary([made[-1], DONE], LOST)
+        return LostEnding([made[-1], DONE], LOST)
 
     assert sorted(await log.reap(obituary)) == ["a", "b", "c"]
     first = [(await log.read(run_id, 0)).entries[0].data for run_id in ("a", "b", "c")]
@@ -234,7 +234,7 @@ async def test_one_who_waits_is_woken(log: EventLog, clock: Clock) -> None:
     await start(log)
     async with log.wakeups("reader") as wakeups, trio.open_nursery() as nursery:
         await wakeups.subscribe("r")
-        told: list[News] = []
+        told: list[Notification] = []
 
         async def wait() -> None:
             told.append(await wakeups.wait())
@@ -244,7 +244,7 @@ async def test_one_who_waits_is_woken(log: EventLog, clock: Clock) -> None:
         assert told == []
         with trio.fail_after(5):
             await log.append([batch(1, 2)])
-    assert told == [News({"r": 2})]
+    assert told == [Notification({"r": 2})]
 
 
 async def test_the_end_is_told_whoever_writes_it(log: EventLog, clock: Clock, elapse: Elapse) -> None:
@@ -298,10 +298,10 @@ async def test_a_cancel_request_wakes_the_owner_and_nobody_else(log: EventLog, c
         await other.subscribe("r")
         await log.request_cancel("r", "stop")
         with trio.fail_after(5):
-            assert await owner.wait() == News({}, cancel=True)
+            assert await owner.wait() == Notification({}, cancel=True)
         await log.append([batch(1, 1)])
         with trio.fail_after(5):
-            assert await other.wait() == News({"r": 1})
+            assert await other.wait() == Notification({"r": 1})
 
 
 async def test_a_wait_that_is_cancelled_loses_nothing(log: EventLog, clock: Clock) -> None:

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from trio.testing import MockClock
 
 from penstock.errors import IdempotencyConflict, RunExists, RunNotFound
-from penstock.log import Appended, AppendStatus, CancelStatus, Idempotency, Lease, Page, Wakeups
+from penstock.log import Appended, AppendStatus, CancelStatus, Idempotency, Lease, Notifications, Page
 from penstock.log.memory import MemoryLog
 from penstock.runs import Ending, RunStatus
 from tests.support.logs import CANCELLED, COMPLETED, FAILED, OBITUARY, batch, record, seqs
@@ -448,7 +448,7 @@ class LogMachine(RuleBasedStateMachine):
         run_id = data.draw(st.sampled_from(running))
         model = self.world.runs[run_id]
 
-        async def told(wakeups: Wakeups) -> Mapping[str, int]:
+        async def told(wakeups: Notifications) -> Mapping[str, int]:
             with trio.fail_after(5):
                 return (await wakeups.wait()).moved
 

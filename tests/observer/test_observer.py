@@ -20,7 +20,7 @@ from penstock.observer import (
     Observers,
     StreamEnd,
     new_error_id,
-    tell,
+    notify,
 )
 from penstock.observer.logging import LoggingObserver
 from penstock.observer.prometheus import Metrics
@@ -108,7 +108,7 @@ def test_a_hook_is_called_with_what_it_is_told() -> None:
     def hook(*args: Any, **kwargs: Any) -> None:
         told.append((args, kwargs))
 
-    tell(hook, 1, two=2)
+    notify(hook, 1, two=2)
     assert told == [((1,), {"two": 2})]
 
 
@@ -116,7 +116,7 @@ def test_what_a_hook_raises_is_logged_and_goes_no_further(caplog: pytest.LogCapt
     def clumsy(_: str) -> None:
         raise ValueError("oops")
 
-    tell(clumsy, "x")
+    notify(clumsy, "x")
     (record,) = caplog.records
     assert (record.name, record.levelname, record.getMessage()) == ("penstock", "ERROR", "the observer's clumsy failed")
     assert record.exc_info is not None
@@ -131,7 +131,7 @@ def test_a_hook_without_a_name_may_fail_as_well(caplog: pytest.LogCaptureFixture
         def __repr__(self) -> str:
             return "<nameless>"
 
-    tell(Nameless())
+    notify(Nameless())
     assert caplog.messages == ["the observer's <nameless> failed"]
 
 
@@ -141,7 +141,7 @@ def test_what_ends_the_program_is_not_held_back(error: type[BaseException]) -> N
         raise error
 
     with pytest.raises(error):
-        tell(stop)
+        notify(stop)
 
 
 def test_error_ids_are_short_and_no_two_are_alike() -> None:

@@ -87,7 +87,7 @@ async def test_who_leaves_gives_a_run_that_nobody_reads_its_time_and_refuses_con
     tap, log, shutdown = Tap(), MemoryLog(), Shutdown()
     async with told(shutdown, {"tap": tap}, log=log, drain_timeout=LONG) as server:
         run_id = await server.start("tap")
-        shutdown.leave()
+        shutdown.stop_accepting()
         await does_not_accept(server)
         await goes_on(server)
         tap.feed("late")
@@ -103,7 +103,7 @@ async def test_who_leaves_gives_a_reader_of_its_run_the_rest_of_it() -> None:
         async with server.reading(await server.start("tap")) as reader:
             tap.feed("early")
             await reader.take(1)
-            shutdown.leave()
+            shutdown.stop_accepting()
             await does_not_accept(server)
             await goes_on(server)
             tap.feed("late")
@@ -116,10 +116,10 @@ async def test_who_leaves_and_is_hurried_interrupts_its_runs() -> None:
     tap, log, shutdown = Tap(), MemoryLog(), Shutdown()
     async with told(shutdown, {"tap": tap}, log=log, drain_timeout=3600.0) as server:
         run_id = await server.start("tap")
-        shutdown.leave()
+        shutdown.stop_accepting()
         await does_not_accept(server)
         assert (await log.get(run_id)).status == "running"
-        shutdown.hurry()
+        shutdown.force()
         await has_ended(server)
     run = await log.get(run_id)
     assert (tap.reason, run.status, run.stop_reason) == ("shutdown", "failed", "interrupted")
@@ -133,7 +133,7 @@ async def test_who_drains_still_accepts_until_it_is_told_to_leave() -> None:
         await goes_on(server)
         async with server.opened("GET", f"/v1/runs/{run_id}") as reader:
             assert reader.status == 200
-        shutdown.leave()
+        shutdown.stop_accepting()
         await does_not_accept(server)
         assert not server.ended.is_set()
         tap.end()
@@ -144,10 +144,10 @@ async def test_the_first_word_may_be_to_hurry_and_skips_nothing() -> None:
     tap, shutdown = Tap(), Shutdown()
     async with told(shutdown, {"tap": tap}, drain_timeout=3600.0) as server:
         await server.start("tap")
-        shutdown.hurry()
+        shutdown.force()
         await goes_on(server)
         assert tap.reason is None
-        shutdown.hurry()
+        shutdown.force()
         await has_ended(server)
     assert tap.reason == "shutdown"
 
@@ -176,10 +176,10 @@ async def test_a_server_without_patience_still_abandons_a_producer_that_holds_on
             await reader.take(1)
         getattr(shutdown, word)()
         if hurries:
-            shutdown.hurry()
+            shutdown.force()
         await eventually(lambda: shutdown.over)
         if hurries > 1:
-            shutdown.hurry()
+            shutdown.force()
         await has_ended(server)
     assert [run.run_id for run in given_up] == [run_id]
     assert given_up[0].stored
@@ -197,12 +197,12 @@ async def test_a_producer_that_lets_go_in_time_ends_the_server_at_once_and_is_no
     async with told(shutdown, {"stubborn": stubborn}, abandon=given_up.extend, **patience) as server:
         async with server.reading(await server.start("stubborn")) as reader:
             await reader.take(1)
-        shutdown.leave()
+        shutdown.stop_accepting()
         if hurries:
-            shutdown.hurry()
+            shutdown.force()
         await eventually(lambda: shutdown.over)
         if hurries > 1:
-            shutdown.hurry()
+            shutdown.force()
         await goes_on(server)
         stubborn.allowed.set()
         await has_ended(server)

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from penstock.server.serve import Shutdown
-from penstock.server.workers import Link, Words
+from penstock.server.workers import LineChannel, ParentLink
 from tests.support.puppets import settle, signal_here
 from tests.support.serving import GUARD
 
@@ -45,7 +45,7 @@ class Told(Shutdown):
 class Linked:
     """A worker's link in this process, and its parent's end."""
 
-    def __init__(self, link: Link, words: Words) -> None:
+    def __init__(self, link: ParentLink, words: LineChannel) -> None:
         self.link = link
         self.words = words
         self.told = Told()
@@ -67,7 +67,7 @@ def signals_kept() -> Iterator[None]:
 @asynccontextmanager
 async def linked() -> AsyncIterator[Linked]:
     here, there = socket.socketpair()
-    ours = Linked(Link(7, there.detach()), Words(here))
+    ours = Linked(ParentLink(7, there.detach()), LineChannel(here))
     with signals_kept(), trio.fail_after(GUARD):
         ours.link.keep_signals()
         async with trio.open_nursery() as nursery:
@@ -81,7 +81,7 @@ async def linked() -> AsyncIterator[Linked]:
 async def test_a_worker_does_what_its_parent_says_and_drains_when_that_is_gone() -> None:
     async with linked() as ours:
         for word in ("drain", "hurry", "leave", "hurry"):
-            await ours.words.say(word)
+            await ours.words.send(word)
             assert await ours.told.next() == word
         await ours.words.aclose()
         assert await ours.told.next() == "drain"
@@ -90,7 +90,7 @@ async def test_a_worker_does_what_its_parent_says_and_drains_when_that_is_gone()
 async def test_a_worker_says_that_it_is_ready_and_with_a_parent_gone_says_it_to_nobody() -> None:
     async with linked() as ours:
         await ours.link.ready('["news"]')
-        assert await ours.words.hear() == 'ready ["news"]'
+        assert await ours.words.receive() == 'ready ["news"]'
         await ours.words.aclose()
         assert await ours.told.next() == "drain"
         await ours.link.ready("more")
@@ -101,18 +101,18 @@ async def test_of_signals_a_worker_takes_the_first_sigterm_and_nothing_else() ->
     async with linked() as ours:
         signal_here(SIGINT)
         await settle()
-        await ours.words.say("hurry")
+        await ours.words.send("hurry")
         assert await ours.told.next() == "hurry"
         signal_here(SIGTERM)
         assert await ours.told.next() == "drain"
-        assert await ours.words.hear() == "leaving"
+        assert await ours.words.receive() == "leaving"
         for number in (SIGTERM, SIGINT, SIGTERM):
             signal_here(number)
             await settle()
-        await ours.words.say("leave")
+        await ours.words.send("leave")
         assert await ours.told.next() == "leave"
         await ours.link.ready("later")
-        assert await ours.words.hear() == "ready later"
+        assert await ours.words.receive() == "ready later"
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import ConfigurationError, EventTooLarge, InvalidChunk
 from penstock.sse import Decoder, Event, Message
-from penstock.sse.events import MAX_RETRY, Block, split_blocks
+from penstock.sse.events import MAX_RETRY, WireBlock, split_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -304,9 +304,9 @@ def test_a_stop_without_a_proper_reason_is_refused(reason: Any, words: str) -> N
 
 # --- split_blocks -----------------------------------------------------------------------------------------------------
 
-X = Block(b"data: x\n\n", None, "x")
+X = WireBlock(b"data: x\n\n", None, "x")
 
-SPLIT: list[tuple[str, str, list[Block]]] = [
+SPLIT: list[tuple[str, str, list[WireBlock]]] = [
     ("an empty chunk holds no block", "", []),
     ("a BOM alone holds no block", "\ufeff", []),
     ("blank lines alone hold no block", "\n\r\n\r", []),
@@ -315,27 +315,31 @@ SPLIT: list[tuple[str, str, list[Block]]] = [
     ("line ends become LF", "data: x\r\n\r\ndata: x\r\rdata: x\n\r\n", [X, X, X]),
     ("blank lines around blocks are dropped", "\n\ndata: x\n\n\ndata: x\n\n\n\n\n\r\n", [X, X]),
     ("one BOM at the beginning is dropped", "\ufeffdata: x\n\n", [X]),
-    ("a second BOM is part of a name", "\ufeff\ufeffdata: x\n\n", [Block("\ufeffdata: x\n\n".encode(), None, None)]),
-    ("data lines are joined", "data: a\ndata\ndata:b\n\n", [Block(b"data: a\ndata\ndata:b\n\n", None, "a\n\nb")]),
-    ("empty data is data", "data\n\n", [Block(b"data\n\n", None, "")]),
-    ("only one space is stripped", "data:  x\n\n", [Block(b"data:  x\n\n", None, " x")]),
-    ("an event type", "event: e\ndata: x\n\n", [Block(b"event: e\ndata: x\n\n", "e", "x")]),
-    ("the last event type counts", "event: e\nevent: f\n\n", [Block(b"event: e\nevent: f\n\n", "f", None)]),
-    ("also if it is empty", "event: e\nevent\n\n", [Block(b"event: e\nevent\n\n", None, None)]),
-    ("a comment is a block", ": hi\n\n", [Block(b": hi\n\n", None, None)]),
-    ("a retry is a block", "retry: 5\n\n", [Block(b"retry: 5\n\n", None, None)]),
-    ("unknown fields are kept", "Data: a\nid2: b\n id: c\n\n", [Block(b"Data: a\nid2: b\n id: c\n\n", None, None)]),
-    ("NUL is text", "data: \0\n\n", [Block(b"data: \0\n\n", None, "\0")]),
+    (
+        "a second BOM is part of a name",
+        "\ufeff\ufeffdata: x\n\n",
+        [WireBlock("\ufeffdata: x\n\n".encode(), None, None)],
+    ),
+    ("data lines are joined", "data: a\ndata\ndata:b\n\n", [WireBlock(b"data: a\ndata\ndata:b\n\n", None, "a\n\nb")]),
+    ("empty data is data", "data\n\n", [WireBlock(b"data\n\n", None, "")]),
+    ("only one space is stripped", "data:  x\n\n", [WireBlock(b"data:  x\n\n", None, " x")]),
+    ("an event type", "event: e\ndata: x\n\n", [WireBlock(b"event: e\ndata: x\n\n", "e", "x")]),
+    ("the last event type counts", "event: e\nevent: f\n\n", [WireBlock(b"event: e\nevent: f\n\n", "f", None)]),
+    ("also if it is empty", "event: e\nevent\n\n", [WireBlock(b"event: e\nevent\n\n", None, None)]),
+    ("a comment is a block", ": hi\n\n", [WireBlock(b": hi\n\n", None, None)]),
+    ("a retry is a block", "retry: 5\n\n", [WireBlock(b"retry: 5\n\n", None, None)]),
+    ("unknown fields are kept", "Data: a\nid2: b\n id: c\n\n", [WireBlock(b"Data: a\nid2: b\n id: c\n\n", None, None)]),
+    ("NUL is text", "data: \0\n\n", [WireBlock(b"data: \0\n\n", None, "\0")]),
     (
         "other separators are text",
         f"data: {NOT_LINE_ENDS}\n\n",
-        [Block(f"data: {NOT_LINE_ENDS}\n\n".encode(), None, NOT_LINE_ENDS)],
+        [WireBlock(f"data: {NOT_LINE_ENDS}\n\n".encode(), None, NOT_LINE_ENDS)],
     ),
 ]
 
 
 @pytest.mark.parametrize("chunk, blocks", [row[1:] for row in SPLIT], ids=[row[0] for row in SPLIT])
-def test_a_chunk_comes_apart_into_whole_blocks_as_text_and_as_bytes(chunk: str, blocks: list[Block]) -> None:
+def test_a_chunk_comes_apart_into_whole_blocks_as_text_and_as_bytes(chunk: str, blocks: list[WireBlock]) -> None:
     assert split_blocks(chunk) == blocks
     assert split_blocks(chunk.encode()) == blocks
 

@@ -22,40 +22,40 @@ APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
 
 async def test_what_is_put_is_stored_in_order_and_then_shown(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 500)
-        assert list(shown(outbox.tail)) == []
-        works.committer.close(outbox, [DONE], COMPLETED)
+        buffer = await works.run()
+        works.put(buffer, 500)
+        assert list(shown(buffer.tail)) == []
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert await works.stored() == list(range(1, 502))
-        assert seqs(shown(outbox.tail)) == list(range(1, 502))
-        assert outbox.tail.ended
+        assert seqs(shown(buffer.tail)) == list(range(1, 502))
+        assert buffer.tail.ended
         run = await works.log.get("r")
         assert (run.status, run.seq) == (RunStatus.COMPLETED, 501)
-        assert works.committer.pending_bytes == outbox.size == 0
+        assert works.committer.pending_bytes == buffer.size == 0
         assert works.owners["r"].told == ["settled"]
 
 
 async def test_nothing_is_shown_before_the_log_has_acknowledged_it(autojump_clock: MockClock) -> None:
     async with committing() as works:
         works.log.latency = 1.0
-        outbox = await works.run()
-        works.put(outbox, 3)
+        buffer = await works.run()
+        works.put(buffer, 3)
         await trio.sleep(0.9)
         assert (await works.log.get("r")).seq == 3
-        assert list(shown(outbox.tail)) == []
+        assert list(shown(buffer.tail)) == []
         await trio.sleep(0.2)
-        assert seqs(shown(outbox.tail)) == [1, 2, 3]
+        assert seqs(shown(buffer.tail)) == [1, 2, 3]
 
 
 async def test_what_is_put_while_a_commit_is_under_way_goes_with_the_next(autojump_clock: MockClock) -> None:
     async with committing() as works:
         works.log.latency = 1.0
-        outbox = await works.run()
-        works.put(outbox, 2)
+        buffer = await works.run()
+        works.put(buffer, 2)
         await trio.sleep(0.5)
-        works.put(outbox, 3)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.put(buffer, 3)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert [batches for _, batches in works.log.appended] == [[("r", 1, 2)], [("r", 3, 6)]]
 
@@ -67,8 +67,8 @@ async def test_one_append_is_under_way_at_a_time(autojump_clock: MockClock) -> N
         for number in range(100):
             works.put(boxes[number % 5])
             await trio.sleep(0.007)
-        for outbox in boxes:
-            await works.committer.flush(outbox)
+        for buffer in boxes:
+            await works.committer.flush(buffer)
         assert works.log.calls["append"] >= 5
         assert works.log.most_under_way == 1
 
@@ -78,18 +78,18 @@ async def test_one_append_is_under_way_at_a_time(autojump_clock: MockClock) -> N
 
 async def test_an_idle_committer_commits_at_once(autojump_clock: MockClock) -> None:
     async with committing(spacing=5.0) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         await trio.sleep(100)
-        works.put(outbox)
+        works.put(buffer)
         await wait_all_tasks_blocked()
-        assert seqs(shown(outbox.tail)) == [1]
+        assert seqs(shown(buffer.tail)) == [1]
         assert works.appends == [100]
 
 
 async def test_the_first_commit_of_all_waits_for_nothing(autojump_clock: MockClock) -> None:
     async with committing(spacing=5.0) as works:
-        outbox = await works.run()
-        works.put(outbox)
+        buffer = await works.run()
+        works.put(buffer)
         await wait_all_tasks_blocked()
         assert works.appends == [0]
 
@@ -97,9 +97,9 @@ async def test_the_first_commit_of_all_waits_for_nothing(autojump_clock: MockClo
 @pytest.mark.parametrize("spacing", [0.002, 1.0])
 async def test_under_load_commits_start_at_least_the_spacing_apart(autojump_clock: MockClock, spacing: float) -> None:
     async with committing(spacing=spacing) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         for _ in range(50):
-            works.put(outbox, LOADED)
+            works.put(buffer, LOADED)
             await trio.sleep(spacing / 10)
         await trio.sleep(2 * spacing)
         gaps = [other - one for one, other in pairwise(works.appends)]
@@ -125,10 +125,10 @@ async def test_a_commit_is_followed_by_the_part_of_the_spacing_that_its_entries_
 async def test_a_slow_log_is_not_made_to_wait_for_the_spacing_as_well(autojump_clock: MockClock) -> None:
     async with committing(spacing=1.0) as works:
         works.log.latency = 3.0
-        outbox = await works.run()
-        works.put(outbox)
+        buffer = await works.run()
+        works.put(buffer)
         await trio.sleep(1)
-        works.put(outbox)
+        works.put(buffer)
         await trio.sleep(10)
         assert works.appends == [0, 3]
 
@@ -136,17 +136,17 @@ async def test_a_slow_log_is_not_made_to_wait_for_the_spacing_as_well(autojump_c
 async def test_all_runs_go_in_one_append(autojump_clock: MockClock) -> None:
     async with committing(spacing=1.0) as works:
         boxes = [await works.run(f"r{number}") for number in range(50)]
-        for outbox in boxes:
-            works.put(outbox, 2)
+        for buffer in boxes:
+            works.put(buffer, 2)
         await trio.sleep(0.5)
         assert works.log.calls["append"] == 1
-        assert [seqs(shown(outbox.tail)) for outbox in boxes] == [[1, 2]] * 50
+        assert [seqs(shown(buffer.tail)) for buffer in boxes] == [[1, 2]] * 50
 
 
 async def test_an_idle_committer_asks_nothing_of_the_log(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox)
+        buffer = await works.run()
+        works.put(buffer)
         await trio.sleep(10)
         before = works.log.calls.copy()
         await trio.sleep(10_000)
@@ -158,15 +158,15 @@ async def test_an_idle_committer_asks_nothing_of_the_log(autojump_clock: MockClo
 
 async def test_a_commit_waits_its_interval_for_more_to_join_it(autojump_clock: MockClock) -> None:
     async with committing(flush_interval=0.5) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         await trio.sleep(10)
         for _ in range(4):
-            works.put(outbox)
+            works.put(buffer)
             await trio.sleep(0.1)
         assert works.appends == []
         await trio.sleep(1)
         assert works.appends == [10.5]
-        assert seqs(shown(outbox.tail)) == [1, 2, 3, 4]
+        assert seqs(shown(buffer.tail)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("count, when", [(2, 10.5), (3, 10.2), (4, 10.2)])
@@ -174,32 +174,32 @@ async def test_so_many_pending_entries_of_a_run_end_the_wait(
     autojump_clock: MockClock, count: int, when: float
 ) -> None:
     async with committing(flush_interval=0.5, flush_size=3) as works:
-        outbox, other = await works.run(), await works.run("other")
+        buffer, other = await works.run(), await works.run("other")
         await trio.sleep(10)
         works.put(other, 2)
         await trio.sleep(0.2)
-        works.put(outbox, count)
+        works.put(buffer, count)
         await trio.sleep(1)
         assert works.appends == [pytest.approx(when)]
-        assert len(shown(outbox.tail)) == count
+        assert len(shown(buffer.tail)) == count
         assert len(shown(other.tail)) == 2
 
 
 async def test_an_ending_ends_the_wait(autojump_clock: MockClock) -> None:
     async with committing(flush_interval=60) as works:
-        outbox = await works.run()
-        works.put(outbox)
+        buffer = await works.run()
+        works.put(buffer)
         await trio.sleep(1)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert works.appends == [1]
 
 
 async def test_what_comes_after_something_urgent_waits_its_interval_again(autojump_clock: MockClock) -> None:
     async with committing(flush_interval=5) as works:
-        outbox, other = await works.run(), await works.run("other")
-        works.put(outbox)
-        await works.committer.flush(outbox)
+        buffer, other = await works.run(), await works.run("other")
+        works.put(buffer)
+        await works.committer.flush(buffer)
         await trio.sleep(1)
         works.put(other)
         await trio.sleep(10)
@@ -209,40 +209,40 @@ async def test_what_comes_after_something_urgent_waits_its_interval_again(autoju
 async def test_flush_ends_the_wait_and_returns_when_all_is_stored(autojump_clock: MockClock) -> None:
     async with committing(flush_interval=60) as works:
         works.log.latency = 2.0
-        outbox = await works.run()
-        works.put(outbox, 3)
+        buffer = await works.run()
+        works.put(buffer, 3)
         await trio.sleep(1)
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         assert trio.current_time() - works.start == 3
-        assert seqs(shown(outbox.tail)) == [1, 2, 3]
+        assert seqs(shown(buffer.tail)) == [1, 2, 3]
 
 
 async def test_flush_waits_for_what_was_put_before_it_and_no_longer(autojump_clock: MockClock) -> None:
     async with committing() as works:
         works.log.latency = 1.0
-        outbox = await works.run()
-        works.put(outbox, APPEND_ENTRIES * 2)
+        buffer = await works.run()
+        works.put(buffer, APPEND_ENTRIES * 2)
 
         async def go_on() -> None:
             for _ in range(10):
                 await trio.sleep(0.4)
-                works.put(outbox)
+                works.put(buffer)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(go_on)
-            await works.committer.flush(outbox)
+            await works.committer.flush(buffer)
             assert trio.current_time() - works.start == 2
-            assert outbox.stored == APPEND_ENTRIES * 2
+            assert buffer.stored == APPEND_ENTRIES * 2
 
 
 async def test_flush_of_nothing_is_a_checkpoint_and_no_more(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
+        buffer = await works.run()
         with trio.CancelScope() as scope:
             scope.cancel()
-            await works.committer.flush(outbox)
+            await works.committer.flush(buffer)
         assert scope.cancelled_caught
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         assert works.log.calls["append"] == 0
         assert trio.current_time() == works.start
 
@@ -278,11 +278,11 @@ async def test_a_batch_holds_at_most_so_many_entries_and_an_append_so_many_batch
     autojump_clock: MockClock, count: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, count)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, count)
+        await works.committer.flush(buffer)
         assert works.sent() == appends
-        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, count + 1))
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, count + 1))
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ async def test_a_batch_is_full_when_its_bytes_are_reached(
     autojump_clock: MockClock, size: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
-        outbox = await works.run()
-        works.put(outbox, 11, size)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 11, size)
+        await works.committer.flush(buffer)
         assert works.sent() == appends
 
 
@@ -328,9 +328,9 @@ async def test_an_ending_is_never_parted_and_comes_with_its_last_entry(
     autojump_clock: MockClock, before: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, before)
-        works.committer.close(outbox, [b"event: error\ndata: {}\n\n", DONE], FAILED)
+        buffer = await works.run()
+        works.put(buffer, before)
+        works.committer.close(buffer, [b"event: error\ndata: {}\n\n", DONE], FAILED)
         await works.settled()
         assert works.sent() == appends
         assert await works.stored() == list(range(1, before + 3))
@@ -339,9 +339,9 @@ async def test_an_ending_is_never_parted_and_comes_with_its_last_entry(
 
 async def test_an_ending_is_not_parted_by_its_bytes_either(autojump_clock: MockClock) -> None:
     async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         large = b"data: " + b"x" * BATCH_BYTES + b"\n\n"
-        works.committer.close(outbox, [large, large, DONE], FAILED)
+        works.committer.close(buffer, [large, large, DONE], FAILED)
         await works.settled()
         assert works.sent() == [[(1, 3)]]
 
@@ -357,10 +357,10 @@ async def test_an_ending_of_many_bytes_after_entries_of_many_bytes_is_not_parted
     autojump_clock: MockClock, before: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
-        outbox = await works.run()
-        works.put(outbox, before, BATCH_BYTES)
+        buffer = await works.run()
+        works.put(buffer, before, BATCH_BYTES)
         large = b"data: " + b"x" * BATCH_BYTES + b"\n\n"
-        works.committer.close(outbox, [large, large, DONE], FAILED)
+        works.committer.close(buffer, [large, large, DONE], FAILED)
         await works.settled()
         assert works.sent() == appends
         assert await works.stored() == list(range(1, before + 4))
@@ -368,10 +368,10 @@ async def test_an_ending_of_many_bytes_after_entries_of_many_bytes_is_not_parted
 
 async def test_the_rest_of_a_large_run_waits_no_interval(autojump_clock: MockClock) -> None:
     async with committing(flush_interval=60, flush_size=3 * APPEND_ENTRIES + 1, spacing=0.002) as works:
-        outbox = await works.run()
-        works.put(outbox, 3 * APPEND_ENTRIES)
+        buffer = await works.run()
+        works.put(buffer, 3 * APPEND_ENTRIES)
         await trio.sleep(61)
-        assert len(shown(outbox.tail)) == 3 * APPEND_ENTRIES
+        assert len(shown(buffer.tail)) == 3 * APPEND_ENTRIES
         assert works.appends == [pytest.approx(when) for when in (60, 60.002, 60.004)]
 
 
@@ -382,10 +382,10 @@ async def test_the_rest_of_a_large_run_waits_no_interval(autojump_clock: MockClo
 async def test_a_run_waits_when_so_much_of_it_is_pending(autojump_clock: MockClock, size: int, full: bool) -> None:
     async with committing(max_pending_bytes=1_000) as works:
         works.log.latency = 1.0
-        outbox = await works.run()
-        works.put(outbox, 2, size)
-        assert works.committer.is_full(outbox) is full
-        await works.committer.room(outbox)
+        buffer = await works.run()
+        works.put(buffer, 2, size)
+        assert works.committer.is_full(buffer) is full
+        await works.committer.room(buffer)
         assert trio.current_time() - works.start == (1.0 if full else 0.0)
 
 
@@ -399,7 +399,7 @@ async def test_runs_wait_when_so_much_of_all_of_them_is_pending(
         works.put(one, 2, size)
         works.put(other, 2, size)
         assert works.committer.pending_bytes == 4 * size
-        assert [works.committer.is_full(outbox) for outbox in (one, other)] == [full, full]
+        assert [works.committer.is_full(buffer) for buffer in (one, other)] == [full, full]
         assert works.committer.is_full(idle) is full  # or a thousand idle runs would have a thousand events pending
         await works.committer.room(idle)
         assert trio.current_time() - works.start == (1.0 if full else 0.0)
@@ -412,28 +412,28 @@ async def test_runs_wait_when_so_much_of_all_of_them_is_pending(
 async def test_a_writer_is_held_back_to_the_pace_of_the_log(autojump_clock: MockClock) -> None:
     async with committing(max_pending_bytes=1_000) as works:
         works.log.latency = 1.0
-        outbox = await works.run()
+        buffer = await works.run()
         most = 0
         for _ in range(100):
-            await works.write(outbox, 1, 100)
-            most = max(most, outbox.size)
+            await works.write(buffer, 1, 100)
+            most = max(most, buffer.size)
         assert most == 1_000
         assert 9 <= trio.current_time() - works.start <= 20
 
 
 async def test_an_ending_waits_for_no_room(autojump_clock: MockClock) -> None:
     async with committing(max_pending_bytes=100, max_process_pending_bytes=100) as works:
-        outbox = await works.run()
-        works.put(outbox, 1, 5_000)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        buffer = await works.run()
+        works.put(buffer, 1, 5_000)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert await works.stored() == [1, 2]
 
 
 async def test_room_is_a_checkpoint_also_when_there_is_some(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
+        buffer = await works.run()
         with trio.CancelScope() as scope:
             scope.cancel()
-            await works.committer.room(outbox)
+            await works.committer.room(buffer)
         assert scope.cancelled_caught

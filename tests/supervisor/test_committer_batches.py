@@ -86,7 +86,7 @@ async def nothing_is_left(works: Works) -> None:
     assert committer.waiting == []
     assert committer.pending_bytes == 0
     for owner in works.owners.values():
-        assert (owner.outbox.size, owner.outbox.entries) == (0, [])
+        assert (owner.buffer.size, owner.buffer.entries) == (0, [])
     before = works.log.calls.copy()
     await trio.sleep(10 * FULL_PAUSE)
     assert works.log.calls == before
@@ -94,15 +94,15 @@ async def nothing_is_left(works: Works) -> None:
 
 async def is_whole(works: Works, run_id: str = "r") -> None:
     """The log and the readers have all of a run, once and in order, to the byte."""
-    outbox = works.owners[run_id].outbox
-    assert await works.stored(run_id) == seqs(shown(outbox.tail)) == list(range(1, outbox.seq + 1))
+    buffer = works.owners[run_id].buffer
+    assert await works.stored(run_id) == seqs(shown(buffer.tail)) == list(range(1, buffer.seq + 1))
     page = await works.log.read(run_id, 0, max_entries=100_000, max_bytes=2**40)
-    assert list(page.entries) == list(shown(outbox.tail))
+    assert list(page.entries) == list(shown(buffer.tail))
 
 
 async def end(works: Works, run_id: str = "r") -> None:
     """End a run, which is whole then."""
-    works.committer.close(works.owners[run_id].outbox, [DONE], COMPLETED)
+    works.committer.close(works.owners[run_id].buffer, [DONE], COMPLETED)
     await works.settled(run_id)
     await is_whole(works, run_id)
 
@@ -115,19 +115,19 @@ async def test_after_a_batch_without_room_the_rest_waits_with_it_and_follows_it(
     autojump_clock: MockClock, kth: int
 ) -> None:
     async with committing(Between()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).at(kth, says(AppendStatus.FULL))
-        works.put(outbox, APPEND_ENTRIES + 7)
+        works.put(buffer, APPEND_ENTRIES + 7)
         before = (kth - 1) * BATCH_ENTRIES
         await trio.sleep(FULL_PAUSE / 2)
-        works.put(outbox, 3)
+        works.put(buffer, 3)
         await trio.sleep(FULL_PAUSE / 4)
         assert works.log.calls["append"] == 1
-        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, before + 1))
-        assert outbox.stored == before
-        assert seqs(outbox.entries) == list(range(before + 1, APPEND_ENTRIES + 11))
-        assert works.committer.pending_bytes == outbox.size == sum(len(each.wire) for each in outbox.entries)
-        await works.committer.flush(outbox)
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, before + 1))
+        assert buffer.stored == before
+        assert seqs(buffer.entries) == list(range(before + 1, APPEND_ENTRIES + 11))
+        assert works.committer.pending_bytes == buffer.size == sum(len(each.wire) for each in buffer.entries)
+        await works.committer.flush(buffer)
         assert works.sent()[1][0][0] == before + 1
         assert trio.current_time() - works.start == pytest.approx(FULL_PAUSE, abs=0.1)
         assert works.warnings == ["cannot commit: it is FULL; trying again"]
@@ -139,9 +139,9 @@ async def test_after_a_batch_without_room_the_rest_waits_with_it_and_follows_it(
 @pytest.mark.parametrize("kth", KTH)
 async def test_after_a_batch_without_room_only_the_ending_waits_for_none(autojump_clock: MockClock, kth: int) -> None:
     async with committing(Between()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).at(kth, says(AppendStatus.FULL))
-        works.put(outbox, APPEND_ENTRIES + 7)
+        works.put(buffer, APPEND_ENTRIES + 7)
         await trio.sleep(FULL_PAUSE / 2)
         await end(works)
         assert trio.current_time() - works.start == pytest.approx(FULL_PAUSE / 2, abs=0.1)
@@ -155,9 +155,9 @@ async def test_what_is_lost_between_two_batches_is_given_again_before_the_rest(
     autojump_clock: MockClock, kth: int, loss: str
 ) -> None:
     async with committing(Between()) as works:
-        outbox = await works.run()
-        works.put(outbox, 50)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 50)
+        await works.committer.flush(buffer)
         before = 50 + (kth - 1) * BATCH_ENTRIES
 
         def lose(_: Batch) -> None:
@@ -167,8 +167,8 @@ async def test_what_is_lost_between_two_batches_is_given_again_before_the_rest(
                 lose_last(works.log, "r", 30)
 
         log_of(works).at(kth, lose)
-        works.put(outbox, APPEND_ENTRIES + 7)
-        await works.committer.flush(outbox)
+        works.put(buffer, APPEND_ENTRIES + 7)
+        await works.committer.flush(buffer)
         status = AppendStatus.GONE if loss == "all" else AppendStatus.HOLE
         assert log_of(works).replies[1] == [AppendStatus.OK] * (kth - 1) + [status] * (BATCHES - kth + 1)
         again = 1 if loss == "all" else before - 30 + 1
@@ -184,11 +184,11 @@ async def test_what_is_lost_for_good_between_two_batches_ends_the_run_after_what
     autojump_clock: MockClock, kth: int
 ) -> None:
     async with committing(Between(), tail_entries=5) as works:
-        outbox = await works.run()
-        works.put(outbox, 50)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 50)
+        await works.committer.flush(buffer)
         log_of(works).at(kth, lambda _: lose_last(works.log, "r", 30))
-        works.put(outbox, APPEND_ENTRIES)
+        works.put(buffer, APPEND_ENTRIES)
         await works.settled()
         assert works.owners["r"].told == ["diverged", "settled"]
         run = await works.log.get("r")
@@ -204,10 +204,10 @@ async def test_a_hole_where_nothing_was_lost_costs_a_question_and_nothing_else(
     autojump_clock: MockClock, kth: int
 ) -> None:
     async with committing(Between()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).at(kth, says(AppendStatus.HOLE))
-        works.put(outbox, APPEND_ENTRIES)
-        await works.committer.flush(outbox)
+        works.put(buffer, APPEND_ENTRIES)
+        await works.committer.flush(buffer)
         assert works.sent()[1][0][0] == (kth - 1) * BATCH_ENTRIES + 1
         await end(works)
         assert works.owners["r"].told == ["settled"]
@@ -234,8 +234,8 @@ async def test_a_run_whose_nth_batch_is_refused_is_given_up_after_what_is_stored
             return None
 
         log_of(works).at(kth, refuse)
-        for outbox in boxes:
-            works.put(outbox, APPEND_ENTRIES + 7)
+        for buffer in boxes:
+            works.put(buffer, APPEND_ENTRIES + 7)
         told = "cannot be stored" if refusal is AppendStatus.REFUSED else "lost"
         await works.settled("r", told)
         assert log_of(works).replies[0][BATCHES : 2 * BATCHES][kth - 1] is refusal
@@ -243,11 +243,11 @@ async def test_a_run_whose_nth_batch_is_refused_is_given_up_after_what_is_stored
             await end(works, run_id)
             assert works.owners[run_id].told == ["settled"]
         assert works.owners["r"].told == [told]
-        outbox = boxes[1]
-        assert (outbox.abandoned, outbox.closing, outbox.settled) == (True, True, False)
+        buffer = boxes[1]
+        assert (buffer.abandoned, buffer.finishing, buffer.settled) == (True, True, False)
         stored = list(range(1, (kth - 1) * BATCH_ENTRIES + 1))
         assert seqs(works.log._runs["r"].ring.after(0, max_entries=100_000, max_bytes=2**40)) == stored
-        assert (seqs(shown(outbox.tail)) if stored else list(shown(outbox.tail))) == stored
+        assert (seqs(shown(buffer.tail)) if stored else list(shown(buffer.tail))) == stored
         assert len(works.sent()) == 1
         await nothing_is_left(works)
 
@@ -257,15 +257,15 @@ async def test_a_completion_that_is_refused_as_the_last_of_several_gives_way_to_
     autojump_clock: MockClock, kth: int
 ) -> None:
     async with committing(Between()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
 
         def cancel(_: Batch) -> None:
             stored = works.log._runs["r"]
             stored.cancel_requested, stored.run = True, replace(stored.run, cancel_reason="stop")
 
         log_of(works).at(kth, cancel)
-        works.put(outbox, (kth - 1) * BATCH_ENTRIES + 5)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.put(buffer, (kth - 1) * BATCH_ENTRIES + 5)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert log_of(works).replies[0] == [AppendStatus.OK] * (kth - 1) + [AppendStatus.CANCELLED]
         assert works.sent()[1] == [((kth - 1) * BATCH_ENTRIES + 1, (kth - 1) * BATCH_ENTRIES + 7)]
@@ -283,17 +283,17 @@ async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_i
     autojump_clock: MockClock, kth: int
 ) -> None:
     async with committing(Between()) as works:
-        outbox, other = await works.run(), await works.run("other")
+        buffer, other = await works.run(), await works.run("other")
         log_of(works).at(kth, away)
-        works.put(outbox, APPEND_ENTRIES + 7)
+        works.put(buffer, APPEND_ENTRIES + 7)
         works.put(other, 2 * BATCH_ENTRIES)
         await trio.sleep(0.01)
         before = (kth - 1) * BATCH_ENTRIES
         assert await works.stored() == list(range(1, before + 1))
-        assert list(shown(outbox.tail)) == list(shown(other.tail)) == []
-        works.put(outbox, 300)
+        assert list(shown(buffer.tail)) == list(shown(other.tail)) == []
+        works.put(buffer, 300)
         works.put(other, 1)
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         assert works.log.appended[0][1] == works.log.appended[1][1]
         assert works.sent()[2] == [(1001, 1200), (1201, 1307)]
         for run_id in ("r", "other"):
@@ -307,9 +307,9 @@ async def test_an_ending_that_comes_while_an_append_is_sent_again_goes_with_the_
     autojump_clock: MockClock, kth: int
 ) -> None:
     async with committing(Between()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).at(kth, away)
-        works.put(outbox, 2 * BATCH_ENTRIES + 7)
+        works.put(buffer, 2 * BATCH_ENTRIES + 7)
         await trio.sleep(0.01)
         await end(works)
         assert works.sent() == [[(1, 200), (201, 400), (401, 407)]] * 2 + [[(408, 408)]]
@@ -321,9 +321,9 @@ async def test_several_batches_with_an_ending_whose_replies_are_lost_are_stored_
     autojump_clock: MockClock, replies: int
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
+        buffer = await works.run()
         works.log.lost_replies = replies
-        works.put(outbox, APPEND_ENTRIES - 1)
+        works.put(buffer, APPEND_ENTRIES - 1)
         await end(works)
         assert works.sent() == [[(1, 200), (201, 400), (401, 600), (601, 800), (801, 1000)]] * (replies + 1)
         assert works.owners["r"].told == ["settled"]
@@ -333,12 +333,12 @@ async def test_several_batches_with_an_ending_whose_replies_are_lost_are_stored_
 async def test_what_is_written_while_several_batches_are_under_way_follows_them(autojump_clock: MockClock) -> None:
     async with committing() as works:
         works.log.latency = 1.0
-        outbox = await works.run()
-        works.put(outbox, APPEND_ENTRIES + 10)
+        buffer = await works.run()
+        works.put(buffer, APPEND_ENTRIES + 10)
         await trio.sleep(0.5)
-        assert list(shown(outbox.tail)) == []
-        works.put(outbox, APPEND_ENTRIES)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        assert list(shown(buffer.tail)) == []
+        works.put(buffer, APPEND_ENTRIES)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert works.sent() == [
             [(1, 200), (201, 400), (401, 600), (601, 800), (801, 1000)],
@@ -354,13 +354,13 @@ async def test_a_run_that_is_given_up_while_several_of_its_batches_are_under_way
 ) -> None:
     async with committing() as works:
         works.log.latency = 1.0
-        outbox = await works.run()
-        works.put(outbox, APPEND_ENTRIES + 10)
+        buffer = await works.run()
+        works.put(buffer, APPEND_ENTRIES + 10)
         await trio.sleep(0.5)
-        works.committer.abandon(outbox)
+        works.committer.abandon(buffer)
         await trio.sleep(1)
         assert works.owners["r"].told == ["lost"]
-        assert list(shown(outbox.tail)) == []
+        assert list(shown(buffer.tail)) == []
         await nothing_is_left(works)
 
 
@@ -369,18 +369,18 @@ async def test_a_run_that_is_given_up_while_several_of_its_batches_are_under_way
 
 async def test_a_cancel_on_record_is_told_with_the_first_of_several_batches(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox, owner = await works.run(), works.owners["r"]
+        buffer, owner = await works.run(), works.owners["r"]
         stood: list[int] = []
         note = owner.note
 
         def noting(line: str) -> None:
-            stood.append(outbox.stored)
+            stood.append(buffer.stored)
             note(line)
 
         owner.note = noting  # type: ignore[method-assign]
         await works.log.request_cancel("r", "stop")
-        works.put(outbox, 2 * BATCH_ENTRIES + 1)
-        await works.committer.flush(outbox)
+        works.put(buffer, 2 * BATCH_ENTRIES + 1)
+        await works.committer.flush(buffer)
         assert set(owner.told) == {"cancel: stop"}
         assert stood[0] == BATCH_ENTRIES
         assert works.log.calls["append"] == 1
@@ -392,16 +392,16 @@ async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_t
     autojump_clock: MockClock,
 ) -> None:
     async with committing() as works:
-        outbox, owner = await works.run(), works.owners["r"]
+        buffer, owner = await works.run(), works.owners["r"]
 
         def end_it(reason: str | None) -> None:
-            if not outbox.closing:
+            if not buffer.finishing:
                 owner.note(f"cancel: {reason}")
-                works.committer.close(outbox, [DONE], CANCELLED)
+                works.committer.close(buffer, [DONE], CANCELLED)
 
-        owner.cancel_on_record = end_it  # type: ignore[method-assign]
+        owner.on_cancel_recorded = end_it  # type: ignore[method-assign]
         await works.log.request_cancel("r", "stop")
-        works.put(outbox, 2 * BATCH_ENTRIES + 1)
+        works.put(buffer, 2 * BATCH_ENTRIES + 1)
         await works.settled()
         assert works.sent() == [[(1, 200), (201, 400), (401, 401)], [(402, 402)]]
         assert owner.told == ["cancel: stop", "settled"]
@@ -411,18 +411,18 @@ async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_t
 
 async def test_an_owner_that_drops_its_run_between_two_replies_hears_no_more_of_it(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox, owner = await works.run(), works.owners["r"]
+        buffer, owner = await works.run(), works.owners["r"]
 
         def drop(reason: str | None) -> None:
             owner.note(f"cancel: {reason}")
-            works.committer.drop(outbox)
+            works.committer.drop(buffer)
 
-        owner.cancel_on_record = drop  # type: ignore[method-assign]
+        owner.on_cancel_recorded = drop  # type: ignore[method-assign]
         await works.log.request_cancel("r", "stop")
-        works.put(outbox, APPEND_ENTRIES + 1)
+        works.put(buffer, APPEND_ENTRIES + 1)
         await works.settled(told="cancel: stop")
         assert owner.told == ["cancel: stop"]
-        assert seqs(shown(outbox.tail)) == list(range(1, BATCH_ENTRIES + 1))
+        assert seqs(shown(buffer.tail)) == list(range(1, BATCH_ENTRIES + 1))
         await nothing_is_left(works)
         assert owner.told == ["cancel: stop"]
 
@@ -434,17 +434,17 @@ async def test_many_runs_with_many_batches_each_are_all_stored_whole(autojump_cl
     async with committing() as works:
         works.log.latency = 0.01
         boxes = [await works.run(f"r{number}") for number in range(30)]
-        for number, outbox in enumerate(boxes):
-            works.put(outbox, 1 + 83 * number)
+        for number, buffer in enumerate(boxes):
+            works.put(buffer, 1 + 83 * number)
         await trio.sleep(0.005)
-        for number, outbox in enumerate(boxes):
-            works.put(outbox, 40 * (number % 3))
-        for outbox in boxes:
-            works.committer.close(outbox, [DONE], COMPLETED)
-        for outbox in boxes:
-            await works.settled(outbox.run_id)
-            await is_whole(works, outbox.run_id)
-            assert works.owners[outbox.run_id].told == ["settled"]
+        for number, buffer in enumerate(boxes):
+            works.put(buffer, 40 * (number % 3))
+        for buffer in boxes:
+            works.committer.close(buffer, [DONE], COMPLETED)
+        for buffer in boxes:
+            await works.settled(buffer.run_id)
+            await is_whole(works, buffer.run_id)
+            assert works.owners[buffer.run_id].told == ["settled"]
         for _, sent in works.log.appended:
             in_order(sent)
         assert works.log.calls["append"] <= 1 + boxes[-1].seq // APPEND_ENTRIES + 1
@@ -469,10 +469,10 @@ async def test_each_of_many_runs_gets_the_replies_to_its_own_batches(autojump_cl
         log_of(works).at(3, says(AppendStatus.FENCED), "fenced")
         log_of(works).at(2, lambda _: lose_last(works.log, "lossy", 5), "lossy")
         log_of(works).at(1, says(AppendStatus.REFUSED), "refused")
-        for number, outbox in enumerate(boxes.values()):
-            works.put(outbox, 3 * BATCH_ENTRIES + number)
+        for number, buffer in enumerate(boxes.values()):
+            works.put(buffer, 3 * BATCH_ENTRIES + number)
         await trio.sleep(FULL_PAUSE / 2)
-        assert {run_id: outbox.stored for run_id, outbox in boxes.items()} == {
+        assert {run_id: buffer.stored for run_id, buffer in boxes.items()} == {
             "a": 600,
             "full": 200,
             "b": 602,
@@ -541,17 +541,17 @@ def test_whatever_happens_between_batches_each_run_is_stored_once_whole_and_in_o
             for which, count, pause in steps:
                 works.put(boxes[which], count)
                 await trio.sleep(pause)
-            for outbox in boxes:
-                works.committer.close(outbox, [DONE], COMPLETED)
-            for outbox in boxes:
-                await works.settled(outbox.run_id)
-            for outbox in boxes:
-                await is_whole(works, outbox.run_id)
-                told = works.owners[outbox.run_id].told
+            for buffer in boxes:
+                works.committer.close(buffer, [DONE], COMPLETED)
+            for buffer in boxes:
+                await works.settled(buffer.run_id)
+            for buffer in boxes:
+                await is_whole(works, buffer.run_id)
+                told = works.owners[buffer.run_id].told
                 assert told.count("settled") == 1
                 assert {line.split(":")[0] for line in told} <= {"settled", "cancel", "refused"}
                 refused = any(line.startswith("refused") for line in told)
-                status = (await works.log.get(outbox.run_id)).status
+                status = (await works.log.get(buffer.run_id)).status
                 assert status is (RunStatus.CANCELLED if refused else RunStatus.COMPLETED)
             for _, sent in works.log.appended:
                 in_order(sent, most=3)

@@ -92,22 +92,22 @@ def log_of(works: Works) -> Full:
 
 async def test_a_run_without_room_is_stored_whole_once_there_is_some(autojump_clock: MockClock) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         log_of(works).has_room = False
         for _ in range(100):
-            works.put(outbox, 3, 100)
+            works.put(buffer, 3, 100)
             await trio.sleep(0.1)
-        assert await works.stored() == seqs(shown(outbox.tail)) == [1, 2, 3, 4, 5]
-        assert works.committer.pending_bytes == outbox.size == 300 * 100
+        assert await works.stored() == seqs(shown(buffer.tail)) == [1, 2, 3, 4, 5]
+        assert works.committer.pending_bytes == buffer.size == 300 * 100
         log_of(works).has_room = True
         await trio.sleep(FULL_PAUSE + 0.1)
-        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, 306))
-        assert works.committer.pending_bytes == outbox.size == 0
-        works.put(outbox)
-        await works.committer.flush(outbox)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, 306))
+        assert works.committer.pending_bytes == buffer.size == 0
+        works.put(buffer)
+        await works.committer.flush(buffer)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert works.owners["r"].told == ["settled"]
 
@@ -117,10 +117,10 @@ async def test_a_full_log_is_asked_after_every_pause_and_not_with_every_write(
     autojump_clock: MockClock, flush_interval: float
 ) -> None:
     async with committing(Full(), flush_interval=flush_interval, flush_size=2) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).has_room = False
         for _ in range(950):
-            works.put(outbox)
+            works.put(buffer)
             await trio.sleep(0.01)
         pauses = log_of(works).pauses("r")
         assert 10 / (FULL_PAUSE + flush_interval) - 2 <= len(pauses) <= 10 / FULL_PAUSE
@@ -132,23 +132,23 @@ async def test_what_is_written_while_a_full_log_is_asked_does_not_make_it_asked_
     autojump_clock: MockClock,
 ) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).has_room = False
         works.log.latency = 0.1
         for _ in range(100):
-            works.put(outbox)
+            works.put(buffer)
             await trio.sleep(0.05)
         assert min(log_of(works).pauses("r")) >= FULL_PAUSE
 
 
 async def test_an_ending_that_comes_while_a_full_log_is_asked_is_stored_at_once(autojump_clock: MockClock) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).has_room = False
         works.log.latency = 0.1
-        works.put(outbox)
+        works.put(buffer)
         await trio.sleep(0.05)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert trio.current_time() - works.start == near(0.2)
         assert await works.stored() == [1, 2]
@@ -156,16 +156,16 @@ async def test_an_ending_that_comes_while_a_full_log_is_asked_is_stored_at_once(
 
 async def test_neither_a_flush_nor_a_wait_for_room_asks_a_full_log_any_sooner(autojump_clock: MockClock) -> None:
     async with committing(Full(), max_pending_bytes=1_000) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).has_room = False
         went: list[str] = []
 
         async def flush() -> None:
-            await works.committer.flush(outbox)
+            await works.committer.flush(buffer)
             went.append("flush")
 
         async def write() -> None:
-            await works.write(outbox, 30, 100)
+            await works.write(buffer, 30, 100)
             went.append("write")
 
         async with trio.open_nursery() as nursery:
@@ -176,7 +176,7 @@ async def test_neither_a_flush_nor_a_wait_for_room_asks_a_full_log_any_sooner(au
                 nursery.start_soon(flush)
                 await trio.sleep(0.2)
             assert went == []
-            assert 1_000 <= outbox.size < 1_100
+            assert 1_000 <= buffer.size < 1_100
             assert min(log_of(works).pauses("r")) >= FULL_PAUSE
             log_of(works).has_room = True
             await trio.sleep(FULL_PAUSE + 0.2)
@@ -210,16 +210,16 @@ async def test_a_run_that_finds_no_room_while_another_waits_is_asked_with_it(aut
     async with committing(Full()) as works:
         boxes = [await works.run(f"r{number}") for number in range(5)]
         log_of(works).has_room = False
-        for outbox in boxes:
-            works.put(outbox)
+        for buffer in boxes:
+            works.put(buffer)
             await trio.sleep(0.07)
         await trio.sleep(10)
         assert len({when for _, when in log_of(works).asked if when > 1}) <= 10 / FULL_PAUSE
         assert len(works.warnings) <= 1 + 10.4 / FULL_PAUSE
         log_of(works).has_room = True
-        for outbox in boxes:
-            await works.committer.flush(outbox)
-            assert await works.stored(outbox.run_id) == [1]
+        for buffer in boxes:
+            await works.committer.flush(buffer)
+            assert await works.stored(buffer.run_id) == [1]
         assert works.committer.pending_bytes == 0
 
 
@@ -227,17 +227,17 @@ async def test_a_log_with_room_for_some_leaves_none_behind(autojump_clock: MockC
     async with committing(Full()) as works:
         boxes = [await works.run(f"r{number}") for number in range(6)]
         log_of(works).has_room = False
-        for outbox in boxes:
-            works.put(outbox, 3)
+        for buffer in boxes:
+            works.put(buffer, 3)
         await trio.sleep(2)
         log_of(works).has_room = True
         log_of(works).full |= {"r1", "r4"}
         await trio.sleep(2)
-        stored = [works.log._runs[outbox.run_id].ring.last for outbox in boxes]
+        stored = [works.log._runs[buffer.run_id].ring.last for buffer in boxes]
         assert stored == [3, 0, 3, 3, 0, 3]
         log_of(works).full.clear()
         await trio.sleep(FULL_PAUSE + 0.1)
-        assert [works.log._runs[outbox.run_id].ring.last for outbox in boxes] == [3] * 6
+        assert [works.log._runs[buffer.run_id].ring.last for buffer in boxes] == [3] * 6
         appends = len(works.log.appended)
         await trio.sleep(10)
         assert len(works.log.appended) == appends
@@ -260,18 +260,18 @@ async def test_an_ending_is_stored_at_once_with_all_that_comes_before_it(
     autojump_clock: MockClock, pending: int, size: int, *, asked_before: bool
 ) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
-        works.put(outbox, 2)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 2)
+        await works.committer.flush(buffer)
         log_of(works).has_room = False
-        works.put(outbox, pending, size)
+        works.put(buffer, pending, size)
         if asked_before:
             await trio.sleep(FULL_PAUSE / 2)
         began = trio.current_time()
-        works.committer.close(outbox, [b"event: error\ndata: no\n\n", DONE], FAILED)
+        works.committer.close(buffer, [b"event: error\ndata: no\n\n", DONE], FAILED)
         await works.settled()
         assert trio.current_time() - began <= 0.1
-        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, pending + 5))
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, pending + 5))
         assert works.owners["r"].told == ["settled"]
         assert works.committer.pending_bytes == 0
         appends = len(works.log.appended)
@@ -284,10 +284,10 @@ async def test_an_ending_for_which_there_is_no_room_either_is_asked_for_again(
     autojump_clock: MockClock, pending: int
 ) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).has_room = log_of(works).takes_ends = False
-        works.put(outbox, pending)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.put(buffer, pending)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await trio.sleep(10)
         assert min(log_of(works).pauses("r")) >= FULL_PAUSE
         assert works.owners["r"].told == []
@@ -308,18 +308,18 @@ async def test_an_outage_in_the_middle_of_a_pause_changes_nothing(autojump_clock
         await trio.sleep(10)
         works.log.away = False
         log_of(works).full.clear()
-        for outbox in (full, good):
-            await works.committer.flush(outbox)
-            assert await works.stored(outbox.run_id) == [1, 2, 3]
+        for buffer in (full, good):
+            await works.committer.flush(buffer)
+            assert await works.stored(buffer.run_id) == [1, 2, 3]
 
 
 async def test_a_run_that_is_given_up_while_it_waits_is_asked_for_no_more(autojump_clock: MockClock) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log_of(works).has_room = False
-        works.put(outbox, 3)
+        works.put(buffer, 3)
         await trio.sleep(0.1)
-        works.committer.abandon(outbox)
+        works.committer.abandon(buffer)
         log_of(works).asked.clear()
         await trio.sleep(10)
         assert log_of(works).asked == []
@@ -328,18 +328,18 @@ async def test_a_run_that_is_given_up_while_it_waits_is_asked_for_no_more(autoju
 
 async def test_a_run_that_is_lost_while_it_waits_is_given_again_once_there_is_room(autojump_clock: MockClock) -> None:
     async with committing(Full()) as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         log_of(works).has_room = False
-        works.put(outbox, 3)
+        works.put(buffer, 3)
         await trio.sleep(0.1)
         forget(works.log, "r")
-        works.committer.restore(outbox)
+        works.committer.restore(buffer)
         await trio.sleep(2)
         assert min(log_of(works).pauses("r")) >= FULL_PAUSE - 0.1
         log_of(works).has_room = True
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         assert await works.stored() == list(range(1, 9))
         assert works.committer.pending_bytes == 0
 
@@ -347,18 +347,18 @@ async def test_a_run_that_is_lost_while_it_waits_is_given_again_once_there_is_ro
 async def test_a_run_that_the_log_cannot_hold_is_given_up_alone(autojump_clock: MockClock) -> None:
     async with committing(Full(), max_pending_bytes=1_000, max_process_pending_bytes=1_500) as works:
         boxes = [await works.run(f"r{number}") for number in range(3)]
-        for outbox in boxes:
-            works.put(outbox, 2)
-            await works.committer.flush(outbox)
+        for buffer in boxes:
+            works.put(buffer, 2)
+            await works.committer.flush(buffer)
         log_of(works).refused.add("r1")
         async with trio.open_nursery() as nursery:
-            for outbox in (boxes[0], boxes[2]):
-                nursery.start_soon(partial(works.write, outbox, 50, 100))
+            for buffer in (boxes[0], boxes[2]):
+                nursery.start_soon(partial(works.write, buffer, 50, 100))
             works.put(boxes[1], 10, 100)
         await works.settled("r1", "cannot be stored")
-        for outbox in (boxes[0], boxes[2]):
-            await works.committer.flush(outbox)
-            assert await works.stored(outbox.run_id) == list(range(1, 53))
+        for buffer in (boxes[0], boxes[2]):
+            await works.committer.flush(buffer)
+            assert await works.stored(buffer.run_id) == list(range(1, 53))
         assert works.owners["r1"].told == ["cannot be stored"]
         assert (boxes[1].abandoned, boxes[1].size, boxes[1].entries) == (True, 0, [])
         assert works.warnings == ["cannot store run r1: the key holds something else"]

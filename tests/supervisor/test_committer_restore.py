@@ -56,13 +56,13 @@ APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
 async def finish(works: Works, *run_ids: str) -> None:
     """End these runs, and see that the log has each of them whole, and that nothing is pending."""
     for run_id in run_ids or tuple(works.owners):
-        works.committer.close(works.owners[run_id].outbox, [DONE], COMPLETED)
+        works.committer.close(works.owners[run_id].buffer, [DONE], COMPLETED)
     for run_id in run_ids or tuple(works.owners):
         await works.settled(run_id)
-        outbox = works.owners[run_id].outbox
-        assert await works.stored(run_id) == list(range(1, outbox.seq + 1))
+        buffer = works.owners[run_id].buffer
+        assert await works.stored(run_id) == list(range(1, buffer.seq + 1))
         assert works.owners[run_id].told == ["settled"]
-        assert (outbox.size, outbox.stored, outbox.entries) == (0, outbox.seq, [])
+        assert (buffer.size, buffer.stored, buffer.entries) == (0, buffer.seq, [])
     assert works.committer.pending_bytes == 0
 
 
@@ -77,13 +77,13 @@ async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
     autojump_clock: MockClock, before: int, after: int
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, before)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, before)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
-        works.put(outbox, after)
-        await works.committer.flush(outbox)
-        assert await works.stored() == seqs(shown(outbox.tail)) == list(range(1, before + after + 1))
+        works.put(buffer, after)
+        await works.committer.flush(buffer)
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, before + after + 1))
         assert works.warnings == ["the log had lost a part of run r; going on from entry 1"]
         await finish(works)
 
@@ -94,13 +94,13 @@ async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
 ) -> None:
     before = 2 * APPEND_ENTRIES
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, before)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, before)
+        await works.committer.flush(buffer)
         kept = works.log._runs["r"].ring.after(0, max_entries=ALL, max_bytes=ALL)
         lose_last(works.log, "r", lost)
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         assert await works.stored() == list(range(1, before + 6))
         assert works.log._runs["r"].ring.after(0, max_entries=before, max_bytes=ALL) == kept
         assert works.warnings == [f"the log had lost a part of run r; going on from entry {before - lost + 1}"]
@@ -109,41 +109,41 @@ async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
 
 async def test_what_is_given_again_is_shown_to_no_reader_a_second_time(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 10)
-        await works.committer.flush(outbox)
-        first = list(shown(outbox.tail))
+        buffer = await works.run()
+        works.put(buffer, 10)
+        await works.committer.flush(buffer)
+        first = list(shown(buffer.tail))
         forget(works.log, "r")
-        works.put(outbox)
-        await works.committer.flush(outbox)
-        assert list(shown(outbox.tail))[:10] == first
-        assert seqs(shown(outbox.tail)) == list(range(1, 12))
+        works.put(buffer)
+        await works.committer.flush(buffer)
+        assert list(shown(buffer.tail))[:10] == first
+        assert seqs(shown(buffer.tail)) == list(range(1, 12))
 
 
 async def test_several_runs_that_are_lost_at_once_are_all_given_again(autojump_clock: MockClock) -> None:
     async with committing() as works:
         boxes = [await works.run(f"r{number}") for number in range(7)]
-        for number, outbox in enumerate(boxes):
-            works.put(outbox, 1 + 100 * number)
-        for outbox in boxes:
-            await works.committer.flush(outbox)
+        for number, buffer in enumerate(boxes):
+            works.put(buffer, 1 + 100 * number)
+        for buffer in boxes:
+            await works.committer.flush(buffer)
         forget(works.log, "r0", "r2", "r4", "r6")
         lose_last(works.log, "r5", 300)
-        for outbox in boxes:
-            works.put(outbox, 3)
-        for outbox in boxes:
-            await works.committer.flush(outbox)
-            assert await works.stored(outbox.run_id) == list(range(1, outbox.seq + 1))
+        for buffer in boxes:
+            works.put(buffer, 3)
+        for buffer in boxes:
+            await works.committer.flush(buffer)
+            assert await works.stored(buffer.run_id) == list(range(1, buffer.seq + 1))
         assert len(works.warnings) == 5
         await finish(works)
 
 
 async def test_a_run_that_is_lost_again_and_again_is_given_again_each_time(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
+        buffer = await works.run()
         for number in range(10):
-            works.put(outbox, 30)
-            await works.committer.flush(outbox)
+            works.put(buffer, 30)
+            await works.committer.flush(buffer)
             if number % 2:
                 forget(works.log, "r")
             else:
@@ -158,9 +158,9 @@ async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given
     autojump_clock: MockClock, nth: int, when: str, loss: Callable[[MemoryLog, str], None]
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 3 * APPEND_ENTRIES)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 3 * APPEND_ENTRIES)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
         appends = losses = 0
 
@@ -173,8 +173,8 @@ async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given
                 loss(works.log, "r")
 
         setattr(works.log, when, lose)
-        works.put(outbox, 3)
-        await works.committer.flush(outbox)
+        works.put(buffer, 3)
+        await works.committer.flush(buffer)
         assert losses == 1
         works.log.before = works.log.after = None
         await finish(works)
@@ -184,13 +184,13 @@ async def test_entries_that_came_while_the_log_was_given_what_it_had_lost_follow
     autojump_clock: MockClock,
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 2 * APPEND_ENTRIES)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 2 * APPEND_ENTRIES)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
         works.log.latency = 1.0
         for _ in range(20):
-            works.put(outbox, 2)
+            works.put(buffer, 2)
             await trio.sleep(0.3)
         await finish(works)
 
@@ -201,14 +201,14 @@ async def test_an_ending_that_was_pending_comes_last_in_the_log_that_had_lost_th
     autojump_clock: MockClock, before: int, pending: int
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, before)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, before)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
-        works.put(outbox, pending)
+        works.put(buffer, pending)
         await finish(works)
         assert (await works.log.get("r")).status is RunStatus.COMPLETED
-        assert outbox.tail.ended
+        assert buffer.tail.ended
 
 
 @pytest.mark.parametrize("lost", [1, 3, 4, 6])
@@ -216,12 +216,12 @@ async def test_an_ending_whose_reply_was_lost_and_then_itself_is_stored_once(
     autojump_clock: MockClock, lost: int
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 2)
-        await works.committer.flush(outbox)
-        works.put(outbox, 3)
+        buffer = await works.run()
+        works.put(buffer, 2)
+        await works.committer.flush(buffer)
+        works.put(buffer, 3)
         works.log.lost_replies = 1
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await trio.sleep(0.01)
         assert (await works.log.get("r")).status is RunStatus.COMPLETED
         lose_last(works.log, "r", lost)
@@ -236,18 +236,18 @@ async def test_what_was_stored_and_lost_before_its_reply_came_is_stored_once(
     autojump_clock: MockClock, lost: int
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         works.log.lost_replies = 1
-        works.put(outbox, 5)
+        works.put(buffer, 5)
         await trio.sleep(0.01)
         assert works.log._runs["r"].ring.last == 10
         if lost == 10:
             forget(works.log, "r")
         else:
             lose_last(works.log, "r", lost)
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         assert await works.stored() == list(range(1, 11))
         await finish(works)
 
@@ -257,12 +257,12 @@ async def test_a_run_that_has_nothing_to_say_is_given_again_at_once_when_somebod
     autojump_clock: MockClock, flush_interval: float
 ) -> None:
     async with committing(flush_interval=flush_interval) as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
         began = trio.current_time()
-        works.committer.restore(outbox)
+        works.committer.restore(buffer)
         await trio.sleep(0.1)
         assert await works.stored() == [1, 2, 3, 4, 5]
         assert works.committer.pending_bytes == 0
@@ -272,38 +272,38 @@ async def test_a_run_that_has_nothing_to_say_is_given_again_at_once_when_somebod
 
 async def test_a_run_that_had_said_nothing_yet_is_there_again(autojump_clock: MockClock) -> None:
     async with committing(tail_entries=1) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         forget(works.log, "r")
-        works.committer.restore(outbox)
+        works.committer.restore(buffer)
         await trio.sleep(0.1)
         assert (await works.log.get("r")).seq == 0
         forget(works.log, "r")
-        works.put(outbox)
+        works.put(buffer)
         await finish(works)
 
 
 async def test_a_run_that_is_found_gone_although_it_is_there_stays_as_it_is(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         appends = len(works.log.appended)
-        works.committer.restore(outbox)
+        works.committer.restore(buffer)
         await trio.sleep(1)
         assert len(works.log.appended) == appends
-        assert outbox.size == works.committer.pending_bytes == 0
+        assert buffer.size == works.committer.pending_bytes == 0
         await finish(works)
 
 
 async def test_the_record_that_is_put_back_is_that_of_the_start_and_has_the_lease(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 2)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 2)
+        await works.committer.flush(buffer)
         was = await works.log.get("r")
         forget(works.log, "r")
-        works.put(outbox)
-        await works.committer.flush(outbox)
+        works.put(buffer)
+        await works.committer.flush(buffer)
         run = await works.log.get("r")
         assert (run.id, run.producer, run.metadata, run.status) == (was.id, was.producer, was.metadata, was.status)
         assert works.log._runs["r"].lease == LEASE
@@ -314,12 +314,12 @@ async def test_a_writer_that_waits_for_room_goes_on_when_what_was_lost_is_there_
     autojump_clock: MockClock,
 ) -> None:
     async with committing(max_pending_bytes=1_000, max_process_pending_bytes=2_000) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         for _ in range(5):
-            await works.write(outbox, 30, 100)
+            await works.write(buffer, 30, 100)
             forget(works.log, "r")
         with trio.fail_after(60):
-            await works.committer.flush(outbox)
+            await works.committer.flush(buffer)
         await finish(works)
 
 
@@ -328,11 +328,11 @@ async def test_a_writer_that_waits_for_room_goes_on_when_what_was_lost_is_there_
 
 async def test_a_loss_that_the_tail_covers_to_the_entry_is_made_good(autojump_clock: MockClock) -> None:
     async with committing(tail_entries=5) as works:
-        outbox = await works.run()
-        works.put(outbox, 20)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 20)
+        await works.committer.flush(buffer)
         lose_last(works.log, "r", 5)
-        works.put(outbox)
+        works.put(buffer)
         await finish(works)
 
 
@@ -342,15 +342,15 @@ async def test_a_loss_beyond_the_tail_ends_the_run_after_what_is_left(
     autojump_clock: MockClock, lost: int, pending: int
 ) -> None:
     async with committing(tail_entries=5) as works:
-        outbox = await works.run()
-        works.put(outbox, 20)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 20)
+        await works.committer.flush(buffer)
         if lost == 20:
             forget(works.log, "r")
         else:
             lose_last(works.log, "r", lost)
-        works.put(outbox, pending)
-        works.committer.restore(outbox)
+        works.put(buffer, pending)
+        works.committer.restore(buffer)
         await works.settled()
         assert works.owners["r"].told == ["diverged", "settled"]
         await is_what_is_left(works, first=16, last=22 + pending)
@@ -364,8 +364,8 @@ async def is_what_is_left(works: Works, *, first: int, last: int) -> None:
         *range(first, last + 1)
     ]
     assert (page.run.status, page.run.error, page.run.seq) == (RunStatus.FAILED, DIVERGED.error, last)
-    outbox = works.owners["r"].outbox
-    assert (works.committer.pending_bytes, outbox.size, outbox.entries) == (0, 0, [])
+    buffer = works.owners["r"].buffer
+    assert (works.committer.pending_bytes, buffer.size, buffer.entries) == (0, 0, [])
     (newest,) = (await works.log.read("r", last - 1)).entries
     assert (newest.data, newest.terminal) == (DONE, True)
 
@@ -375,12 +375,12 @@ async def test_an_ending_that_was_pending_gives_way_to_the_one_that_says_so(
     autojump_clock: MockClock, pending: int
 ) -> None:
     async with committing(tail_entries=5) as works:
-        outbox = await works.run()
-        works.put(outbox, 20)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 20)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
-        works.put(outbox, pending)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.put(buffer, pending)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert works.owners["r"].told == ["diverged", "settled"]
         await is_what_is_left(works, first=16, last=22 + pending)
@@ -388,9 +388,9 @@ async def test_an_ending_that_was_pending_gives_way_to_the_one_that_says_so(
 
 async def test_a_log_that_loses_even_the_ending_which_says_so_is_given_it_again(autojump_clock: MockClock) -> None:
     async with committing(tail_entries=5) as works:
-        outbox = await works.run()
-        works.put(outbox, 20)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 20)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
         losses = 0
 
@@ -402,7 +402,7 @@ async def test_a_log_that_loses_even_the_ending_which_says_so_is_given_it_again(
                 forget(works.log, "r")
 
         works.log.before = lose
-        works.put(outbox, 2)
+        works.put(buffer, 2)
         await works.settled()
         assert losses == 3
         assert works.owners["r"].told == ["diverged"] * 4 + ["settled"]
@@ -414,22 +414,22 @@ async def test_entries_that_are_pending_again_are_kept_although_the_tail_has_giv
     autojump_clock: MockClock, loss: int, first: int
 ) -> None:
     async with committing() as works:
-        outbox = await works.run()
-        works.put(outbox, 3 * APPEND_ENTRIES)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 3 * APPEND_ENTRIES)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
 
         async def shrink(call: str) -> None:
             await trio.lowlevel.checkpoint()
             if "r" in works.log._runs and works.log._runs["r"].ring.last == APPEND_ENTRIES:
                 works.log.after = None
-                outbox.tail.trim(1_000)
+                buffer.tail.trim(1_000)
                 lose_last(works.log, "r", loss)
-                works.committer.restore(outbox)
+                works.committer.restore(buffer)
 
         works.log.after = shrink
-        works.put(outbox, 2)
-        await works.committer.flush(outbox)
+        works.put(buffer, 2)
+        await works.committer.flush(buffer)
         assert works.log.after is None
         if loss:
             await works.settled()
@@ -447,16 +447,16 @@ async def test_what_is_pending_again_is_what_the_log_had_acknowledged_once_and_i
     autojump_clock: MockClock, seq: int
 ) -> None:
     works = Works(Unreliable())
-    outbox = await works.run()
-    outbox.tail.extend(entries(1, 10, 50))  # it has more than what the log has acknowledged since it was lost
-    outbox.stored, outbox.seq = 6, 12
-    outbox.entries = entries(7, 12, 50)
-    outbox.size = 6 * 50
-    added = outbox.go_back(seq, outbox.at_hand())
+    buffer = await works.run()
+    buffer.tail.extend(entries(1, 10, 50))  # it has more than what the log has acknowledged since it was lost
+    buffer.stored, buffer.seq = 6, 12
+    buffer.entries = entries(7, 12, 50)
+    buffer.size = 6 * 50
+    added = buffer.rewind(seq, buffer.acknowledged())
     stands_at = min(seq, 6)
-    assert (outbox.stored, added) == (stands_at, (6 - stands_at) * 50)
-    assert seqs(outbox.entries) == list(range(stands_at + 1, 13))
-    assert outbox.size == 50 * len(outbox.entries)
+    assert (buffer.stored, added) == (stands_at, (6 - stands_at) * 50)
+    assert seqs(buffer.entries) == list(range(stands_at + 1, 13))
+    assert buffer.size == 50 * len(buffer.entries)
 
 
 # --- not to be given back -------------------------------------------------------------------------------------------
@@ -467,21 +467,21 @@ async def test_a_run_that_is_anothers_or_over_by_then_is_given_up_as_fenced(
     autojump_clock: MockClock, refusal: AppendStatus
 ) -> None:
     async with committing() as works:
-        outbox, other = await works.run(), await works.run("other")
-        works.put(outbox, 5, 100)
+        buffer, other = await works.run(), await works.run("other")
+        works.put(buffer, 5, 100)
         works.put(other, 5)
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         forget(works.log, "r")
         fenced = refusal is AppendStatus.FENCED
         await works.log.start(record("r"), replace(LEASE, epoch="another's") if fenced else LEASE)
         if not fenced:
             await works.log.append([batch(1, 2, FAILED)])
         there = works.log._runs["r"].ring.last
-        works.committer.restore(outbox)
-        works.put(outbox, 3, 100)
+        works.committer.restore(buffer)
+        works.put(buffer, 3, 100)
         works.put(other, 3)
         await works.settled(told="lost")
-        assert (outbox.abandoned, outbox.size, outbox.entries) == (True, 0, [])
+        assert (buffer.abandoned, buffer.size, buffer.entries) == (True, 0, [])
         assert works.owners["r"].told == ["lost"]
         assert works.log._runs["r"].ring.last == there
         await finish(works, "other")
@@ -513,13 +513,13 @@ class Forgetful(Unreliable):
 async def test_a_log_that_is_away_is_given_what_it_had_lost_when_it_is_back(autojump_clock: MockClock) -> None:
     log = Forgetful()
     async with committing(log) as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         forget(log, "r")
         log.cannot_restore = 4
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         assert len(log.restores) == 5
         assert works.warnings[0] == "cannot restore run r: away; trying again"
         await finish(works)
@@ -532,13 +532,13 @@ async def test_a_refusal_to_take_the_run_back_ends_it_here_and_harms_no_other(
     log = Forgetful()
     async with committing(log) as works:
         boxes = [await works.run(f"r{number}") for number in range(3)]
-        for outbox in boxes:
-            works.put(outbox, 5)
-            await works.committer.flush(outbox)
+        for buffer in boxes:
+            works.put(buffer, 5)
+            await works.committer.flush(buffer)
         forget(log, "r1")
         log.restored = refusal
-        for outbox in boxes:
-            works.put(outbox, 5)
+        for buffer in boxes:
+            works.put(buffer, 5)
         await works.settled("r1", "lost")
         assert works.owners["r1"].told == ["lost"]
         await finish(works, "r0", "r2")
@@ -548,17 +548,17 @@ async def test_a_refusal_to_take_the_run_back_ends_it_here_and_harms_no_other(
 async def test_a_full_log_is_asked_later_whether_it_takes_back_what_it_had_lost(autojump_clock: MockClock) -> None:
     log = Forgetful()
     async with committing(log) as works:
-        outbox = await works.run()
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         forget(log, "r")
         log.restored = AppendStatus.FULL
-        works.put(outbox, 5)
+        works.put(buffer, 5)
         await trio.sleep(10)
         assert 15 <= len(log.restores) <= 21
-        assert outbox.size == works.committer.pending_bytes > 0
+        assert buffer.size == works.committer.pending_bytes > 0
         log.restored = None
-        await works.committer.flush(outbox)
+        await works.committer.flush(buffer)
         await finish(works)
 
 
@@ -566,20 +566,20 @@ async def test_a_full_log_is_asked_later_whether_it_takes_back_what_it_had_lost(
 async def test_a_run_that_is_given_up_meanwhile_is_not_given_again(autojump_clock: MockClock, when: str) -> None:
     log = Forgetful()
     async with committing(log) as works:
-        outbox = await works.run()
-        works.put(outbox, 5, 100)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 5, 100)
+        await works.committer.flush(buffer)
         forget(log, "r")
         log.latency = 1.0
         if when == "before":
-            works.committer.restore(outbox)
-            works.committer.drop(outbox)
+            works.committer.restore(buffer)
+            works.committer.drop(buffer)
         else:
-            works.committer.restore(outbox)
+            works.committer.restore(buffer)
             await trio.sleep(0.5)
-            works.committer.drop(outbox)
+            works.committer.drop(buffer)
         await trio.sleep(5)
-        assert (works.committer.pending_bytes, outbox.size, outbox.entries) == (0, 0, [])
+        assert (works.committer.pending_bytes, buffer.size, buffer.entries) == (0, 0, [])
         assert len(log.restores) == (when == "during")
         assert works.warnings == []
 
@@ -610,15 +610,15 @@ def test_whatever_is_lost_each_run_is_in_the_log_once_whole_and_in_order(
                 await take(works, step, f"r{which}", amount)
             log.away = False
             log.lost_replies = 0
-            for outbox in boxes:
-                if not outbox.closing:
-                    works.committer.close(outbox, [DONE], COMPLETED)
-            for outbox in boxes:
-                await works.settled(outbox.run_id)
-                assert seqs(shown(outbox.tail)) == list(range(1, outbox.seq + 1))
-                assert works.owners[outbox.run_id].told == ["settled"]
-                assert await works.stored(outbox.run_id) == list(range(1, outbox.seq + 1))
-                assert list(shown(outbox.tail)) == await everything(log, outbox.run_id)
+            for buffer in boxes:
+                if not buffer.finishing:
+                    works.committer.close(buffer, [DONE], COMPLETED)
+            for buffer in boxes:
+                await works.settled(buffer.run_id)
+                assert seqs(shown(buffer.tail)) == list(range(1, buffer.seq + 1))
+                assert works.owners[buffer.run_id].told == ["settled"]
+                assert await works.stored(buffer.run_id) == list(range(1, buffer.seq + 1))
+                assert list(shown(buffer.tail)) == await everything(log, buffer.run_id)
             assert works.committer.pending_bytes == 0
 
     in_virtual_time(main)
@@ -631,7 +631,7 @@ async def everything(log: MemoryLog, run_id: str) -> list[object]:
 async def take(works: Works, step: str, run_id: str, amount: int) -> None:
     """Take one step of the example above."""
     log = works.log
-    outbox = works.owners[run_id].outbox
+    buffer = works.owners[run_id].buffer
     if step == "sleep":
         await trio.sleep(amount / 100)
     elif step in {"away", "back"}:
@@ -641,17 +641,17 @@ async def take(works: Works, step: str, run_id: str, amount: int) -> None:
     elif step in {"forget", "lose", "find"}:
         if "settled" not in works.owners[run_id].told:
             lose(works, step, run_id, amount)
-    elif not outbox.closing:
+    elif not buffer.finishing:
         if step == "end":
-            works.committer.close(outbox, [DONE], COMPLETED)
+            works.committer.close(buffer, [DONE], COMPLETED)
         else:
-            works.put(outbox, amount)
+            works.put(buffer, amount)
 
 
 def lose(works: Works, step: str, run_id: str, amount: int) -> None:
     """Let the log lose something of a run, or somebody find that it is gone."""
     if step == "find":
-        works.committer.restore(works.owners[run_id].outbox)
+        works.committer.restore(works.owners[run_id].buffer)
         return
     stored = works.log._runs.get(run_id)
     if stored is not None and not stored.run.status.terminal:  # of what is lost after the end nobody hears

@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
-    from penstock.supervisor.write_buffer import Outbox
+    from penstock.supervisor.write_buffer import WriteBuffer
 
 BACK = LONGEST_PAUSE + 1.0
 """So many seconds later a part that is back has been asked again, whatever there was to ask it."""
 
 
-def away(log: Parted, part: str, how: str) -> Callable[[], None]:
+def away(log: Parted, shard: str, how: str) -> Callable[[], None]:
     """The part cannot be reached, or does not answer; what brings it back."""
     if how == "silent":
-        log.silence(part)
-        return lambda: log.speak(part)
-    log.gone.add(part)
-    return lambda: log.gone.remove(part)
+        log.silence(shard)
+        return lambda: log.speak(shard)
+    log.gone.add(shard)
+    return lambda: log.gone.remove(shard)
 
 
 def lanes(works: Works) -> dict[str, int]:
     """The bytes that wait in each lane."""
-    return {part: lane.size for part, lane in works.committer._lanes.items()}
+    return {shard: lane.size for shard, lane in works.committer._lanes.items()}
 
 
-async def all_is_stored(works: Works, *outboxes: Outbox) -> None:
+async def all_is_stored(works: Works, *buffers: WriteBuffer) -> None:
     """Nothing waits any more, nothing of that is counted anywhere, and readers saw it all."""
-    for outbox in outboxes:
-        assert await works.stored(outbox.run_id) == seqs(shown(outbox.tail)) == list(range(1, outbox.seq + 1))
+    for buffer in buffers:
+        assert await works.stored(buffer.run_id) == seqs(shown(buffer.tail)) == list(range(1, buffer.seq + 1))
     assert works.committer.waiting == []
     assert {*lanes(works).values()} == {0}
 
@@ -55,22 +55,22 @@ async def test_a_part_that_is_away_holds_up_its_own_runs_alone(autojump_clock: M
     log = Parted("a", "b", "c")
     log.where = {"1": "a", "2": "b", "3": "c", "4": "b"}
     async with committing(log) as works:
-        outboxes = [await works.run(run_id) for run_id in log.where]
+        buffers = [await works.run(run_id) for run_id in log.where]
         back = away(log, "b", how)
         began = trio.current_time()
-        for outbox in outboxes:
-            works.put(outbox, 3)
+        for buffer in buffers:
+            works.put(buffer, 3)
         for _ in range(50):
-            for outbox in (outboxes[0], outboxes[2]):
-                works.put(outbox)
-                await works.committer.flush(outbox)
+            for buffer in (buffers[0], buffers[2]):
+                works.put(buffer)
+                await works.committer.flush(buffer)
         assert trio.current_time() - began < 1
-        assert [outbox.stored for outbox in outboxes] == [53, 0, 53, 0]
-        assert lanes(works) == {"a": 0, "b": outboxes[1].size + outboxes[3].size, "c": 0}
+        assert [buffer.stored for buffer in buffers] == [53, 0, 53, 0]
+        assert lanes(works) == {"a": 0, "b": buffers[1].size + buffers[3].size, "c": 0}
         await trio.sleep(100)
         back()
         await trio.sleep(BACK)
-        await all_is_stored(works, *outboxes)
+        await all_is_stored(works, *buffers)
 
 
 async def test_a_part_that_is_away_takes_no_room_of_the_others(autojump_clock: MockClock) -> None:
@@ -97,27 +97,27 @@ async def test_a_part_that_is_away_takes_no_room_of_the_others(autojump_clock: M
 async def test_the_share_of_a_lane_is_that_of_the_parts_that_there_are_now(autojump_clock: MockClock) -> None:
     log = Parted("a")
     async with committing(log, max_process_pending_bytes=8_000) as works, trio.open_nursery() as nursery:
-        outbox = await works.run()
-        for parts, share in ((["a"], 8_000), (["a", "b"], 4_000), (["a", "b", "c", "d"], 2_000), (["a"], 8_000)):
-            log.names = parts
-            works.put(outbox)
-            await works.committer.flush(outbox)
+        buffer = await works.run()
+        for shards, share in ((["a"], 8_000), (["a", "b"], 4_000), (["a", "b", "c", "d"], 2_000), (["a"], 8_000)):
+            log.names = shards
+            works.put(buffer)
+            await works.committer.flush(buffer)
             log.silence("a")
-            nursery.start_soon(works.write, outbox, 200, 100)
+            nursery.start_soon(works.write, buffer, 200, 100)
             await wait_all_tasks_blocked()
             assert share <= works.committer.pending_bytes < share + 100
             log.speak("a")
             await trio.sleep(10)
-        await all_is_stored(works, outbox)
+        await all_is_stored(works, buffer)
 
 
 class Moves:
     """A run on part a, of which something waits there for one reason or another, until it is on part b."""
 
-    def __init__(self, works: Works, log: Parted, outbox: Outbox, other: Outbox) -> None:
+    def __init__(self, works: Works, log: Parted, buffer: WriteBuffer, other: WriteBuffer) -> None:
         self.works = works
         self.log = log
-        self.outbox = outbox
+        self.buffer = buffer
         self.other = other
 
     async def pending(self) -> None:
@@ -134,7 +134,7 @@ class Moves:
 
     async def lost(self) -> None:
         forget(self.log, "r")
-        self.works.committer.restore(self.outbox)
+        self.works.committer.restore(self.buffer)
         await self.tried()
 
     async def lost_and_away(self) -> None:
@@ -146,7 +146,7 @@ class Moves:
         await self.tried()
 
     async def tried(self) -> None:
-        self.works.committer._lane(self.outbox).hurry()
+        self.works.committer._lane(self.buffer).hurry()
         await trio.sleep(FULL_PAUSE / 2)
 
     def moved(self) -> None:
@@ -168,26 +168,26 @@ async def test_a_run_that_moves_loses_nothing_and_is_counted_once(
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log, flush_interval=1.0) as works:
-        outbox, other = await works.run(), await works.run("other")
-        works.put(outbox, 5, 100)
-        await works.committer.flush(outbox)
-        works.put(outbox, 5, 100)
-        moves = Moves(works, log, outbox, other)
+        buffer, other = await works.run(), await works.run("other")
+        works.put(buffer, 5, 100)
+        await works.committer.flush(buffer)
+        works.put(buffer, 5, 100)
+        moves = Moves(works, log, buffer, other)
         await wait(moves)
         if closing:
-            works.committer.close(outbox, [DONE], COMPLETED)
+            works.committer.close(buffer, [DONE], COMPLETED)
         else:
-            works.put(outbox, 5, 100)
+            works.put(buffer, 5, 100)
         moves.moved()
         await trio.sleep(BACK + FULL_PAUSE)
         if not closing:
-            works.put(outbox, 1, 100)
-            await works.committer.flush(outbox)
-            assert outbox.lane is works.committer._lanes["b"]
-            works.committer.close(outbox, [DONE], COMPLETED)
+            works.put(buffer, 1, 100)
+            await works.committer.flush(buffer)
+            assert buffer.lane is works.committer._lanes["b"]
+            works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         await works.committer.flush(other)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
         assert works.owners["r"].told == ["settled"]
 
 
@@ -195,45 +195,45 @@ async def test_a_run_of_which_something_is_lost_and_something_new_moves_once(aut
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log) as works:
-        outbox, other = await works.run(), await works.run("other")
-        works.put(outbox, 5, 100)
-        await works.committer.flush(outbox)
+        buffer, other = await works.run(), await works.run("other")
+        works.put(buffer, 5, 100)
+        await works.committer.flush(buffer)
         log.silence("a")
         works.put(other)
         await wait_all_tasks_blocked()  # the lane waits
-        works.put(outbox, 3, 100)
-        works.committer.restore(outbox)  # a renewal has found nothing of it
+        works.put(buffer, 3, 100)
+        works.committer.restore(buffer)  # a renewal has found nothing of it
         forget(log, "r")
         log.where["r"] = "b"
         log.speak("a")
         await trio.sleep(BACK)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
 
 
 async def test_a_run_that_goes_to_and_fro_is_committed_by_one_lane_at_a_time(autojump_clock: MockClock) -> None:
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log) as works:
-        outbox = await works.run()
+        buffer = await works.run()
         log.full.add("r")
-        works.put(outbox, 3, 100)
+        works.put(buffer, 3, 100)
         await trio.sleep(FULL_PAUSE / 5)  # lane a is to ask again
         log.where["r"] = "b"
-        works.committer.restore(outbox)  # ... and hands it over before that
+        works.committer.restore(buffer)  # ... and hands it over before that
         await wait_all_tasks_blocked()
         log.full.clear()
         log.silence("b")
         await trio.sleep(FULL_PAUSE / 5)
-        works.put(outbox, 3, 100)
+        works.put(buffer, 3, 100)
         await wait_all_tasks_blocked()
         log.where["r"] = "a"
         await trio.sleep(FULL_PAUSE)
-        works.put(outbox, 30, 100)
+        works.put(buffer, 30, 100)
         log.speak("b")
         await trio.sleep(BACK)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
-        await all_is_stored(works, outbox)
+        await all_is_stored(works, buffer)
         assert works.owners["r"].told == ["settled"]
 
 
@@ -241,41 +241,41 @@ async def test_whoever_waits_for_room_in_a_lane_goes_on_with_the_run_in_another(
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log, max_process_pending_bytes=2_000) as works, trio.open_nursery() as nursery:
-        outbox, other = await works.run(), await works.run("other")
+        buffer, other = await works.run(), await works.run("other")
         log.full |= {"r", "other"}
         nursery.start_soon(works.write, other, 20, 100)
-        nursery.start_soon(works.write, outbox, 20, 100)
+        nursery.start_soon(works.write, buffer, 20, 100)
         await trio.sleep(FULL_PAUSE * 3)
-        assert outbox.seq < 20
+        assert buffer.seq < 20
         log.where["r"] = "b"
         log.full.remove("r")
         await trio.sleep(FULL_PAUSE * 3)
-        assert outbox.stored == 20
+        assert buffer.stored == 20
         assert other.stored == 0
         log.full.clear()
         await trio.sleep(BACK)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
 
 
 async def test_a_run_that_moves_leaves_its_room_to_those_that_stay(autojump_clock: MockClock) -> None:
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log, max_process_pending_bytes=2_000) as works, trio.open_nursery() as nursery:
-        outbox, other = await works.run(), await works.run("other")
+        buffer, other = await works.run(), await works.run("other")
         works.put(other)
         await works.committer.flush(other)
         log.full.add("r")
-        works.put(outbox, 15, 100)
+        works.put(buffer, 15, 100)
         await trio.sleep(FULL_PAUSE / 5)
         nursery.start_soon(works.write, other, 3, 100)
         await trio.sleep(FULL_PAUSE * 2)
         assert other.stored == 1
         log.where["r"] = "b"
         await trio.sleep(FULL_PAUSE * 2)
-        assert (outbox.stored, other.stored) == (0, 4)
+        assert (buffer.stored, other.stored) == (0, 4)
         log.full.clear()
         await trio.sleep(BACK)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
 
 
 async def test_a_run_that_is_lost_is_put_back_where_it_is_now_though_nothing_is_written(
@@ -284,18 +284,18 @@ async def test_a_run_that_is_lost_is_put_back_where_it_is_now_though_nothing_is_
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log) as works:
-        outbox, other = await works.run(), await works.run("other")
-        works.put(outbox, 5)
-        await works.committer.flush(outbox)
+        buffer, other = await works.run(), await works.run("other")
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
         log.silence("a")
         works.put(other)
         await wait_all_tasks_blocked()  # the lane waits
-        works.committer.restore(outbox)
+        works.committer.restore(buffer)
         forget(log, "r")
         log.where["r"] = "b"
         log.speak("a")
         await trio.sleep(BACK)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
 
 
 async def test_what_was_away_while_others_were_not_is_asked_for_again(autojump_clock: MockClock) -> None:
@@ -309,8 +309,8 @@ async def test_what_was_away_while_others_were_not_is_asked_for_again(autojump_c
                 log.gone.add("b")
 
         log.before = move
-        for outbox in (moving, staying):
-            works.put(outbox, 3)
+        for buffer in (moving, staying):
+            works.put(buffer, 3)
         await works.committer.flush(staying)
         assert (moving.stored, staying.stored) == (0, 3)
         assert works.warnings == ["cannot commit: the part is away; trying again"]
@@ -329,26 +329,26 @@ async def test_the_lanes_of_parts_that_are_gone_are_closed(autojump_clock: MockC
     log = Parted("0", "stays")
     log.where = {"r": "0", "other": "stays"}
     async with committing(log) as works:
-        outbox, other = await works.run(), await works.run("other")
+        buffer, other = await works.run(), await works.run("other")
         for number in range(1, 20):
-            works.put(outbox, 3)
+            works.put(buffer, 3)
             works.put(other)
-            await works.committer.flush(outbox)
+            await works.committer.flush(buffer)
             log.names[0] = log.where["r"] = str(number)
             await trio.sleep(1)
             assert len(works.committer._lanes) <= 3
-        works.put(outbox)
-        await works.committer.flush(outbox)
+        works.put(buffer)
+        await works.committer.flush(buffer)
         assert {"19", "stays"} <= works.committer._lanes.keys()
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
 
 
 async def test_a_lane_in_which_something_waits_is_not_closed(autojump_clock: MockClock) -> None:
     log = Parted("a")
     async with committing(log) as works:
-        outbox, other = await works.run(), await works.run("other")
+        buffer, other = await works.run(), await works.run("other")
         log.silence("a")
-        works.put(outbox, 3)
+        works.put(buffer, 3)
         await wait_all_tasks_blocked()
         log.names, log.where = ["b"], {"other": "b", "r": "a"}  # a lane for b is new
         works.put(other)
@@ -356,7 +356,7 @@ async def test_a_lane_in_which_something_waits_is_not_closed(autojump_clock: Moc
         log.where["r"] = "b"
         log.speak("a")
         await trio.sleep(BACK)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)
 
 
 async def test_a_run_that_has_left_does_not_wait_for_another_to_be_put_back_on_a_part_that_is_away(
@@ -365,12 +365,12 @@ async def test_a_run_that_has_left_does_not_wait_for_another_to_be_put_back_on_a
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log) as works:
-        outbox, other = await works.run(), await works.run("other")
-        for each in (outbox, other):
+        buffer, other = await works.run(), await works.run("other")
+        for each in (buffer, other):
             works.put(each, 3, 100)
             await works.committer.flush(each)
         log.silence("a")
-        works.committer.restore(outbox)
+        works.committer.restore(buffer)
         await trio.sleep(BACK)
         log.where["other"] = "b"
         works.put(other, 3, 100)
@@ -378,4 +378,4 @@ async def test_a_run_that_has_left_does_not_wait_for_another_to_be_put_back_on_a
             await works.committer.flush(other)
         log.speak("a")
         await trio.sleep(BACK)
-        await all_is_stored(works, outbox, other)
+        await all_is_stored(works, buffer, other)

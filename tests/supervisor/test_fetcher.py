@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from penstock.backoff import LONGEST_PAUSE
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
-from penstock.log import Batch, News
+from penstock.log import Batch, Notification
 from penstock.supervisor.fetcher import LOADED, MISSING_GRACE, MISSING_PAUSE
 from penstock.supervisor.tail import Tails
 from tests.support.committing import lose_last
@@ -248,7 +248,7 @@ async def test_released_readers_get_what_there_is_and_then_the_reason(autojump_c
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait)
                 await wait_all_tasks_blocked()
-                works.fetcher.release(gone)
+                works.fetcher.evict_readers(gone)
             assert [(await anext(follower)).seq for _ in range(3)] == [1, 2, 3]
             with pytest.raises(ReaderReleased):
                 await anext(follower)
@@ -260,7 +260,7 @@ async def test_a_run_that_has_ended_is_read_on_after_the_release(autojump_clock:
     async with reading(tail_entries=2) as works:
         await works.run(600, COMPLETED)
         async with works.follow() as early:
-            works.fetcher.release(ReaderReleased("go"))
+            works.fetcher.evict_readers(ReaderReleased("go"))
             async with works.follow() as late:
                 assert await read_to_the_end(late) == list(range(1, 601))
             assert await read_to_the_end(early) == list(range(1, 601))
@@ -497,7 +497,7 @@ async def test_readers_that_were_released_for_a_while_may_come_again(autojump_cl
         await works.run(3)
         away = ReaderReleased("the log is away")
         async with works.follow(3) as follower:
-            works.fetcher.release(away, everyone=True, part="")
+            works.fetcher.evict_readers(away, everyone=True, shard="")
             with pytest.raises(ReaderReleased) as caught:
                 await anext(follower)
             assert caught.value is away
@@ -516,8 +516,8 @@ async def test_readers_that_were_released_for_good_are_not_readmitted_with_those
         await works.run(3)
         for_good, away = ReaderReleased("the server is shutting down"), ReaderReleased("the log is away")
         async with works.follow(3) as follower:
-            works.fetcher.release(for_good)
-            works.fetcher.release(away, everyone=True, part="")
+            works.fetcher.evict_readers(for_good)
+            works.fetcher.evict_readers(away, everyone=True, shard="")
             works.fetcher.readmit(away, "")
             for reader in (follower, works.follow(3)):
                 with pytest.raises(ReaderReleased) as caught:
@@ -532,16 +532,16 @@ async def test_a_release_spares_the_readers_of_runs_that_are_fed_here_unless_eve
         await works.run(3)
         tail = works.tails.acquire("r")
         tail.fed = True
-        works.fetcher.release(ReaderReleased("for those of others"))
+        works.fetcher.evict_readers(ReaderReleased("for those of others"))
         assert tail.released is None
         away = ReaderReleased("for everyone")
-        works.fetcher.release(away, everyone=True, part="")
+        works.fetcher.evict_readers(away, everyone=True, shard="")
         assert tail.released is away
         works.fetcher.readmit(ReaderReleased("of another outage"), "")
         assert works.tails.get("r") is tail
         works.fetcher.readmit(away, "")
         assert works.tails.get("r") is None  # it stays released, and those to come get another
-        works.fetcher.give_back(tail)
+        works.fetcher.release(tail)
 
 
 async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgotten_when_they_may_come_again(
@@ -550,7 +550,7 @@ async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgott
     async with reading() as works:
         await works.run(3)
         away = ReaderReleased("the log is away")
-        works.fetcher.release(away, everyone=True, part="")
+        works.fetcher.evict_readers(away, everyone=True, shard="")
         works.log.latency = 1.0
         seen: list[int] = []
         with trio.fail_after(100):
@@ -573,10 +573,10 @@ async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgott
 async def test_a_reconnection_is_passed_on(autojump_clock: MockClock) -> None:
     log = Unreliable()
     works = Reading(log, Tails(max_entries=10, max_bytes=1_000, max_process_bytes=1_000), 0.002)
-    told = [News({}, reconnected=True), News({}), News({}, cancel=True)]
+    told = [Notification({}, reconnected=True), Notification({}), Notification({}, cancel=True)]
 
     class Tells(Lossy):
-        async def wait(self) -> News:
+        async def wait(self) -> Notification:
             await trio.sleep(1)
             return told.pop(0) if told else await super().wait()
 

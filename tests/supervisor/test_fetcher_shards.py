@@ -153,7 +153,7 @@ async def test_a_fetcher_that_is_being_left_takes_up_nothing_more(autojump_clock
             fetcher.connect(works.wakeups)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run_in, over, fetcher)
-                nursery.start_soon(fetcher.adopt, "r")
+                nursery.start_soon(fetcher.follow_elsewhere, "r")
                 await wait_all_tasks_blocked()
                 confirmed.set()
                 over.cancel()  # as the supervisor does at its end: not the fetcher's own scope

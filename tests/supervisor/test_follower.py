@@ -99,11 +99,11 @@ async def at_each_place(works: Reading, wanted: set[str], after: int) -> None:
 
 async def test_a_run_of_this_process_is_followed_from_its_own_tail(autojump_clock: MockClock) -> None:
     async with committing() as works:
-        outbox = await works.run()
+        buffer = await works.run()
         async with reading(works.log) as elsewhere:
             elsewhere.fetcher._tails = works.tails
-            works.put(outbox, 3)
-            await works.committer.flush(outbox)
+            works.put(buffer, 3)
+            await works.committer.flush(buffer)
             seen: list[int] = []
 
             async def read() -> None:
@@ -113,9 +113,9 @@ async def test_a_run_of_this_process_is_followed_from_its_own_tail(autojump_cloc
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(read)
                 await wait_all_tasks_blocked()
-                assert seen == [2, 3] or outbox.tail.readers == 1
-                works.put(outbox, 2)
-                works.committer.close(outbox, [DONE], COMPLETED)
+                assert seen == [2, 3] or buffer.tail.readers == 1
+                works.put(buffer, 2)
+                works.committer.close(buffer, [DONE], COMPLETED)
             assert seen == [2, 3, 4, 5, 6]
             assert works.log.calls["fetch"] == 0
             assert not elsewhere.wakeups.subscribed

@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from penstock import Event, MemoryLog, open_supervisor
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
 from penstock.log import Entry
-from penstock.supervisor.fetcher import MISSING_GRACE, Ahead
+from penstock.supervisor.fetcher import MISSING_GRACE, Prefetch
 from tests.support.following import cancelling_at, read_to_the_end, reading, seqs_of
 from tests.support.logs import COMPLETED, Unreliable
 from tests.support.supervising import View, broken, slow
@@ -180,7 +180,7 @@ async def test_a_reader_who_was_sent_away_while_the_log_is_away_hears_why(autoju
             asked = Asked(works.log)
             asked.fails = {2: LogUnavailable("away"), 3: LogUnavailable("away")}
             await take(follower, 2)
-            works.fetcher.release(ReaderReleased())
+            works.fetcher.evict_readers(ReaderReleased())
             with pytest.raises(ReaderReleased):
                 await anext(follower)
 
@@ -237,7 +237,7 @@ async def test_a_reader_that_leaves_leaves_nothing_behind_when_the_read_is_over(
         asked.held = 3
         async with works.follow() as follower:
             await take(follower, 3)
-            assert isinstance(follower._ahead, Ahead)
+            assert isinstance(follower._ahead, Prefetch)
             known = weakref.ref(follower._ahead)
             await wait_all_tasks_blocked()
         assert works.left_behind() == []

@@ -12,7 +12,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock.backoff import LONGEST_PAUSE
-from penstock.log import AppendStatus, News
+from penstock.log import AppendStatus, Notification
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
 from penstock.supervisor.leases import REAP_INTERVAL, RENEWALS_PER_CALL
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
-    from penstock.log import Wakeups
+    from penstock.log import Notifications
     from tests.support.supervising import Hook
 
 LEASE = 6.0
@@ -52,17 +52,17 @@ LOST = ["first", "error RUN_LOST", "[DONE]"]
 class Told:
     """Wake-ups that can also tell that the log was out of reach."""
 
-    def __init__(self, wakeups: Wakeups) -> None:
+    def __init__(self, wakeups: Notifications) -> None:
         self.wakeups = wakeups
         self.came_back = trio.Event()
-        self._news: list[News] = []
+        self._news: list[Notification] = []
 
     @property
     def _subscribed(self) -> set[str]:
         subscribed: set[str] = getattr(self.wakeups, "_subscribed")  # noqa: B009  (the protocol does not have it)
         return subscribed
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: Notification) -> None:
         self._news.append(news)
         self.came_back.set()
 
@@ -72,8 +72,8 @@ class Told:
     def unsubscribe(self, run_id: str) -> None:
         self.wakeups.unsubscribe(run_id)
 
-    async def wait(self) -> News:
-        told: list[News] = []
+    async def wait(self) -> Notification:
+        told: list[Notification] = []
 
         async def listen(scope: trio.CancelScope) -> None:
             told.append(await self.wakeups.wait())
@@ -90,7 +90,7 @@ class Told:
         told += self._news
         self._news = []
         moved = {run_id: seq for news in told for run_id, seq in news.moved.items()}
-        return News(moved, any(news.cancel for news in told), any(news.reconnected for news in told))
+        return Notification(moved, any(news.cancel for news in told), any(news.reconnected for news in told))
 
 
 class Reconnecting(MemoryLog):
@@ -161,7 +161,7 @@ async def test_leases_are_renewed_at_once_when_the_log_is_back(autojump_clock: M
         run = await owner.start(Witness().waits)
         await trio.sleep(13)
         assert log.renewals == [(near(10), 1)]
-        log.told[0].tell(News({}, reconnected=True))
+        log.told[0].tell(Notification({}, reconnected=True))
         await trio.sleep(1)
         assert log.renewals[1:] == [(near(13), 1)]
         await trio.sleep(8.9)  # and the next is a third of a lease after this one
@@ -181,7 +181,7 @@ async def test_a_silent_run_that_the_log_has_lost_is_there_again_as_soon_as_the_
             await trio.sleep(13)
             forget(log, run.id)
             for told in log.told:
-                told.tell(News({run.id: 2**53}, reconnected=True))
+                told.tell(Notification({run.id: 2**53}, reconnected=True))
             await trio.sleep(1)
             assert gists(await entries_of(log, run.id)) == ["first"]
             await owner.cancel(run.id)
@@ -265,10 +265,10 @@ async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_no
                 await trio.sleep(0.6)  # in the meantime the run ends, and the reply to a renewal says that it is gone
                 restores += 1
                 if restores == 1:
-                    owner._services.committer.restore(execution.outbox)
+                    owner._services.committer.restore(execution.buffer)
 
             view.before["restore"] = found_gone_once_more
-            owner._services.committer.restore(execution.outbox)
+            owner._services.committer.restore(execution.buffer)
         await trio.sleep(5)
         assert gists(here.entries) == ["1", "2", "[DONE]"]
         assert (await ended(view, run.id)).status == "completed"

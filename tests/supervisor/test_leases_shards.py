@@ -45,15 +45,15 @@ class Outages(Notes):
 class House:
     """A supervisor on a log of several parts, with a run on each of them."""
 
-    def __init__(self, *parts: str) -> None:
-        self.log = Parted(*parts)
-        self.log.where = {f"on-{part}": part for part in parts}
+    def __init__(self, *shards: str) -> None:
+        self.log = Parted(*shards)
+        self.log.where = {f"on-{shard}": shard for shard in shards}
         self.outages = Outages()
         self.supervisor: Supervisor
 
-    def asked(self, part: str, call: str | None = None, since: float = 0.0) -> list[float]:
+    def asked(self, shard: str, call: str | None = None, since: float = 0.0) -> list[float]:
         """When this part was asked, for this or for anything."""
-        return [at for at, what, of in self.log.asked if of == part and call in {None, what} and at >= since]
+        return [at for at, what, of in self.log.asked if of == shard and call in {None, what} and at >= since]
 
     def renewals(self, run_id: str, since: float) -> list[float]:
         return [at for at, runs in self.log.renewed if run_id in runs and at >= since]
@@ -63,8 +63,8 @@ class House:
 
 
 @asynccontextmanager
-async def house(*parts: str, **knobs: Any) -> AsyncIterator[House]:
-    works = House(*parts)
+async def house(*shards: str, **knobs: Any) -> AsyncIterator[House]:
+    works = House(*shards)
     knobs = {"lease": LEASE, "outage_limit": LIMIT, **knobs}
     async with open_supervisor(works.log, observer=works.outages, drain_timeout=0.0, **knobs) as works.supervisor:
         for run_id in [*works.log.where]:
@@ -82,9 +82,9 @@ async def test_every_part_is_looked_at_and_its_runs_renewed_by_themselves(autoju
     async with house("a", "b", "c") as works:
         since = trio.current_time()
         await trio.sleep(3 * LEASE)
-        for part in ("a", "b", "c"):
-            assert len(works.asked(part, "check", since)) >= 3 * LEASE / REAP_INTERVAL - 2
-            assert 8 <= len(works.renewals(f"on-{part}", since)) <= 10
+        for shard in ("a", "b", "c"):
+            assert len(works.asked(shard, "check", since)) >= 3 * LEASE / REAP_INTERVAL - 2
+            assert 8 <= len(works.renewals(f"on-{shard}", since)) <= 10
         assert all(len(runs) == 1 for _, runs in works.log.renewed)
 
 
@@ -188,10 +188,10 @@ async def test_an_outage_lasts_from_the_first_part_that_is_away_to_the_last_that
 
 async def test_a_run_whose_part_is_away_for_less_than_the_limit_loses_nothing(autojump_clock: MockClock) -> None:
     async with house("a", "b") as works, readers(*((works.supervisor, run) for run in ("on-a", "on-b"))) as both:
-        for part in ("a", "b", "a"):
-            works.log.gone.add(part)
+        for shard in ("a", "b", "a"):
+            works.log.gone.add(shard)
             await trio.sleep(LIMIT / 2)
-            works.log.gone.remove(part)
+            works.log.gone.remove(shard)
             await trio.sleep(BACK)
         for run_id in ("on-a", "on-b"):
             await works.supervisor.cancel(run_id)

@@ -10,7 +10,7 @@ import pytest
 from penstock.errors import InvalidChunk, LogUnavailable, PublicError, RunCancelled, RunEnded
 from penstock.runs import CAUSES, Cause, Ending, RunError, RunStatus
 from penstock.sse.dialects import DIALECTS, DONE, Dialect
-from penstock.supervisor.outcome import Facts, ending_of
+from penstock.supervisor.outcome import RunFacts, decide
 
 PLAIN = DIALECTS["plain"]
 LETTA = DIALECTS["letta"]
@@ -22,8 +22,8 @@ def shown(code: str, message: str) -> RunError:
     return RunError(code, message, "err-1")
 
 
-def end(facts: Facts, dialect: Dialect = PLAIN, *, expose_errors: bool = False) -> tuple[list[bytes], Ending]:
-    return ending_of(facts, dialect, error_id="err-1", expose_errors=expose_errors)
+def end(facts: RunFacts, dialect: Dialect = PLAIN, *, expose_errors: bool = False) -> tuple[list[bytes], Ending]:
+    return decide(facts, dialect, error_id="err-1", expose_errors=expose_errors)
 
 
 BY_CAUSE = {
@@ -44,7 +44,7 @@ BY_CAUSE = {
 @both
 @pytest.mark.parametrize("cause", Cause)
 def test_every_cause_ends_a_run_by_its_row(cause: Cause, dialect: Dialect) -> None:
-    blocks, ending = end(Facts(cause=cause, words="words"), dialect)
+    blocks, ending = end(RunFacts(cause=cause, reason="words"), dialect)
     assert ending == BY_CAUSE[cause]
     if ending.status is RunStatus.CANCELLED:
         assert blocks == [dialect.cancelled("the run was cancelled", "words"), DONE]
@@ -55,7 +55,7 @@ def test_every_cause_ends_a_run_by_its_row(cause: Cause, dialect: Dialect) -> No
 
 
 FACTS = [
-    Facts(error, cause, words, said, reported, untold)
+    RunFacts(error, cause, words, said, reported, untold)
     for error, cause, words, said, reported, untold in product(
         [None, ValueError("x"), RunCancelled("r", "why"), ExceptionGroup("g", [ValueError(), RunCancelled()])],
         [None, *Cause],
@@ -100,29 +100,31 @@ def test_a_run_has_an_error_on_record_exactly_if_it_failed_or_was_lost_with_some
     ],
 )
 def test_what_a_producer_says_of_why_it_stopped_decides(said: str | None, status: RunStatus) -> None:
-    blocks, ending = end(Facts(said=said))
+    blocks, ending = end(RunFacts(stop_reason=said))
     error = shown("STOPPED", f"the producer stopped: {said}") if status is RunStatus.FAILED else None
     assert (blocks, ending) == ([DONE], Ending(status, said or "end_turn", error))
 
 
 def test_an_exception_comes_before_everything_and_keeps_the_words_of_the_cause() -> None:
-    everything = Facts(ValueError("secret"), Cause.CANCEL, "stop", "end_turn", ("CODE", "words"), untold=True)
+    everything = RunFacts(ValueError("secret"), Cause.CANCEL, "stop", "end_turn", ("CODE", "words"), not_stored=True)
     error = shown("ERROR", "the run failed")
     assert end(everything) == ([PLAIN.error(error), DONE], Ending(RunStatus.FAILED, "error", error, "stop"))
 
 
 def test_a_cause_without_words_is_kept_beside_an_exception_by_what_the_producer_was_told() -> None:
-    assert end(Facts(ValueError(), Cause.TIMEOUT))[1].cancel_reason == "run timed out"
-    assert end(Facts(ValueError()))[1].cancel_reason is None
+    assert end(RunFacts(ValueError(), Cause.TIMEOUT))[1].cancel_reason == "run timed out"
+    assert end(RunFacts(ValueError()))[1].cancel_reason is None
 
 
 def test_a_cause_comes_before_what_the_producer_raised_on_being_cancelled_said_or_reported() -> None:
-    facts = Facts(RunCancelled("r", "its words"), Cause.TIMEOUT, None, "end_turn", ("CODE", "words"), untold=True)
+    facts = RunFacts(
+        RunCancelled("r", "its words"), Cause.TIMEOUT, None, "end_turn", ("CODE", "words"), not_stored=True
+    )
     assert end(facts)[1] == BY_CAUSE[Cause.TIMEOUT]
 
 
 def test_run_cancelled_comes_before_what_the_producer_said_or_reported() -> None:
-    blocks, ending = end(Facts(RunCancelled("r", "why"), None, None, "end_turn", ("CODE", "words")))
+    blocks, ending = end(RunFacts(RunCancelled("r", "why"), None, None, "end_turn", ("CODE", "words")))
     assert blocks == [PLAIN.cancelled("the run was cancelled", "why"), DONE]
     assert ending == Ending(RunStatus.CANCELLED, "cancelled", None, "why")
 
@@ -130,8 +132,8 @@ def test_run_cancelled_comes_before_what_the_producer_said_or_reported() -> None
 def test_a_reported_error_comes_before_what_the_producer_said() -> None:
     error = shown("CODE", "words")
     ending = Ending(RunStatus.FAILED, "error", error)
-    assert end(Facts(said="end_turn", reported=("CODE", "words"))) == ([DONE], ending)
-    assert end(Facts(reported=("CODE", "words"), untold=True)) == ([PLAIN.error(error), DONE], ending)
+    assert end(RunFacts(stop_reason="end_turn", yielded_error=("CODE", "words"))) == ([DONE], ending)
+    assert end(RunFacts(yielded_error=("CODE", "words"), not_stored=True)) == ([PLAIN.error(error), DONE], ending)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_a_reported_error_comes_before_what_the_producer_said() -> None:
     ],
 )
 def test_a_group_of_run_cancelled_alone_is_one(error: Exception, status: RunStatus) -> None:
-    ending = end(Facts(error))[1]
+    ending = end(RunFacts(error))[1]
     assert ending.status is status
     assert ending.cancel_reason == ("why" if status is RunStatus.CANCELLED else None)
 
@@ -171,8 +173,8 @@ def test_a_group_of_run_cancelled_alone_is_one(error: Exception, status: RunStat
 def test_clients_see_the_words_of_an_exception_only_if_it_is_public_or_errors_are_exposed(
     error: Exception, hidden: tuple[str, str], exposed: tuple[str, str]
 ) -> None:
-    assert end(Facts(error))[1].error == shown(*hidden)
-    assert end(Facts(error), expose_errors=True)[1].error == shown(*exposed)
+    assert end(RunFacts(error))[1].error == shown(*hidden)
+    assert end(RunFacts(error), expose_errors=True)[1].error == shown(*exposed)
 
 
 class Wordless(Exception):  # noqa: N818
@@ -198,7 +200,7 @@ class Wordless(Exception):  # noqa: N818
 def test_d26_whatever_an_exception_holds_the_run_ends_with_entries_that_can_be_stored(
     error: Exception, dialect: Dialect, expose_errors: bool
 ) -> None:
-    blocks, ending = end(Facts(error), dialect, expose_errors=expose_errors)
+    blocks, ending = end(RunFacts(error), dialect, expose_errors=expose_errors)
     assert b"".join(blocks).decode().endswith("data: [DONE]\n\n")
     json.dumps([ending.cancel_reason, ending.error and ending.error.to_json()], ensure_ascii=False).encode()
 
@@ -208,5 +210,5 @@ def test_no_cause_is_without_a_test_here() -> None:
 
 
 def test_letta_spells_a_cancelled_run_as_a_stop_reason() -> None:
-    blocks, _ = end(Facts(cause=Cause.CANCEL, words="w"), LETTA)
+    blocks, _ = end(RunFacts(cause=Cause.CANCEL, reason="w"), LETTA)
     assert blocks == [b'data: {"message_type":"stop_reason","stop_reason":"cancelled"}\n\n', DONE]

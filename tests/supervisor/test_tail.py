@@ -188,8 +188,8 @@ async def test_a_reader_cancelled_in_the_step_that_woke_it_finds_everything_ther
 async def test_the_first_reason_to_go_stays() -> None:
     tail = tails_of().acquire("r")
     first = ReaderReleased("first")
-    tail.release(first)
-    tail.release(RunNotFound("r"))
+    tail.evict_readers(first)
+    tail.evict_readers(RunNotFound("r"))
     assert tail.released is first
 
 
@@ -198,18 +198,18 @@ async def test_tails_that_are_retired_stay_with_those_who_have_them_and_others_g
     away, other = ReaderReleased("away"), ReaderReleased("away")
     old, spared = tails.acquire("r"), tails.acquire("spared")
     old.extend(entries(1, 3, 50))
-    old.release(away)
-    spared.release(other)
-    tails.retire(away)
+    old.evict_readers(away)
+    spared.evict_readers(other)
+    tails.evict(away)
     assert tails.get("r") is None
     assert tails.get("spared") is spared
     new = tails.acquire("r")
     assert (new is old, new.last, new.released) == (False, 0, None)
     assert (seqs(old.recent()), old.released) == ([1, 2, 3], away)
-    assert tails.give_back(old)
+    assert tails.release(old)
     assert tails.get("r") is new
     for tail in (new, spared):
-        assert tails.give_back(tail)
+        assert tails.release(tail)
     assert (len(tails), tails.size) == (0, 0)
 
 
@@ -252,9 +252,9 @@ async def test_users_of_a_run_share_one_tail_and_the_last_to_leave_takes_it_alon
     assert tails.get("r") is first
     assert tails.all() == [first]
     first.extend(entries(1, 3, 50))
-    assert not tails.give_back(first)
+    assert not tails.release(first)
     assert (len(tails), tails.size) == (1, 150)
-    assert tails.give_back(second)
+    assert tails.release(second)
     assert (len(tails), tails.size, tails.get("r"), tails.all()) == (0, 0, None, [])
     assert tails.acquire("r").last == 0
 
@@ -277,7 +277,7 @@ async def test_a_tail_keeps_to_its_share_when_it_is_written() -> None:
     assert [take(tail, 5) for tail in some] == [[6, 7, 8, 9, 10]] * 4
     assert tails.size == 1000
     for tail in some[1:]:
-        tails.give_back(tail)
+        tails.release(tail)
     some[0].extend(entries(11, 15, 50))
     assert take(some[0], 5) == list(range(6, 16))
 
@@ -298,7 +298,7 @@ async def test_what_is_left_of_dropped_tails_is_nothing() -> None:
     for number, tail in enumerate(some):
         tail.extend(entries(tail.last + 1, tail.last + 3, 20 + number))
     for tail in some:
-        tails.give_back(tail)
+        tails.release(tail)
     assert (len(tails), tails.size) == (0, 0)
 
 
@@ -325,7 +325,7 @@ def test_whatever_happens_the_sizes_add_up_and_the_limits_hold(
             if step == "acquire":
                 tails.acquire(run_id)
             elif step == "give back":
-                tails.give_back(tail)
+                tails.release(tail)
             elif step == "extend":
                 tail.extend(entries(tail.last + 1, tail.last + 1 + amount, 40))
                 assert tails.size <= max_process_bytes

@@ -94,7 +94,7 @@ def clustered() -> ClusteredServer:
 def in_order(log: L) -> L:
     """The log: from now on each of its calls has had all of its effect when it returns."""
     if isinstance(log, RedisLog):
-        log._servers.beside = log._servers.execute  # type: ignore[assignment]  # what one server does anyway
+        log._servers.best_effort = log._servers.execute  # type: ignore[assignment]  # what one server does anyway
     return log
 
 

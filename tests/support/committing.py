@@ -13,7 +13,7 @@ from penstock.log.ring import Ring
 from penstock.runs import Ending, RunError, RunStatus
 from penstock.supervisor.committer import Committer
 from penstock.supervisor.tail import Tails
-from penstock.supervisor.write_buffer import Outbox
+from penstock.supervisor.write_buffer import WriteBuffer
 from tests.support.logs import CANCELLED, DONE, LEASE, Unreliable, record, seqs
 
 if TYPE_CHECKING:
@@ -37,31 +37,31 @@ class Owner:
         self.works = works
         self.told: list[str] = []
         self.news = trio.lowlevel.ParkingLot()
-        self.outbox: Outbox
+        self.buffer: WriteBuffer
 
     def note(self, line: str) -> None:
         self.told.append(line)
         self.news.unpark_all()
 
-    def cancel_on_record(self, reason: str | None) -> None:
+    def on_cancel_recorded(self, reason: str | None) -> None:
         self.note(f"cancel: {reason}")
 
-    def completion_refused(self, reason: str | None) -> None:
+    def on_completion_rejected(self, reason: str | None) -> None:
         self.note(f"refused: {reason}")
-        self.works.committer.close(self.outbox, [b"event: cancelled\ndata: {}\n\n", DONE], CANCELLED)
+        self.works.committer.close(self.buffer, [b"event: cancelled\ndata: {}\n\n", DONE], CANCELLED)
 
-    def run_lost(self) -> None:
+    def on_fenced(self) -> None:
         self.note("lost")
 
-    def run_settled(self) -> None:
+    def on_stored(self) -> None:
         self.note("settled")
 
-    def log_diverged(self) -> None:
+    def on_diverged(self) -> None:
         self.note("diverged")
-        if not self.outbox.closing:
-            self.works.committer.close(self.outbox, [b"event: error\ndata: LOG_DIVERGED\n\n", DONE], DIVERGED)
+        if not self.buffer.finishing:
+            self.works.committer.close(self.buffer, [b"event: error\ndata: LOG_DIVERGED\n\n", DONE], DIVERGED)
 
-    def run_refused(self) -> None:
+    def on_rejected(self) -> None:
         self.note("cannot be stored")
 
 
@@ -88,30 +88,30 @@ class Works:
         )
         self.start = trio.current_time()
 
-    async def run(self, run_id: str = "r", epoch: str = LEASE.epoch) -> Outbox:
+    async def run(self, run_id: str = "r", epoch: str = LEASE.epoch) -> WriteBuffer:
         """A run that this committer owns."""
         await self.log.start(record(run_id), LEASE)
-        return self.outbox(run_id, epoch)
+        return self.buffer(run_id, epoch)
 
-    def outbox(self, run_id: str, epoch: str = LEASE.epoch) -> Outbox:
-        """An outbox for a run that is in the log, or not."""
+    def buffer(self, run_id: str, epoch: str = LEASE.epoch) -> WriteBuffer:
+        """An buffer for a run that is in the log, or not."""
         owner = self.owners[run_id] = Owner(self)
         tail = self.tails.acquire(run_id)
         tail.fed = True
-        owner.outbox = Outbox(record(run_id), replace(LEASE, epoch=epoch), tail, owner)
-        return owner.outbox
+        owner.buffer = WriteBuffer(record(run_id), replace(LEASE, epoch=epoch), tail, owner)
+        return owner.buffer
 
-    def put(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:
+    def put(self, buffer: WriteBuffer, count: int = 1, size: int = 0) -> None:
         """Write so many entries, each `size` bytes long on the wire."""
-        for seq in range(outbox.seq + 1, outbox.seq + 1 + count):
+        for seq in range(buffer.seq + 1, buffer.seq + 1 + count):
             block = b"data: " + b"x" * (size - len(b"id: %d\ndata: \n\n" % seq)) + b"\n\n"
-            self.committer.put(outbox, [block])
+            self.committer.put(buffer, [block])
 
-    async def write(self, outbox: Outbox, count: int = 1, size: int = 0) -> None:
+    async def write(self, buffer: WriteBuffer, count: int = 1, size: int = 0) -> None:
         """Wait for room before each of so many entries, as a run does."""
         for _ in range(count):
-            await self.committer.room(outbox)
-            self.put(outbox, 1, size)
+            await self.committer.room(buffer)
+            self.put(buffer, 1, size)
 
     async def settled(self, run_id: str = "r", told: str = "settled") -> None:
         """Wait until the owner has been told so."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from penstock.log import AppendStatus, News
+from penstock.log import AppendStatus, Notification
 from penstock.sse import Decoder
 from penstock.supervisor.fetcher import Fetcher
 from penstock.supervisor.follower import Follower, Readers
@@ -18,7 +18,7 @@ from tests.support.logs import LEASE, Unreliable, batch, record
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Generator
 
-    from penstock.log import Wakeups
+    from penstock.log import Notifications
     from penstock.runs import Ending
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Lossy:
     """Wake-ups of which some are lost, as with a connection."""
 
-    def __init__(self, wakeups: Wakeups) -> None:
+    def __init__(self, wakeups: Notifications) -> None:
         self.wakeups = wakeups
         self.deaf = False
         """What is told now is lost."""
@@ -41,7 +41,7 @@ class Lossy:
         self.subscribed.discard(run_id)
         self.wakeups.unsubscribe(run_id)
 
-    async def wait(self) -> News:
+    async def wait(self) -> Notification:
         while True:
             told = await self.wakeups.wait()
             if not self.deaf:

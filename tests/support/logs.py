@@ -16,7 +16,7 @@ from penstock.log import (
     Batch,
     Entry,
     Lease,
-    Obituary,
+    LostEnding,
     Page,
 )
 from penstock.log.memory import MemoryLog
@@ -30,7 +30,7 @@ COMPLETED = Ending(RunStatus.COMPLETED, "end_turn")
 FAILED = Ending(RunStatus.FAILED, "error", RunError("ERROR", "the run failed", "err-1"))
 CANCELLED = Ending(RunStatus.CANCELLED, "cancelled", cancel_reason="stop")
 LOST = Ending(RunStatus.LOST, "lost", RunError("RUN_LOST", "the process that ran it is gone", "err-2"))
-OBITUARY = Obituary([b"event: error\ndata: RUN_LOST\n\n", DONE], LOST)
+OBITUARY = LostEnding([b"event: error\ndata: RUN_LOST\n\n", DONE], LOST)
 LEASE = Lease("owner", "epoch", 30.0)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from penstock.server.workers import DEATHS, Parent
+from penstock.server.workers import DEATHS, ProcessManager
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -115,7 +115,7 @@ class Family:
         """Workers whose program is not there."""
         self._port = port
         self._arrived = arrived
-        self.parent = Parent(
+        self.parent = ProcessManager(
             count,
             self._command,
             self.sockets,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from penstock.log import Entry
-    from penstock.log.redis.notifications import RedisWakeups
+    from penstock.log.redis.notifications import RedisNotifications
     from penstock.observer import Observer
     from tests.support.redis_servers import Endpoint
     from tests.support.supervising import Reader
@@ -196,12 +196,12 @@ def counted(record: Mapping[str, str], ticks: Ticks) -> None:
 def left_over(supervisor: Supervisor) -> dict[str, Any]:
     """What a supervisor keeps of runs and their readers."""
     services = supervisor._services
-    committer, wakeups = services.committer, cast("RedisWakeups", services.fetcher._wakeups)
+    committer, wakeups = services.committer, cast("RedisNotifications", services.fetcher._wakeups)
     kept = {
         "live": services.live,
         "tails": len(services.tails),
         "bytes": services.tails.size + committer.pending_bytes,
-        "outboxes": committer.waiting,
+        "buffers": committer.waiting,
         "channels": wakeups._channels.keys() - {wakeups._process},
         "moved": wakeups._moved,
         "missing": services.fetcher.waiting,

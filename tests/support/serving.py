@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
-    from penstock.asgi.lifespan import Service
+    from penstock.asgi.lifespan import AppLifespan
 
 GUARD: Final = 60.0
 """Seconds after which a test on a socket has hung. No test comes near it."""
@@ -183,8 +183,8 @@ class Server(Client):
         """What Hypercorn had to log as an error."""
 
     @property
-    def service(self) -> Service:
-        service: Service = self.app.state.penstock
+    def service(self) -> AppLifespan:
+        service: AppLifespan = self.app.state.penstock
         return service
 
     def connections(self) -> list[trio.lowlevel.Task]:

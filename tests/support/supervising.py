@@ -33,11 +33,11 @@ if TYPE_CHECKING:
         Entry,
         Idempotency,
         Lease,
-        News,
-        Obituary,
+        LostEnding,
+        Notification,
+        Notifications,
         Page,
         Started,
-        Wakeups,
     )
     from penstock.runs import Run, RunStatus
 
@@ -135,25 +135,25 @@ class View:
         reply: Appended = await self._do("restore", self.log.restore, run, lease, oldest)
         return reply
 
-    def part(self, run_id: str) -> str:
-        return self.log.part(run_id)
+    def shard(self, run_id: str) -> str:
+        return self.log.shard(run_id)
 
-    def parts(self) -> Collection[str]:
-        return self.log.parts()
+    def shards(self) -> Collection[str]:
+        return self.log.shards()
 
-    async def reap(self, obituary: Callable[[], Obituary], **where: Any) -> Sequence[str]:
+    async def reap(self, obituary: Callable[[], LostEnding], **where: Any) -> Sequence[str]:
         reaped: Sequence[str] = await self._do("reap", self.log.reap, obituary, **where)
         return reaped
 
     @asynccontextmanager
-    async def wakeups(self, owner: str) -> AsyncIterator[Wakeups]:
+    async def wakeups(self, owner: str) -> AsyncIterator[Notifications]:
         if (hook := self.before.get("wakeups")) is not None:
             await hook()
         async with self.log.wakeups(owner) as wakeups:
             yield _Told(self, wakeups)
 
-    async def check(self, part: str | None = None) -> None:
-        await self._do("check", self.log.check, part)
+    async def check(self, shard: str | None = None) -> None:
+        await self._do("check", self.log.check, shard)
 
 
 ALL_CALLS: Final = (
@@ -187,9 +187,9 @@ class _Told:
     def unsubscribe(self, run_id: str) -> None:
         self.wakeups.unsubscribe(run_id)
 
-    async def wait(self) -> News:
+    async def wait(self) -> Notification:
         while True:
-            news: News = await self._view._do("wait", self.wakeups.wait)
+            news: Notification = await self._view._do("wait", self.wakeups.wait)
             news = replace(news, cancel=news.cancel and self._view.wakeups_of_cancels)
             if news.moved or news.cancel or news.reconnected:
                 return news

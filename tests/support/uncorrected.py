@@ -22,8 +22,8 @@ from starlette.routing import Route
 
 from penstock import create_app, serve
 from penstock.server import hypercorn_fixes as corrections
-from penstock.server.hypercorn_fixes import Connection
-from penstock.server.hypercorn_fixes.http2 import Streams
+from penstock.server.hypercorn_fixes import PatchedTCPServer
+from penstock.server.hypercorn_fixes.http2 import PatchedH2
 from tests.support.endpoints import Endless, flood
 from tests.support.serving import PRODUCERS, quiet_config
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from contextlib import AbstractContextManager
 
-STOCK: Final = {each.name: each.original for each in corrections.REPLACEMENTS}
+STOCK: Final = {each.name: each.original for each in corrections.PATCHES}
 """Hypercorn's classes that are corrected, as they are."""
 
 
@@ -39,7 +39,7 @@ STOCK: Final = {each.name: each.original for each in corrections.REPLACEMENTS}
 def in_place_of(**kinds: type[Any]) -> Iterator[None]:
     """These take the place of Hypercorn's classes, instead of the corrected ones, for servers that start in here."""
     with pytest.MonkeyPatch.context() as patch:
-        pieces = {each.name: each for each in corrections.REPLACEMENTS}
+        pieces = {each.name: each for each in corrections.PATCHES}
         for name, kind in kinds.items():
             patch.setattr(pieces[name].module, name, pieces[name].original)
             pieces[name] = pieces[name]._replace(corrected=kind)
@@ -52,25 +52,25 @@ def as_it_is(*names: str) -> AbstractContextManager[None]:
     return in_place_of(**{name: STOCK[name] for name in names})
 
 
-class TellsInTheSender(Connection):
+class TellsInTheSender(PatchedTCPServer):
     """As in Hypercorn: the task that cannot send tells all the responses so."""
 
     protocol_send = TCPServer.protocol_send
 
 
-class ReadsOn(Connection):
+class ReadsOn(PatchedTCPServer):
     """As in Hypercorn: what reads waits for the end of a response, whatever becomes of that."""
 
     _read_data = TCPServer._read_data
 
 
-class Spreads(Connection):
+class Spreads(PatchedTCPServer):
     """As in Hypercorn: an error in a connection is everybody's."""
 
     run = TCPServer.run
 
 
-class ForgetsOne(Streams):
+class ForgetsOne(PatchedH2):
     """As in Hypercorn: if the telling is cut off, one response is told by nobody."""
 
     _close_stream = H2Protocol._close_stream

@@ -40,14 +40,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from penstock.asgi import requests
-from penstock.asgi.auth import Access, Right, check_origins
-from penstock.asgi.errors import Answer, answer_to, is_refusal
-from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES, Limits, Service
-from penstock.asgi.request_body import WholeRequests
+from penstock.asgi.auth import AccessControl, Right, check_origins
+from penstock.asgi.errors import ErrorResponse, error_response_for, is_expected
+from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES, AppLifespan, RequestLimits
+from penstock.asgi.request_body import DrainRequestBody
 from penstock.asgi.response import FOR_NOW, RETRY, EventStreamResponse, is_event_source
 from penstock.errors import ConfigurationError, NotAuthenticated, PenstockError, RunEnded, RunExists, StreamRejected
 from penstock.log import CancelStatus
-from penstock.observer import new_error_id, tell
+from penstock.observer import new_error_id, notify
 from penstock.sources.command import command
 from penstock.supervisor.settings import check_duration
 
@@ -94,12 +94,12 @@ CORS: Final[Mapping[str, Any]] = {
 
 
 class _Application(Starlette):
-    """Starlette, with `WholeRequests` around all of it, its own error page included."""
+    """Starlette, with `DrainRequestBody` around all of it, its own error page included."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """The middleware around the routes."""
-        service: Service = self.state.penstock
-        return WholeRequests(super().build_middleware_stack(), service.limits)
+        service: AppLifespan = self.state.penstock
+        return DrainRequestBody(super().build_middleware_stack(), service.limits)
 
 
 def create_app(
@@ -150,12 +150,12 @@ def create_app(
         from penstock.observer.prometheus import Metrics  # noqa: PLC0415  (its library decides on being imported how it counts)
 
         metrics = Metrics()
-    service = Service(
+    service = AppLifespan(
         producers,
         log,
         knobs,
-        access=Access(authorizer, allowed_hosts),
-        limits=Limits(max_body_bytes, body_timeout),
+        access=AccessControl(authorizer, allowed_hosts),
+        limits=RequestLimits(max_body_bytes, body_timeout),
         observer=observer,
         metrics=metrics or None,
         ping_interval=ping_interval,
@@ -210,9 +210,9 @@ def _check_producers(producers: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"the producer {name!r} is called once for each run, and {producer!r} cannot be")
 
 
-def service_of(request: Request) -> Service:
+def service_of(request: Request) -> AppLifespan:
     """The service of the application that a request came to."""
-    service: Service = request.app.state.penstock
+    service: AppLifespan = request.app.state.penstock
     return service
 
 
@@ -227,9 +227,9 @@ async def start_run(request: Request) -> Response:
     access = service.access
     caller = await access.authenticate(request)
     wanted = requests.start_request(await requests.json_body(request, service.limits.max_body_bytes), request.headers)
-    await access.allow(caller, Right.START, wanted.run_id)
+    await access.check(caller, Right.START, wanted.run_id)
     if wanted.stream:
-        await access.allow(caller, Right.READ, wanted.run_id)
+        await access.check(caller, Right.READ, wanted.run_id)
     if wanted.producer not in service.producers:
         known = ", ".join(sorted(service.producers)) or "none"
         words = f"there is no producer {wanted.producer!r:.200}; there are: {known}"
@@ -248,7 +248,7 @@ async def start_run(request: Request) -> Response:
     try:
         started = await start()
     except RunExists as error:
-        raise StreamRejected(409, error.code, str(error), run=await access.shown(caller, error.run)) from None
+        raise StreamRejected(409, error.code, str(error), run=await access.visible_record(caller, error.run)) from None
     status = 201 if started.created else 200
     headers = {
         "Location": _stream_path(request, started.run.id),
@@ -256,10 +256,10 @@ async def start_run(request: Request) -> Response:
     }
     if wanted.stream:
         if not started.created:  # it may be another's
-            await access.allow(caller, Right.READ, started.run.id)
+            await access.check(caller, Right.READ, started.run.id)
         follower = service.supervisor.follow(started.run.id)
         return _stream(service, started.run.id, follower, status_code=status, headers=headers)
-    record = started.run.to_json() if started.created else await access.shown(caller, started.run)
+    record = started.run.to_json() if started.created else await access.visible_record(caller, started.run)
     return JSONResponse(record, status, headers)
 
 
@@ -267,12 +267,12 @@ async def list_runs(request: Request) -> Response:
     """GET /v1/runs."""
     service = service_of(request)
     caller = await service.access.authenticate(request)
-    await service.access.allow(caller, Right.LIST)
+    await service.access.check(caller, Right.LIST)
     limit, status = requests.list_query(request.query_params)
     runs = await service.supervisor.list(limit=limit, status=status)
-    seen = await service.access.seen_by(caller, runs)
+    seen = await service.access.visible_runs(caller, runs)
     if len(seen) < len(runs) == limit:  # there may be more that he sees
-        seen = await service.access.seen_by(
+        seen = await service.access.visible_runs(
             caller, await service.supervisor.list(limit=requests.MAX_LIST, status=status)
         )
     return JSONResponse({"runs": [run.to_json() for run in seen[:limit]]})
@@ -308,7 +308,7 @@ async def cancel_run(request: Request) -> Response:
     run_id, caller = await _run_id(request, Right.CANCEL)
     reason = requests.cancel_reason(await requests.json_body(request, service.limits.max_body_bytes))
     reply = await service.supervisor.cancel(run_id, reason)
-    record = await service.access.shown(caller, reply.run)
+    record = await service.access.visible_record(caller, reply.run)
     if reply.status is CancelStatus.ENDED:
         raise StreamRejected(409, RunEnded.code, str(RunEnded(run_id, reply.run)), run=record)
     return JSONResponse(record, 202 if reply.status is CancelStatus.REQUESTED else 200)
@@ -331,14 +331,14 @@ async def share_run(request: Request) -> Response:
 async def list_producers(request: Request) -> Response:
     """GET /v1/producers."""
     service = service_of(request)
-    await service.access.admit(request, Right.START)
+    await service.access.require(request, Right.START)
     return JSONResponse({"producers": sorted(service.producers)})
 
 
 async def show_metrics(request: Request) -> Response:
     """GET /metrics."""
     service = service_of(request)
-    await service.access.admit(request, Right.METRICS)
+    await service.access.require(request, Right.METRICS)
     if service.running:
         service.supervisor.tell_figures()
     assert service.metrics is not None  # noqa: S101  (or there would be no such route)
@@ -352,8 +352,8 @@ async def index(request: Request) -> Response:
     try:
         await service.access.authenticate(request)
     except NotAuthenticated as error:
-        tell(service.observer.refused, error.status, error.code)
-        rendered, _ = answer_to(error).render(service.dialect)
+        notify(service.observer.refused, error.status, error.code)
+        rendered, _ = error_response_for(error).render(service.dialect)
         return page(status=error.status, headers={k.decode(): v.decode() for k, v in rendered if b"content" not in k})
     return page()
 
@@ -375,15 +375,15 @@ async def on_error(request: Request, error: Exception) -> Response:
     headers: list[tuple[bytes, bytes]] = []
     if isinstance(error, HTTPException):  # no such route, or no such method
         code = HTTPStatus(error.status_code).name
-        answer = Answer(error.status_code, code, HTTPStatus(error.status_code).description or code, {})
+        answer = ErrorResponse(error.status_code, code, HTTPStatus(error.status_code).description or code, {})
         headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
     else:
-        answer = answer_to(error, expose_errors=service.settings.expose_errors)
-    if not isinstance(error, HTTPException) and not is_refusal(error):
+        answer = error_response_for(error, expose_errors=service.settings.expose_errors)
+    if not isinstance(error, HTTPException) and not is_expected(error):
         answer.members["error_id"] = error_id = new_error_id()
         where = f"{request.method} {request.url.path}"
-        tell(service.observer.on_error, error, error_id=error_id, where=where)
-    tell(service.observer.refused, answer.status, answer.code)
+        notify(service.observer.on_error, error, error_id=error_id, where=where)
+    notify(service.observer.refused, answer.status, answer.code)
     streams = isinstance(request.scope.get("endpoint"), _StreamRun) and request.method == "GET"
     if streams and answer.status in FOR_NOW and is_event_source(request.scope):  # as in `response.py`
         return Response(RETRY, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -400,7 +400,7 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
 
 async def _run_id(request: Request, right: Right) -> tuple[str, Any]:
     """The run of the path, and the caller, who may do that to it."""
-    caller = await service_of(request).access.admit(request, right, request.path_params["run_id"])
+    caller = await service_of(request).access.require(request, right, request.path_params["run_id"])
     return requests.run_id(request.path_params), caller
 
 
@@ -409,7 +409,7 @@ def _stream_path(request: Request, run_id: str) -> str:
 
 
 def _stream(
-    service: Service,
+    service: AppLifespan,
     run_id: str,
     follower: Follower,
     *,

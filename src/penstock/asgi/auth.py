@@ -118,7 +118,7 @@ class Authorizer(Protocol):
         ...
 
 
-class Access:
+class AccessControl:
     """An application's gate."""
 
     def __init__(self, authorizer: Authorizer | None, allowed_hosts: Iterable[str] | None) -> None:
@@ -145,7 +145,7 @@ class Access:
             raise StreamRejected(421, "MISDIRECTED", words)
         return None if self.authorizer is None else await self.authorizer.authenticate(request)
 
-    async def allow(self, caller: Any, right: Right, run_id: str | None = None) -> None:
+    async def check(self, caller: Any, right: Right, run_id: str | None = None) -> None:
         """Return if he may.
 
         Raises:
@@ -159,20 +159,20 @@ class Access:
         """Whether he may."""
         return self.authorizer is None or await self.authorizer.allows(caller, right, run_id)
 
-    async def admit(self, request: HTTPConnection, right: Right, run_id: str | None = None) -> Any:
+    async def require(self, request: HTTPConnection, right: Right, run_id: str | None = None) -> Any:
         """`authenticate`, and `allow`; who it is."""
         caller = await self.authenticate(request)
-        await self.allow(caller, right, run_id)
+        await self.check(caller, right, run_id)
         return caller
 
-    async def shown(self, caller: Any, run: Run) -> dict[str, Any]:
+    async def visible_record(self, caller: Any, run: Run) -> dict[str, Any]:
         """The record, for whoever may read it; which run it is and how it is, for others."""
         record = run.to_json()
         if await self.allows(caller, Right.READ, run.id):
             return record
         return {name: record[name] for name in ("id", "status")}
 
-    async def seen_by(self, caller: Any, runs: Iterable[Run]) -> list[Run]:
+    async def visible_runs(self, caller: Any, runs: Iterable[Run]) -> list[Run]:
         """The records that he sees in the list."""
         return [run for run in runs if await self.allows(caller, Right.LIST, run.id)]
 

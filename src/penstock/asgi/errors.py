@@ -28,7 +28,7 @@ _HEADERS: Final[Mapping[int, Sequence[tuple[bytes, bytes]]]] = {
 """What goes with a status."""
 
 
-class Answer(NamedTuple):
+class ErrorResponse(NamedTuple):
     """An answer that is an error, not a stream."""
 
     status: int
@@ -44,24 +44,24 @@ class Answer(NamedTuple):
         return headers, body
 
 
-def answer_to(error: BaseException, *, expose_errors: bool = False) -> Answer:
+def error_response_for(error: BaseException, *, expose_errors: bool = False) -> ErrorResponse:
     """The answer to a request that this error came of."""
     if isinstance(error, StreamRejected):
-        return Answer(error.status, error.code, encodable(error.message), dict(error.extra_members))
+        return ErrorResponse(error.status, error.code, encodable(error.message), dict(error.extra_members))
     if isinstance(error, StreamInterrupted):
         row = CAUSES[Cause.SHUTDOWN]
-        return Answer(HTTPStatus.SERVICE_UNAVAILABLE, str(row.code), row.message, {})
+        return ErrorResponse(HTTPStatus.SERVICE_UNAVAILABLE, str(row.code), row.message, {})
     code, words = words_for_clients(error, expose_errors=expose_errors)
     if not isinstance(error, PenstockError):
-        return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, code, words, {})
+        return ErrorResponse(HTTPStatus.INTERNAL_SERVER_ERROR, code, words, {})
     if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
         words = encodable(str(error))  # what is wrong with the request
     elif not expose_errors:
         words = error.public
-    return Answer(error.status, code, words, dict(error.extra()))
+    return ErrorResponse(error.status, code, words, dict(error.extra()))
 
 
-def is_refusal(error: BaseException) -> bool:
+def is_expected(error: BaseException) -> bool:
     """Whether the error is meant as the answer, and so is nothing to report."""
     return isinstance(error, StreamRejected) or (
         isinstance(error, PenstockError) and error.status != HTTPStatus.INTERNAL_SERVER_ERROR

@@ -24,7 +24,7 @@ from penstock.supervisor.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from penstock.asgi.auth import Access
+    from penstock.asgi.auth import AccessControl
     from penstock.log import EventLog
     from penstock.observer.prometheus import Metrics
 
@@ -35,7 +35,7 @@ BODY_TIMEOUT: Final = 30.0
 
 
 @dataclass(slots=True)
-class Limits:
+class RequestLimits:
     """What a request may be like.
 
     Attributes:
@@ -49,7 +49,7 @@ class Limits:
     http2_corrected: bool = False
 
 
-class Service:
+class AppLifespan:
     """See above. An application has it as `app.state.penstock`."""
 
     def __init__(
@@ -58,8 +58,8 @@ class Service:
         log: str | EventLog,
         knobs: Mapping[str, Any],
         *,
-        access: Access,
-        limits: Limits,
+        access: AccessControl,
+        limits: RequestLimits,
         observer: Observer | None,
         metrics: Metrics | None,
         ping_interval: float | None,

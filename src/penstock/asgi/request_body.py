@@ -26,16 +26,16 @@ from penstock.errors import StreamRejected
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from penstock.asgi.lifespan import Limits
+    from penstock.asgi.lifespan import RequestLimits
 
 _END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": False}
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
-class WholeRequests:
+class DrainRequestBody:
     """ASGI middleware that lets no response end before its request has, or its request's time is over."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
         self._limits = limits
 

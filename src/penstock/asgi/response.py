@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkab
 
 from starlette.responses import Response
 
-from penstock.asgi.errors import Answer, answer_to, is_refusal
-from penstock.asgi.sender import ENDED, MAX_SEND, Exchange
+from penstock.asgi.errors import ErrorResponse, error_response_for, is_expected
+from penstock.asgi.sender import ENDED, MAX_SEND, ResponseSender
 from penstock.errors import (
     ConfigurationError,
     CursorExpired,
@@ -176,7 +176,7 @@ def is_event_source(scope: Scope) -> bool:
     return [value.strip() for name, value in scope.get("headers", ()) if name == b"accept"] == [b"text/event-stream"]
 
 
-class _DirectExchange(Exchange):
+class _DirectExchange(ResponseSender):
     """The source is all there is: how it ends is how the stream ends."""
 
     async def read(self) -> Exception | None:
@@ -207,7 +207,7 @@ class _DirectExchange(Exchange):
                 raise
             if verdict is None:
                 return error
-            self.account.report(error)  # of its cleanup; the client is told of the first
+            self.stats.report(error)  # of its cleanup; the client is told of the first
         return verdict
 
     async def _discard(self) -> None:
@@ -236,25 +236,25 @@ class _DirectExchange(Exchange):
         self.status = status
         return body
 
-    def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+    def ending(self, error: Exception | None) -> tuple[ErrorResponse | None, bytes]:
         """See the table at the top of the module."""
         if error is None:
-            self.account.settle(ENDED)
+            self.stats.set_cause(ENDED)
             return None, b""
         cause = single_error(error)
         if isinstance(cause, RunCancelled):
-            self.account.settle(cause.code)
+            self.stats.set_cause(cause.code)
             reason = None if cause.reason is None else encodable(cause.reason)
             return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
-        answer = answer_to(cause, expose_errors=self.response.expose_errors)
-        self.account.settle(answer.code)
-        if not self.started and is_refusal(cause):
+        answer = error_response_for(cause, expose_errors=self.response.expose_errors)
+        self.stats.set_cause(answer.code)
+        if not self.started and is_expected(cause):
             return answer, b""
-        answer.members["error_id"] = error_id = self.account.report(error)
+        answer.members["error_id"] = error_id = self.stats.report(error)
         return answer, self.dialect.error(RunError(answer.code, answer.words, error_id)) + DONE
 
 
-class _FollowerExchange(Exchange):
+class _FollowerExchange(ResponseSender):
     """The source reads a run: the run's entries say how that ends, and a failure of the reader is not the run's."""
 
     def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
@@ -269,7 +269,7 @@ class _FollowerExchange(Exchange):
         follower: BodySource = self.response.source
         try:
             async with follower:
-                self.account.reads(follower)
+                self.stats.track(follower)
                 if follower.at_end:
                     await self.respond(HTTPStatus.NO_CONTENT)
                     return None
@@ -282,19 +282,19 @@ class _FollowerExchange(Exchange):
             return error
         return None
 
-    def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+    def ending(self, error: Exception | None) -> tuple[ErrorResponse | None, bytes]:
         """See the table at the top of the module."""
         if error is None:
-            self.account.settle(ENDED)
+            self.stats.set_cause(ENDED)
             return None, b""
         cause = single_error(error)
-        answer = answer_to(cause, expose_errors=self.response.expose_errors)
-        self.account.settle(answer.code)
+        answer = error_response_for(cause, expose_errors=self.response.expose_errors)
+        self.stats.set_cause(answer.code)
         if not isinstance(cause, PenstockError | StreamRejected | StreamInterrupted):
-            answer.members["error_id"] = self.account.report(error)
+            answer.members["error_id"] = self.stats.report(error)
         if isinstance(cause, CursorExpired):
             return answer, Event(comment=f"{cause.code}: {cause}").encode()
         if self._comes_back and answer.status in FOR_NOW and not self.started and not self.head:
-            self.account.refused(answer)
+            self.stats.refused(answer)
             return None, RETRY
         return answer, RETRY

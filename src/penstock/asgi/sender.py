@@ -37,13 +37,13 @@ import anyio
 import anyio.lowlevel
 
 from penstock.errors import StreamInterrupted, StreamRejected, single_error
-from penstock.exception_groups import parted, raise_bare, raise_cancellation
-from penstock.observer import StreamEnd, new_error_id, tell
+from penstock.exception_groups import raise_cancellation, raise_single, split_cancelled
+from penstock.observer import StreamEnd, new_error_id, notify
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
-    from penstock.asgi.errors import Answer
+    from penstock.asgi.errors import ErrorResponse
     from penstock.asgi.response import EventStreamResponse
     from penstock.observer import Observer
     from penstock.supervisor.timers import Timer, Timers
@@ -52,7 +52,7 @@ ENDED: Final = "ended"
 """The cause if all was sent that there was to send."""
 
 
-class Account:
+class StreamStats:
     """Of one exchange. Whose headers are never sent, or who has no body, has no stream: nothing is told of it."""
 
     def __init__(self, observer: Observer, run_id: str | None, where: str) -> None:
@@ -67,41 +67,41 @@ class Account:
         self._first = 0
         self._refused = False
 
-    def open(self) -> None:
+    def start(self) -> None:
         """The headers are sent."""
         if self._since is None and not self._refused:
             self._since = anyio.current_time()
-            tell(self._observer.stream_started, self._run_id)
+            notify(self._observer.stream_started, self._run_id)
 
-    def reads(self, source: Any) -> None:
+    def track(self, source: Any) -> None:
         """What is sent are entries, if the source says where it stands (`Follower.cursor`)."""
         if isinstance(cursor := getattr(source, "cursor", None), int):
             self._source, self._first = source, cursor
 
-    def settle(self, cause: str) -> None:
+    def set_cause(self, cause: str) -> None:
         """How it ends; the first cause counts."""
         self._cause = self._cause or cause
 
     def pinged(self) -> None:
         """A ping is sent."""
-        tell(self._observer.pinged)
+        notify(self._observer.pinged)
 
-    def refused(self, answer: Answer) -> None:
+    def refused(self, answer: ErrorResponse) -> None:
         """An answer is sent instead of a stream, or a stream that only says: come back."""
         self._refused = True
-        tell(self._observer.refused, answer.status, answer.code)
+        notify(self._observer.refused, answer.status, answer.code)
 
     def report(self, error: Exception) -> str:
         """Tell of an error; the id that clients are shown."""
         error_id = new_error_id()
-        tell(self._observer.on_error, error, error_id=error_id, where=self._where)
+        notify(self._observer.on_error, error, error_id=error_id, where=self._where)
         return error_id
 
     def warn(self, words: str) -> None:
         """Tell of something that is not to be helped."""
-        tell(self._observer.warning, f"{self._where}: {words}")
+        notify(self._observer.warning, f"{self._where}: {words}")
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """All is over."""
         if self._since is None:
             return
@@ -109,7 +109,7 @@ class Account:
         entries = None if cursor is None else cursor - self._first
         seconds = anyio.current_time() - self._since
         end = StreamEnd(self._cause or "failed", self._run_id, cursor, entries, self.bytes, seconds)
-        tell(self._observer.stream_ended, end)
+        notify(self._observer.stream_ended, end)
 
 
 MAX_SEND: Final = 64 * 1024
@@ -126,7 +126,7 @@ _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceE
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-class Exchange(ABC):
+class ResponseSender(ABC):
     """One call of a response: who may send, and what was sent. Subclasses say what is read, and how that may end."""
 
     def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,7 +150,7 @@ class Exchange(ABC):
         """A part of a chunk is sent."""
         self.send_error: Exception | None = None
         """What `send` raised, when it was not that the client is gone: the server's affair, not the source's."""
-        self.account = Account(response.observer, response.run_id, self.where)
+        self.stats = StreamStats(response.observer, response.run_id, self.where)
         self._receive = receive
         self._send = send
         self._sending = False
@@ -174,7 +174,7 @@ class Exchange(ABC):
         """Open, iterate and close the source, writing what it yields; return what went wrong with it."""
 
     @abstractmethod
-    def ending(self, error: Exception | None) -> tuple[Answer | None, bytes]:
+    def ending(self, error: Exception | None) -> tuple[ErrorResponse | None, bytes]:
         """What the client is told of that: the answer if nothing was sent yet, otherwise the stream's last words.
 
         Without an answer it is a stream, that of the last words if nothing was sent yet. The cause is settled.
@@ -196,9 +196,9 @@ class Exchange(ABC):
                     self._stop_alarm()
                 group.cancel_scope.cancel(reason="the response is over")
         except BaseExceptionGroup as errors:
-            raise_bare(errors, anyio.get_cancelled_exc_class())
+            raise_single(errors, anyio.get_cancelled_exc_class())
         finally:
-            self.account.close()
+            self.stats.finish()
 
     async def _pump(self) -> None:
         ending = None
@@ -208,7 +208,7 @@ class Exchange(ABC):
         except BaseException as error:
             if not self._is_interruption(error):
                 raise
-            self.account.settle("interrupted" if self._refusal is None else self._refusal.code)
+            self.stats.set_cause("interrupted" if self._refusal is None else self._refusal.code)
             with anyio.move_on_after(FAREWELL, shield=True):
                 await self._interrupted(ending)
             if isinstance(error, BaseExceptionGroup):
@@ -217,14 +217,14 @@ class Exchange(ABC):
 
     def _is_interruption(self, error: BaseException) -> bool:
         """Whether the pump was cancelled. What its source raised beside that is reported, and goes no further."""
-        cancellation, others = parted(error, anyio.get_cancelled_exc_class())
+        cancellation, others = split_cancelled(error, anyio.get_cancelled_exc_class())
         if cancellation is None or not (others is None or isinstance(others, Exception)):
             return False
         if others is not None:
-            self.account.report(others)
+            self.stats.report(others)
         return True
 
-    async def _interrupted(self, ending: tuple[Answer | None, bytes] | None) -> None:
+    async def _interrupted(self, ending: tuple[ErrorResponse | None, bytes] | None) -> None:
         """Say what there is still to say, if somebody is there to hear it."""
         if self.send_error is not None or (self.gone and not self.detach):
             return
@@ -234,7 +234,7 @@ class Exchange(ABC):
         try:
             await self._end(*ending)
         except Exception as error:  # noqa: BLE001  (whatever the server says now, the cancellation goes on)
-            self.account.warn(f"its last words could not be sent: {error!r}")
+            self.stats.warn(f"its last words could not be sent: {error!r}")
 
     async def _tick(self) -> None:
         """Send the headers if they are late, and pings; asleep until one may be due, whatever is sent meanwhile."""
@@ -284,7 +284,7 @@ class Exchange(ABC):
         try:
             if self.started:
                 await self._body(self.dialect.ping(self.response.run_id))
-                self.account.pinged()
+                self.stats.pinged()
             else:
                 await self.begin(flush=True)
             self._last_sent = anyio.current_time()
@@ -314,7 +314,7 @@ class Exchange(ABC):
     def _lose_client(self) -> None:
         if not self.gone:
             self.gone = True
-            self.account.settle("disconnected")
+            self.stats.set_cause("disconnected")
             if self._send_scope is not None:
                 self._send_scope.cancel(reason="client disconnected")
             if not self.detach:
@@ -330,7 +330,7 @@ class Exchange(ABC):
             try:
                 if not self.gone:
                     await self._send({"type": "http.response.body", "body": body, "more_body": True})
-                    self.account.bytes += len(body)
+                    self.stats.bytes += len(body)
             except Exception as error:  # noqa: BLE001  (told apart there)
                 self._send_failed(error)
             finally:
@@ -356,7 +356,7 @@ class Exchange(ABC):
                 await self._body(body[start : start + MAX_SEND])
             self.torn = False
             if not self.gone:
-                self.account.bytes += len(body)
+                self.stats.bytes += len(body)
         finally:
             self._sending = False
 
@@ -377,7 +377,7 @@ class Exchange(ABC):
         try:
             await self._start(self.status, self.response.raw_headers)
             if not self.head and not self.gone:
-                self.account.open()
+                self.stats.start()
             if flush:
                 await self._body(b"")
         finally:
@@ -393,7 +393,7 @@ class Exchange(ABC):
         finally:
             self._sending = was
 
-    async def _end(self, answer: Answer | None, words: bytes) -> None:
+    async def _end(self, answer: ErrorResponse | None, words: bytes) -> None:
         while self._aside is not None:
             await self._aside.wait()
         if self.finished:
@@ -407,7 +407,7 @@ class Exchange(ABC):
             await self._finish(b"" if self.torn else words)
         else:
             if not self.gone:
-                self.account.refused(answer)
+                self.stats.refused(answer)
             headers, body = answer.render(self.dialect)
             await self.respond(answer.status, headers, body)
 

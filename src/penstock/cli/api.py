@@ -4,8 +4,8 @@
            └── or ──▶ an error of httpx2  ──▶ trouble_of
 
 What is on the right is pure. What a server sends may be anything: a token that it repeats is blotted out, and no answer
-at all, or one that is not penstock's, is a `Trouble` or a `Failure`, whose one line says what to do. `screen.py` makes
-it harmless before a terminal sees it.
+at all, or one that is not penstock's, is a `ConnectionFailed` or a `CommandFailed`, whose one line says what
+to do. `terminal.py` makes it harmless before a terminal sees it.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _NEVER: Final = frozenset({501, 505})
 _SECONDS: Final = re.compile(r"[0-9]{1,9}")
 
 
-class Failure(Exception):  # noqa: N818  (it is what the command comes to)
+class CommandFailed(Exception):  # noqa: N818  (it is what the command comes to)
     """The command cannot go on; the words are its last line."""
 
 
-class Trouble(Exception):  # noqa: N818
+class ConnectionFailed(Exception):  # noqa: N818
     """There was no answer, or not all of it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Trouble(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ApiResponse:
     """What a server answered.
 
     Attributes:
@@ -95,7 +95,7 @@ class Refusal(NamedTuple):
     members: Mapping[str, Any]
 
 
-def refusal_in(answer: Answer) -> Refusal | None:
+def refusal_in(answer: ApiResponse) -> Refusal | None:
     """The refusal, in either dialect; None if the answer is not penstock's."""
     body = answer.json()
     if not isinstance(body, dict):
@@ -107,7 +107,7 @@ def refusal_in(answer: Answer) -> Refusal | None:
     return Refusal(code, detail, members)
 
 
-def words_of(answer: Answer) -> str:
+def words_of(answer: ApiResponse) -> str:
     """What an answer says that is not the one that was asked for, in one line."""
     status, refusal = answer.status, refusal_in(answer)
     if 300 <= status < 400:  # noqa: PLR2004  (the redirections, RFC 9110 section 15.4)
@@ -126,7 +126,7 @@ def words_of(answer: Answer) -> str:
 # What an answer means
 
 
-class Step(Enum):
+class Action(Enum):
     """What a reader does after an answer."""
 
     READ = "it is the stream"
@@ -148,13 +148,13 @@ class Decision:
         oldest: for `SKIP`: the id of the oldest event that there is.
     """
 
-    step: Step
+    step: Action
     words: str = ""
     pause: float = 0.0
     oldest: int = 0
 
 
-def decide(answer: Answer, *, cursor: int, seen: bool) -> Decision:
+def decide(answer: ApiResponse, *, cursor: int, seen: bool) -> Decision:
     """What an answer to a request for a run's stream means.
 
     Args:
@@ -163,24 +163,24 @@ def decide(answer: Answer, *, cursor: int, seen: bool) -> Decision:
         seen: whether the server has known the run before.
     """
     if answer.status == HTTPStatus.OK and answer.media_type == EVENT_STREAM:
-        return Decision(Step.READ)
+        return Decision(Action.READ)
     if answer.status == HTTPStatus.NO_CONTENT:
-        return Decision(Step.OVER)
+        return Decision(Action.OVER)
     refusal = refusal_in(answer) if answer.status == HTTPStatus.GONE else None
     oldest = None if refusal is None else refusal.members.get("oldest_seq")
     if isinstance(oldest, int) and oldest > cursor + 1:
-        return Decision(Step.SKIP, oldest=oldest)
+        return Decision(Action.SKIP, oldest=oldest)
     return put_off(answer, seen=seen)
 
 
-def put_off(answer: Answer, *, seen: bool) -> Decision:
+def put_off(answer: ApiResponse, *, seen: bool) -> Decision:
     """What an answer means that is not the one that was asked for: try again, or give up."""
     status, words = answer.status, words_of(answer)
     if status == HTTPStatus.NOT_FOUND and seen:
-        return Decision(Step.SEEK, words)
+        return Decision(Action.SEEK, words)
     if status in _COME_AGAIN or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _NEVER):
-        return Decision(Step.AGAIN, words, retry_after(answer.headers.get("retry-after", "")))
-    return Decision(Step.STOP, words)
+        return Decision(Action.AGAIN, words, retry_after(answer.headers.get("retry-after", "")))
+    return Decision(Action.STOP, words)
 
 
 def retry_after(value: str, now: float | None = None) -> float:
@@ -193,7 +193,7 @@ def retry_after(value: str, now: float | None = None) -> float:
         return 0.0
 
 
-def record_in(answer: Answer) -> dict[str, Any]:
+def record_in(answer: ApiResponse) -> dict[str, Any]:
     """The record of a run.
 
     Raises:
@@ -202,7 +202,7 @@ def record_in(answer: Answer) -> dict[str, Any]:
     return _checked_record(answer.json() if answer.status == HTTPStatus.OK else None, answer)
 
 
-class Met(NamedTuple):
+class CancelResult(NamedTuple):
     """What a cancel met: in words, the run's record, and whether it had ended."""
 
     words: str
@@ -210,24 +210,24 @@ class Met(NamedTuple):
     ended: bool
 
 
-def cancelled_in(answer: Answer) -> Met:
+def cancelled_in(answer: ApiResponse) -> CancelResult:
     """What an answer to a cancel says.
 
     Raises:
         Failure: it refuses, or is none.
     """
     if answer.status == HTTPStatus.ACCEPTED:
-        return Met("is asked to stop", _checked_record(answer.json(), answer), ended=False)
+        return CancelResult("is asked to stop", _checked_record(answer.json(), answer), ended=False)
     if answer.status == HTTPStatus.OK:
-        return Met("was asked to stop before, and is still ending", record_in(answer), ended=False)
+        return CancelResult("was asked to stop before, and is still ending", record_in(answer), ended=False)
     refusal = refusal_in(answer)
     if refusal is not None and refusal.code == "RUN_ENDED":
         record = _checked_record(refusal.members.get("run"), answer)
-        return Met(f"had ended already: {record['status']} ({record.get('stop_reason')})", record, ended=True)
-    raise Failure(words_of(answer))
+        return CancelResult(f"had ended already: {record['status']} ({record.get('stop_reason')})", record, ended=True)
+    raise CommandFailed(words_of(answer))
 
 
-def runs_in(answer: Answer) -> list[dict[str, Any]]:
+def runs_in(answer: ApiResponse) -> list[dict[str, Any]]:
     """The records of a list of runs.
 
     Raises:
@@ -235,17 +235,17 @@ def runs_in(answer: Answer) -> list[dict[str, Any]]:
     """
     body = answer.json() if answer.status == HTTPStatus.OK else None
     if not isinstance(body, dict) or not isinstance(body.get("runs"), list):
-        raise Failure(words_of(answer))
+        raise CommandFailed(words_of(answer))
     return [_checked_record(each, answer) for each in body["runs"]]
 
 
-def _checked_record(record: Any, answer: Answer) -> dict[str, Any]:
+def _checked_record(record: Any, answer: ApiResponse) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("id", "status")):
-        raise Failure(words_of(answer))
+        raise CommandFailed(words_of(answer))
     return record
 
 
-def trouble_of(error: Exception, *, asked: bool = False) -> Trouble:
+def connection_failed(error: Exception, *, asked: bool = False) -> ConnectionFailed:
     """What an error of the connection comes to.
 
     Args:
@@ -254,20 +254,20 @@ def trouble_of(error: Exception, *, asked: bool = False) -> Trouble:
     """
     if asked:
         silent = isinstance(error, httpx2.TimeoutException)
-        return Trouble("nothing came for too long" if silent else "the connection was cut")
+        return ConnectionFailed("nothing came for too long" if silent else "the connection was cut")
     if isinstance(error, httpx2.TimeoutException):
-        return Trouble("there was no answer in time")
+        return ConnectionFailed("there was no answer in time")
     causes = [error]
     while isinstance(cause := causes[-1].__cause__ or causes[-1].__context__, Exception):
         causes.append(cause)
     if final := next(filter(None, map(_never_better, causes)), None):
-        return Trouble(final, final=True)
+        return ConnectionFailed(final, final=True)
     if isinstance(error, httpx2.ProxyError):
-        return Trouble(f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY refuses ({error})")
+        return ConnectionFailed(f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY refuses ({error})")
     if isinstance(error, httpx2.ConnectError):
         system = next((each for each in reversed(causes) if isinstance(each, OSError) and each.strerror), None)
-        return Trouble(f"no connection: {error if system is None else system.strerror}")
-    return Trouble("the server hung up without an answer")
+        return ConnectionFailed(f"no connection: {error if system is None else system.strerror}")
+    return ConnectionFailed("the server hung up without an answer")
 
 
 def _never_better(error: Exception) -> str | None:
@@ -291,7 +291,7 @@ def _never_better(error: Exception) -> str | None:
 # I/O
 
 
-class Server:
+class ApiClient:
     """A server: a context manager that closes its connections. It follows no redirection and repeats nothing.
 
     Args:
@@ -313,7 +313,7 @@ class Server:
                 limits=httpx2.Limits(max_keepalive_connections=0),
             )
         except (ValueError, ImportError):  # whose words may hold the proxy's password
-            raise Failure("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that cannot be used") from None
+            raise CommandFailed("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that cannot be used") from None
 
     def __enter__(self) -> Self:
         return self
@@ -329,7 +329,7 @@ class Server:
         query: Mapping[str, str | int] | None = None,
         body: Mapping[str, Any] | None = None,
         wait: float = PATIENCE,
-    ) -> Answer:
+    ) -> ApiResponse:
         """The answer to one request.
 
         Args:
@@ -348,7 +348,7 @@ class Server:
     @contextmanager
     def stream(
         self, run_id: str, cursor: int, *, wait: float, silence: float
-    ) -> Iterator[tuple[Answer, Iterator[bytes]]]:
+    ) -> Iterator[tuple[ApiResponse, Iterator[bytes]]]:
         """Ask for a run's stream; the answer, and the pieces of it if it is one.
 
         Args:
@@ -363,10 +363,10 @@ class Server:
         # Whoever accepts nothing but a stream, like a browser's EventSource, is never told why there is none.
         headers = {"Accept": f"{EVENT_STREAM}, application/problem+json", "Last-Event-ID": str(cursor)}
         with self._opened("GET", f"/v1/runs/{run_id}/stream", wait, headers=headers) as response:
-            if response.is_success and Answer(200, response.headers).media_type == EVENT_STREAM:
+            if response.is_success and ApiResponse(200, response.headers).media_type == EVENT_STREAM:
                 # httpx2 takes a timeout for the whole request; its transport looks here when it begins with the body.
                 response.request.extensions["timeout"]["read"] = silence
-                yield Answer(response.status_code, response.headers), _pieces(response)
+                yield ApiResponse(response.status_code, response.headers), _pieces(response)
             else:
                 yield self._answer(response, limit=MAX_REFUSAL if response.is_error else 0), iter(())
 
@@ -377,23 +377,23 @@ class Server:
             asked = self._client.build_request(method, self._url + path, timeout=timeout, **request)
             response = self._client.send(asked, stream=True)
         except (httpx2.RequestError, httpx2.InvalidURL, UnicodeError) as error:
-            raise trouble_of(error) from None
+            raise connection_failed(error) from None
         try:
             yield response
         finally:
             response.close()
 
-    def _answer(self, response: httpx2.Response, *, limit: float) -> Answer:
+    def _answer(self, response: httpx2.Response, *, limit: float) -> ApiResponse:
         body = bytearray()
         pieces = _pieces(response)
         while len(body) < limit and (piece := next(pieces, None)) is not None:
             body += piece
         headers = {name.lower(): value for name, value in response.headers.items()}
-        return Answer(response.status_code, headers, bytes(body), self._token)
+        return ApiResponse(response.status_code, headers, bytes(body), self._token)
 
 
 def _pieces(response: httpx2.Response) -> Iterator[bytes]:
     try:
         yield from response.iter_bytes()
     except httpx2.RequestError as error:
-        raise trouble_of(error, asked=True) from None
+        raise connection_failed(error, asked=True) from None

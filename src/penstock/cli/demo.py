@@ -171,7 +171,7 @@ class DemoError(Exception):
 # Showing
 
 
-class Screen:
+class DemoScreen:
     """Progress: a bar on a terminal, a line for each step elsewhere."""
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ class Screen:
 
 
 @dataclass(slots=True)
-class Server:
+class DemoServer:
     """`penstock serve`, in a process of its own."""
 
     process: trio.Process
@@ -243,7 +243,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(folder: Path, port: int) -> AsyncIterator[Server]:
+async def serving(folder: Path, port: int) -> AsyncIterator[DemoServer]:
     """A server that works in a folder; it is gone when the block is left, whatever the way out."""
     argv = [sys.executable, "-m", "penstock", "serve", "--producers", "penstock.cli.demo_producers:producers"]
     argv += ["--bind", f"127.0.0.1:{port}", "--log-level", "warning", "--drain-timeout", "0"]
@@ -255,14 +255,14 @@ async def serving(folder: Path, port: int) -> AsyncIterator[Server]:
     )
     try:
         async with trio.open_nursery() as nursery:
-            server = Server(process)
+            server = DemoServer(process)
             await nursery.start(server.listen)
             yield server
             nursery.cancel_scope.cancel(reason="the demo is over")
     finally:
         with trio.CancelScope(shield=True):  # it has a deadline: `leave` has one, and SIGKILL cannot be ignored
             if process.returncode is None:
-                await Server(process).leave()
+                await DemoServer(process).leave()
             if process.returncode is None:
                 process.kill()
             await process.wait()
@@ -270,7 +270,7 @@ async def serving(folder: Path, port: int) -> AsyncIterator[Server]:
             await process.stderr.aclose()
 
 
-def client_of(server: Server) -> httpx2.AsyncClient:
+def client_of(server: DemoServer) -> httpx2.AsyncClient:
     """A client without a past; `trust_env`: no proxy stands between the demo and this machine."""
     return httpx2.AsyncClient(base_url=server.url, timeout=GUARD_SECONDS, trust_env=False)
 
@@ -295,7 +295,7 @@ def _events(source: httpx2.EventSource) -> AsyncGenerator[httpx2.ServerSentEvent
     return cast("AsyncGenerator[httpx2.ServerSentEvent, None]", aiter(source))
 
 
-async def read(server: Server, run: str, reading: Reading, up_to: float, screen: Screen, total: int) -> None:
+async def read(server: DemoServer, run: str, reading: Reading, up_to: float, screen: DemoScreen, total: int) -> None:
     """One connection: read on from where the reading stands, up to an id; then close the socket."""
     headers = {"Last-Event-ID": str(reading.last_id)} if reading.events else {}
     words = f"connection {len(reading.cuts) + 1}"
@@ -311,7 +311,7 @@ async def read(server: Server, run: str, reading: Reading, up_to: float, screen:
                 return
 
 
-async def read_with_cuts(server: Server, run: str, screen: Screen, total: int) -> Reading:
+async def read_with_cuts(server: DemoServer, run: str, screen: DemoScreen, total: int) -> Reading:
     """Read a run from its beginning to its end, over connections that are cut."""
     reading = Reading()
     async with client_of(server) as other:
@@ -330,7 +330,7 @@ async def read_with_cuts(server: Server, run: str, screen: Screen, total: int) -
     return reading
 
 
-async def cancel_silent_run(server: Server) -> Check:
+async def cancel_silent_run(server: DemoServer) -> Check:
     """Start a run that says nothing, read it, and have another client cancel it."""
     names: list[str] = []
     last, ended = "", 0.0
@@ -359,7 +359,7 @@ async def cancel_silent_run(server: Server) -> Check:
     return judge_cancel(ended - begun, names, last)
 
 
-async def demonstrate(folder: Path, port: int, screen: Screen) -> list[Check]:
+async def demonstrate(folder: Path, port: int, screen: DemoScreen) -> list[Check]:
     """Everything, in a scratch folder."""
     total = sum(1 for where in FOLDERS for _ in where.glob("*.py")) + len(FOLDERS)
     async with serving(folder, port) as server:
@@ -379,7 +379,7 @@ async def demonstrate(folder: Path, port: int, screen: Screen) -> list[Check]:
         return checks
 
 
-async def _until_signalled(port: int, screen: Screen) -> list[Check] | None:
+async def _until_signalled(port: int, screen: DemoScreen) -> list[Check] | None:
     """The checks; None if a signal came first."""
     checks: list[Check] | None = None
 
@@ -401,7 +401,7 @@ async def _until_signalled(port: int, screen: Screen) -> list[Check] | None:
 def run_demo(port: int = 0) -> int:
     """Carry it out, with progress and a report on stdout; the exit code: 0 only if every check held."""
     begun = time.perf_counter()
-    screen = Screen()
+    screen = DemoScreen()
     click.echo("penstock demo: a real command over HTTP, cut twice, resumed, compared; then a cancel")
     try:
         checks = trio.run(partial(_until_signalled, port, screen))

@@ -12,7 +12,7 @@ import trio
 
 from penstock.cli.host import curl, say
 from penstock.errors import PublicError
-from penstock.observer.logging import LoggingObserver, printable
+from penstock.observer.logging import LoggingObserver, escape_unprintable
 from penstock.runs import RunStatus
 from penstock.sources.command import command
 from penstock.sse import Decoder
@@ -20,7 +20,7 @@ from penstock.sse import Decoder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.asgi.lifespan import Service
+    from penstock.asgi.lifespan import AppLifespan
     from penstock.runs import Run
     from penstock.server.serve import Shutdown
 
@@ -34,7 +34,7 @@ EXEC_TTL: Final = 10 * 365 * 86_400.0
 
 
 @dataclass(eq=False)
-class Execution:
+class CommandRun:
     """The one run of `penstock exec`."""
 
     argv: Sequence[str]
@@ -42,7 +42,7 @@ class Execution:
     exit_after: float | None
     exit_code: int = TERMINATED
 
-    async def ready(self, service: Service, urls: Sequence[str], shutdown: Shutdown) -> None:
+    async def ready(self, service: AppLifespan, urls: Sequence[str], shutdown: Shutdown) -> None:
         """Start the command, say where its stream is, and stay until it has ended."""
         supervisor = service.supervisor
         await supervisor.start(lambda: command(self.argv), run_id=self.run_id, name="command")
@@ -77,7 +77,7 @@ class Execution:
         else:
             how = f"was ended: {run.error.message if run.error is not None else run.stop_reason}"
         stays = "" if leaving else "; its stream stays until Ctrl-C"
-        say(f"the command {printable(how)}; {took:.1f} s, {run.seq} entries{stays}")
+        say(f"the command {escape_unprintable(how)}; {took:.1f} s, {run.seq} entries{stays}")
 
 
 class ExecObserver(LoggingObserver):

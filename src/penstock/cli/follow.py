@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-from penstock.cli.api import Decision, Failure, Step, Trouble, decide, put_off, record_in
+from penstock.cli.api import Action, CommandFailed, ConnectionFailed, Decision, decide, put_off, record_in
 from penstock.cli.terminal import Progress, Screen, event_as_json, event_as_words, how_it_ended
 from penstock.sse import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from penstock.cli.api import Server
+    from penstock.cli.api import ApiClient
     from penstock.sse import Message
 
 FIRST_PAUSE: Final = 0.1
@@ -54,7 +54,7 @@ EVENTS_MISSING: Final = 6
 _SEQ: Final = re.compile(r"[0-9]{1,18}")
 
 
-class Patience:
+class TimeLimit:
     """How long something may go on that is not to go on.
 
     Args:
@@ -78,7 +78,7 @@ class Patience:
         self._since = None
 
 
-class Pauses:
+class Backoff:
     """How long to wait before the next try: longer each time, and at random, so that not all come at once."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class Following:
         missing: events could not be had.
     """
 
-    server: Server
+    server: ApiClient
     run_id: str
     screen: Screen
     show: Callable[[int, Message], str] = event_as_words
@@ -145,9 +145,9 @@ class Following:
         return self._seen or self.cursor > 0
 
     def __post_init__(self) -> None:
-        self._alone = Patience(self.give_up_after, self.clock)
-        self._unknown = Patience(LOST_AGAIN, self.clock)
-        self._pauses = Pauses()
+        self._alone = TimeLimit(self.give_up_after, self.clock)
+        self._unknown = TimeLimit(LOST_AGAIN, self.clock)
+        self._pauses = Backoff()
         self._seen = self._repeated = self._last_ones = False
         self._retry = 0.0
 
@@ -168,16 +168,16 @@ class Following:
             self.cursor = max(self.cursor, first)
         while True:
             decision = self._connection()
-            if decision.step is Step.STOP:
-                raise Failure(decision.words)
-            if decision.step is Step.SKIP:
+            if decision.step is Action.STOP:
+                raise CommandFailed(decision.words)
+            if decision.step is Action.SKIP:
                 self._skip(decision.oldest)
-            elif decision.step is not Step.OVER:
+            elif decision.step is not Action.OVER:
                 self._pause(decision)
             elif (record := self._ending())["status"] != "running":
                 return self._report(record)
             else:  # an event with the words of the last one, in a type of the producer's own
-                self._pause(Decision(Step.AGAIN, "the stream ended, and the run goes on"))
+                self._pause(Decision(Action.AGAIN, "the stream ended, and the run goes on"))
 
     def _connection(self) -> Decision:
         """Ask once, and print what comes; what to do next."""
@@ -186,17 +186,17 @@ class Following:
         try:
             with self.server.stream(self.run_id, self.cursor, wait=wait, silence=self.silence) as (answer, pieces):
                 decision = decide(answer, cursor=self.cursor, seen=self._seen)
-                if decision.step not in {Step.AGAIN, Step.STOP}:
+                if decision.step not in {Action.AGAIN, Action.STOP}:
                     self._alone.renew()
-                if decision.step not in {Step.AGAIN, Step.STOP, Step.SEEK}:
+                if decision.step not in {Action.AGAIN, Action.STOP, Action.SEEK}:
                     self._seen = True
                     self._unknown.renew()
-                if decision.step is Step.READ:
+                if decision.step is Action.READ:
                     self.screen.connected()
                     return self._read(pieces)
                 return decision
-        except Trouble as trouble:
-            return Decision(Step.STOP if trouble.final else Step.AGAIN, str(trouble))
+        except ConnectionFailed as trouble:
+            return Decision(Action.STOP if trouble.final else Action.AGAIN, str(trouble))
 
     def _read(self, pieces: Iterator[bytes]) -> Decision:
         decoder = Decoder()
@@ -204,11 +204,11 @@ class Following:
             self.screen.progress.size += len(piece)
             for message in decoder.feed(piece):
                 if self._print(message):
-                    return Decision(Step.OVER)
+                    return Decision(Action.OVER)
             self._move_to(seq_of(decoder.last_event_id) or 0)  # an entry without data is no event, and has an id
             if decoder.retry is not None:
                 self._retry = decoder.retry / 1000
-        return Decision(Step.AGAIN, "the stream ended before the run")
+        return Decision(Action.AGAIN, "the stream ended before the run")
 
     def _print(self, message: Message) -> bool:
         """Print an event, if it is new; whether it is the last one."""
@@ -221,7 +221,7 @@ class Following:
         if is_ping(message):
             return False
         if seq is None:
-            raise Failure("the stream has an event without the id of a run's event: is it the right --url?")
+            raise CommandFailed("the stream has an event without the id of a run's event: is it the right --url?")
         if not self._repeated:
             self._repeated = True
             self.screen.tell(f"the server repeats events, such as {seq} after {self.cursor}; they are left out")
@@ -243,20 +243,20 @@ class Following:
         self._last_ones = False
         self.cursor = oldest - 1
 
-    def _pause(self, decision: Decision, patience: Patience | None = None) -> None:
+    def _pause(self, decision: Decision, patience: TimeLimit | None = None) -> None:
         """Wait before the next try.
 
         Raises:
             Failure: there have been enough of them.
         """
-        if decision.step is Step.SEEK:
+        if decision.step is Action.SEEK:
             patience = self._unknown
         patience = patience or self._alone
         left = patience.left()
         if left <= 0:
-            raise Failure(f"gave up after {patience.limit:g} s: {decision.words}")
+            raise CommandFailed(f"gave up after {patience.limit:g} s: {decision.words}")
         if decision.pause > left:
-            raise Failure(f"gave up, since the server wants {decision.pause:g} s of patience: {decision.words}")
+            raise CommandFailed(f"gave up, since the server wants {decision.pause:g} s of patience: {decision.words}")
         pause = max(min(max(self._pauses.next(), min(self._retry, LONGEST_PAUSE)), left), decision.pause)
         self.screen.reconnecting(decision.words, self.cursor, pause, self.clock())
         self.sleep(pause)
@@ -266,25 +266,25 @@ class Following:
     def _ending(self) -> dict[str, Any]:
         """The record of a run of which everything has been printed."""
         try:
-            return self._record(Patience(min(self.give_up_after, ENDING), self.clock))
-        except Failure as failure:
-            raise Failure(f"all events have come, but how the run ended is not known: {failure}") from None
+            return self._record(TimeLimit(min(self.give_up_after, ENDING), self.clock))
+        except CommandFailed as failure:
+            raise CommandFailed(f"all events have come, but how the run ended is not known: {failure}") from None
 
-    def _record(self, patience: Patience) -> dict[str, Any]:
+    def _record(self, patience: TimeLimit) -> dict[str, Any]:
         while True:
             try:
                 wait = min(max(patience.left(), LAST_TRY), self.silence)
                 answer = self.server.ask("GET", f"/v1/runs/{self.run_id}", wait=wait)
-            except Trouble as trouble:
-                decision = Decision(Step.STOP if trouble.final else Step.AGAIN, str(trouble))
+            except ConnectionFailed as trouble:
+                decision = Decision(Action.STOP if trouble.final else Action.AGAIN, str(trouble))
             else:
                 if answer.status == HTTPStatus.OK:
                     patience.renew()
                     self._seen = True
                     return record_in(answer)
                 decision = put_off(answer, seen=self._seen)
-            if decision.step is Step.STOP:
-                raise Failure(decision.words)
+            if decision.step is Action.STOP:
+                raise CommandFailed(decision.words)
             self._pause(decision, patience)
 
     def _report(self, record: dict[str, Any]) -> int:
@@ -299,7 +299,7 @@ def _count(value: object) -> int:
 
 
 def follow(
-    server: Server, run_id: str, *, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
+    server: ApiClient, run_id: str, *, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
 ) -> int:
     """Follow a run to its end; the exit code. What keeps it from that is said, and with which cursor one can go on."""
     progress = Progress(time.monotonic())
@@ -308,7 +308,7 @@ def follow(
         following = Following(server, run_id, screen, show, cursor=after, give_up_after=give_up_after)
         try:
             return following.to_the_end(tail)
-        except Failure as failure:
+        except CommandFailed as failure:
             go_on = f"; go on with --after {following.cursor}" if following.begun else ""
             screen.tell(f"{failure}{go_on}")
             return CANNOT_GO_ON

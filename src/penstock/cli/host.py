@@ -37,19 +37,19 @@ from pythonjsonlogger.json import JsonFormatter
 
 from penstock.asgi.app import create_app
 from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES
-from penstock.cli.options import Admission, forget_secrets
+from penstock.cli.options import AuthOptions, forget_secrets
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
-from penstock.exception_groups import raise_bare
+from penstock.exception_groups import raise_single
 from penstock.log.open import open_log
-from penstock.observer.logging import OneLineEach
+from penstock.observer.logging import SingleLineFormatter
 from penstock.server.serve import ABANDON_AFTER, MAX_HEADER_BYTES, SIGNALS, USER_TIMEOUT, Shutdown, new_config, serve
-from penstock.server.workers import UNREACHABLE, Link, Parent
+from penstock.server.workers import UNREACHABLE, ParentLink, ProcessManager
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
-    from penstock.asgi.lifespan import Service
+    from penstock.asgi.lifespan import AppLifespan
     from penstock.observer import Observer
     from penstock.supervisor.services import StuckRun
 
@@ -102,7 +102,7 @@ class Hosted:
     """
 
     producers: Mapping[str, Any]
-    admission: Admission = field(default_factory=Admission)
+    admission: AuthOptions = field(default_factory=AuthOptions)
     log_url: str = "memory://"
     limits: Mapping[str, Any] = field(default_factory=dict)
     ping_interval: float | None = 15.0
@@ -128,7 +128,7 @@ def curl(options: str, *, asks: bool) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Notes:
+class LogConfig:
     """How what is logged goes to stderr: penstock's from `level` on, all else from WARNING on."""
 
     level: str = "info"
@@ -150,7 +150,7 @@ class Notes:
             )
         else:
             who = "" if worker is None else f"worker {worker}: "
-            handler.setFormatter(OneLineEach(f"%(asctime)s %(levelname)s {who}%(message)s"))
+            handler.setFormatter(SingleLineFormatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("penstock").setLevel(self.level.upper())
         return logging.getLogger("hypercorn.error")
@@ -160,9 +160,9 @@ def host(
     hosted: Hosted,
     sockets: Sequence[socket.socket],
     *,
-    notes: Notes,
-    ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
-    link: Link | None = None,
+    notes: LogConfig,
+    ready: Callable[[AppLifespan, Sequence[str], Shutdown], Awaitable[None]],
+    link: ParentLink | None = None,
 ) -> int:
     """Serve until a signal; the exit code.
 
@@ -216,8 +216,8 @@ async def _host(
     hosted: Hosted,
     sockets: Sequence[socket.socket],
     logger: logging.Logger,
-    ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
-    link: Link | None,
+    ready: Callable[[AppLifespan, Sequence[str], Shutdown], Awaitable[None]],
+    link: ParentLink | None,
 ) -> int:
     """Serve; the number of runs whose last entries could not be stored."""
     shutdown = Shutdown()
@@ -229,7 +229,7 @@ async def _host(
             unstored = await _serve(hosted, sockets, logger, ready, shutdown, signals)
             nursery.cancel_scope.cancel(reason="the server has ended")
     except BaseExceptionGroup as group:
-        raise_bare(group, trio.Cancelled)
+        raise_single(group, trio.Cancelled)
     return unstored
 
 
@@ -237,7 +237,7 @@ async def _serve(
     hosted: Hosted,
     sockets: Sequence[socket.socket],
     logger: logging.Logger,
-    ready: Callable[[Service, Sequence[str], Shutdown], Awaitable[None]],
+    ready: Callable[[AppLifespan, Sequence[str], Shutdown], Awaitable[None]],
     shutdown: Shutdown,
     signals: Sequence[signal.Signals],
 ) -> int:
@@ -278,8 +278,8 @@ async def _serve(
                 urls = await nursery.start(server)
                 await ready(app.state.penstock, urls, shutdown)
         except BaseExceptionGroup as group:
-            raise_bare(group, trio.Cancelled)
-        service: Service = app.state.penstock
+            raise_single(group, trio.Cancelled)
+        service: AppLifespan = app.state.penstock
         return service.supervisor.unstored if service.running else 0
 
 
@@ -297,7 +297,7 @@ def host_workers(
         count: how many.
         sockets: from `listening`; they are closed in the end.
         arguments: of `penstock serve`; one is added that makes it a worker.
-        max_deaths: see `Parent`.
+        max_deaths: see `ProcessManager`.
         environment: what workers find in theirs, beside what is in this process's.
         announce: says that the server is there, from what the first worker has said of itself.
     """
@@ -309,7 +309,7 @@ def host_workers(
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it does not hear how a child has ended
     with _counting() as folder:
-        parent = Parent(
+        parent = ProcessManager(
             count,
             command,
             sockets,
@@ -346,7 +346,7 @@ def _forget(pid: int, *, folder: str) -> None:
         forget(pid, folder)
 
 
-async def _keep(parent: Parent) -> tuple[int, int]:
+async def _keep(parent: ProcessManager) -> tuple[int, int]:
     return await parent.run(), parent.recent_deaths
 
 

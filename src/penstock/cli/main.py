@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from penstock.cli.exec import EXEC_ENTRIES, EXEC_TTL, ExecObserver, Execution
-from penstock.cli.host import Hosted, Notes, host, say
-from penstock.cli.options import ARGUMENTS, CONTEXT, admission, admission_options, option, shared_options
+from penstock.cli.exec import EXEC_ENTRIES, EXEC_TTL, CommandRun, ExecObserver
+from penstock.cli.host import Hosted, LogConfig, host, say
+from penstock.cli.options import ARGUMENTS, CONTEXT, auth_options, authorization_options, option, shared_options
 from penstock.cli.runs import runs
 from penstock.cli.serve import serve
 from penstock.cli.sockets import listening
@@ -85,7 +85,7 @@ Exit codes:
 )
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 @shared_options
-@admission_options
+@authorization_options
 @option("--run-id", default="exec", help="The run's id, a part of the stream's URL.")
 @option(
     "--exit-after",
@@ -120,15 +120,15 @@ def exec_(
             param_hint="COMMAND",
         )
     try:
-        execution = Execution(argv, check_run_id(run_id), exit_after)
+        execution = CommandRun(argv, check_run_id(run_id), exit_after)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--run-id") from None
-    admitted = admission(**who)
+    admitted = auth_options(**who)
     limits = {"max_entries": EXEC_ENTRIES, "ttl": EXEC_TTL}
     knobs = {"drain_timeout": 0.0, "max_duration": 0.0}
     hosted = Hosted({}, admitted, limits=limits, knobs=knobs, observer=ExecObserver())
     with listening(bind, anywhere=admitted.anywhere) as sockets:
-        failure = host(hosted, sockets, notes=Notes(log_level, log_format), ready=execution.ready)
+        failure = host(hosted, sockets, notes=LogConfig(log_level, log_format), ready=execution.ready)
     sys.exit(failure or (0 if exit_after is None else execution.exit_code))
 
 

@@ -67,14 +67,14 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def knob_options(function: Callable[..., None]) -> Callable[..., None]:
+def settings_options(function: Callable[..., None]) -> Callable[..., None]:
     """An option for each field of `Settings`."""
     for knob in reversed(fields(Settings)):
-        function = _knob_option(knob)(function)
+        function = _setting_option(knob)(function)
     return function
 
 
-def _knob_option(knob: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _setting_option(knob: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     name = "--" + knob.name.replace("_", "-")
     says: str = knob.metadata["says"]
     default: Any = knob.default
@@ -116,7 +116,7 @@ LOOPBACK: Final = "localhost"
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class AuthOptions:
     """What the options say.
 
     Attributes:
@@ -139,7 +139,7 @@ class Admission:
         return self.insecure or self.authorizer is not None
 
 
-def admission_options(function: Callable[..., None]) -> Callable[..., None]:
+def authorization_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options, which come as `token`, `tokens`, `link_secret`, `allow_origin`, `allow_host` and `insecure`."""
     options = (
         option(
@@ -190,7 +190,7 @@ def admission_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def admission(
+def auth_options(
     *,
     token: str | None,
     tokens: str | None,
@@ -199,7 +199,7 @@ def admission(
     allow_host: Sequence[str],
     insecure: bool,
     worker: bool = False,
-) -> Admission:
+) -> AuthOptions:
     """What the options say; for a worker, what its parent has read, so that all of them know the same tokens.
 
     Raises:
@@ -213,7 +213,7 @@ def admission(
         if link_secret is not None:
             raise click.UsageError("a secret for links is of no use without tokens: give --token or --tokens, too")
         hosts = (LOOPBACK, *allow_host) if allow_host or not insecure else None
-        return Admission(insecure=insecure, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
+        return AuthOptions(insecure=insecure, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
     if insecure:
         raise click.UsageError("--insecure asks nobody for a token, and there are tokens; give one or the other")
     from penstock.asgi.auth import Links, new_secret  # noqa: PLC0415  (its library takes a while to import)
@@ -225,7 +225,7 @@ def admission(
         authorizer = TokenAuthorizer(known, links)
     for_workers = {LINK_SECRET: secret, INHERITED: json.dumps({name: _written(each) for name, each in known.items()})}
     hosts = (LOOPBACK, *allow_host) if allow_host else None
-    return Admission(authorizer, for_workers, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
+    return AuthOptions(authorizer, for_workers, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
 
 
 def forget_secrets() -> None:

@@ -32,7 +32,7 @@ from penstock.runs import RunStatus, check_run_id
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from penstock.cli.api import Server
+    from penstock.cli.api import ApiClient
 
 CANNOT: Final = 1
 INTERRUPTED: Final = 128 + signal.SIGINT
@@ -72,13 +72,13 @@ def _connection_options(*, group: bool) -> Callable[[Callable[..., None]], Calla
     return with_options
 
 
-def _server(url: str, token: str | None, cafile: str | None) -> Server:
+def _server(url: str, token: str | None, cafile: str | None) -> ApiClient:
     """Where the server is, checked. No value is repeated: there may be secrets in it.
 
     Raises:
         BadParameter: there can be no server there.
     """
-    from penstock.cli.api import Server  # noqa: PLC0415  (see above)
+    from penstock.cli.api import ApiClient  # noqa: PLC0415  (see above)
 
     try:
         parts = urlsplit(url)
@@ -102,7 +102,7 @@ def _server(url: str, token: str | None, cafile: str | None) -> Server:
         except OSError as error:
             words = f"{cafile} cannot be read: {error.strerror}"
             raise click.BadParameter(words, param_hint="--cafile") from None
-    return Server(url.rstrip("/"), token, tls)
+    return ApiClient(url.rstrip("/"), token, tls)
 
 
 def _run_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -119,7 +119,7 @@ def _command(runs: click.Group, **settings: Any) -> Callable[[Callable[..., None
         @wraps(function)
         @click.pass_context
         def run(ctx: click.Context, /, **given: Any) -> None:
-            from penstock.cli.api import Failure, Trouble  # noqa: PLC0415  (see above)
+            from penstock.cli.api import CommandFailed, ConnectionFailed  # noqa: PLC0415  (see above)
             from penstock.cli.terminal import tell  # noqa: PLC0415
 
             own = {name: given.pop(name) for name in ("url", "token", "cafile")}
@@ -129,7 +129,7 @@ def _command(runs: click.Group, **settings: Any) -> Callable[[Callable[..., None
             try:
                 with _server(**where) as server:
                     function(server, **given)
-            except (Failure, Trouble) as error:
+            except (CommandFailed, ConnectionFailed) as error:
                 tell(str(error))
                 sys.exit(CANNOT)
             except KeyboardInterrupt:
@@ -168,7 +168,7 @@ def runs(ctx: click.Context, /, **where: str | None) -> None:
 @option("--limit", default=20, type=click.IntRange(1, MAX_LIST), metavar="RUNS", help="How many of them.")
 @option("--status", type=click.Choice([each.value for each in RunStatus]), help="Only those that are at this point.")
 @_json(help="One JSON object per line: the records as they come.")
-def list_runs(server: Server, /, *, limit: int, status: str | None, as_json: bool) -> None:
+def list_runs(server: ApiClient, /, *, limit: int, status: str | None, as_json: bool) -> None:
     """The runs of the server, the newest first."""
     from penstock.cli.api import runs_in  # noqa: PLC0415  (see above)
     from penstock.cli.terminal import emit, show, table_of  # noqa: PLC0415
@@ -187,7 +187,7 @@ def list_runs(server: Server, /, *, limit: int, status: str | None, as_json: boo
 @_command(runs, name="show")
 @_argument
 @_json(help="The record on one line, as it comes.")
-def show_run(server: Server, /, *, run_id: str, as_json: bool) -> None:
+def show_run(server: ApiClient, /, *, run_id: str, as_json: bool) -> None:
     """Everything that is known of a run, but its events."""
     from penstock.cli.api import record_in  # noqa: PLC0415  (see above)
     from penstock.cli.terminal import emit, fields_of, show  # noqa: PLC0415
@@ -203,7 +203,7 @@ def show_run(server: Server, /, *, run_id: str, as_json: bool) -> None:
 @_argument
 @option("--reason", metavar="WORDS", help="Why; whoever follows the run is told.")
 @_json(help="The record on one line, as it comes.")
-def cancel_run(server: Server, /, *, run_id: str, reason: str | None, as_json: bool) -> None:
+def cancel_run(server: ApiClient, /, *, run_id: str, reason: str | None, as_json: bool) -> None:
     """Ask a run to stop. The exit code is 1 if it had ended already."""
     from penstock.cli.api import cancelled_in  # noqa: PLC0415  (see above)
     from penstock.cli.terminal import emit, visible  # noqa: PLC0415
@@ -239,7 +239,7 @@ Exit codes:
 @option("--quiet", is_flag=True, help="Nothing about progress on standard error; what goes wrong is said all the same.")
 @_json(help='One JSON object per line: {"id": 7, "event": "message", "data": "..."}.')
 def follow_run(
-    server: Server, /, *, run_id: str, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
+    server: ApiClient, /, *, run_id: str, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
 ) -> None:
     """Print every event of a run once, in order, until the run has ended: its id, its type, its data.
 

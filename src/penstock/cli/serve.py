@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 import click
 
 from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES
-from penstock.cli.host import WORKER_OPTION, Hosted, Notes, curl, host, host_workers, say
+from penstock.cli.host import WORKER_OPTION, Hosted, LogConfig, curl, host, host_workers, say
 from penstock.cli.options import (
     ARGUMENTS,
     CONTEXT,
-    admission,
-    admission_options,
+    auth_options,
+    authorization_options,
     binary,
-    knob_options,
     option,
+    settings_options,
     shared_options,
 )
 from penstock.cli.producers import ModuleFailed, load_producers
@@ -30,12 +30,12 @@ from penstock.cli.sockets import check_certificate, listening
 from penstock.errors import ConfigurationError
 from penstock.server.hypercorn_fixes import MAX_USER_TIMEOUT
 from penstock.server.serve import MAX_HEADER_BYTES, USER_TIMEOUT
-from penstock.server.workers import DEATHS, DEATHS_WITHIN, Link
+from penstock.server.workers import DEATHS, DEATHS_WITHIN, ParentLink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.asgi.lifespan import Service
+    from penstock.asgi.lifespan import AppLifespan
     from penstock.server.serve import Shutdown
 
 LEAST_HEADER_BYTES: Final = 1024
@@ -68,7 +68,7 @@ Exit codes:
     "cluster. A password is better kept in the environment variable.",
 )
 @shared_options
-@admission_options
+@authorization_options
 @option(
     "--ttl",
     default=10_800.0,
@@ -156,7 +156,7 @@ Exit codes:
     help="After how long a client that takes nothing in is given up; 0 = when the system does. Linux only.",
 )
 @click.option(WORKER_OPTION, "inherit", hidden=True, allow_from_autoenv=False)
-@knob_options
+@settings_options
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -205,7 +205,7 @@ def serve(
     """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
     keyfile = keyfile or certfile
     _check(workers, log_url, certfile, keyfile)
-    admitted = admission(
+    admitted = auth_options(
         token=token,
         tokens=tokens,
         link_secret=link_secret,
@@ -241,17 +241,17 @@ def serve(
     except ModuleFailed as error:
         click.echo(error.traceback, err=True, nl=False)
         raise click.BadParameter(str(error), param_hint="--producers") from None
-    notes = Notes(log_level, log_format)
+    notes = LogConfig(log_level, log_format)
     if link is not None:
         sys.exit(host(hosted, inherited, notes=notes, ready=partial(_report, link), link=link))
     with listening(bind, anywhere=admitted.anywhere) as sockets:
         sys.exit(host(hosted, sockets, notes=notes, ready=partial(_ready, log_url)))
 
 
-def _inherited(words: str) -> tuple[Link, list[socket.socket]]:
+def _inherited(words: str) -> tuple[ParentLink, list[socket.socket]]:
     """What a worker has from its parent."""
     number, link_fd, *fds = map(int, words.split(","))
-    link = Link(number, link_fd)
+    link = ParentLink(number, link_fd)
     link.keep_signals()
     sockets = [socket.socket(fileno=fd) for fd in fds]
     for sock in sockets:
@@ -259,16 +259,16 @@ def _inherited(words: str) -> tuple[Link, list[socket.socket]]:
     return link, sockets
 
 
-async def _report(link: Link, service: Service, urls: Sequence[str], _shutdown: Shutdown) -> None:
+async def _report(link: ParentLink, service: AppLifespan, urls: Sequence[str], _shutdown: Shutdown) -> None:
     """Tell the parent what there is to announce."""
     await link.ready(_news(service, urls))
 
 
-async def _ready(log_url: str, service: Service, urls: Sequence[str], _shutdown: Shutdown) -> None:
+async def _ready(log_url: str, service: AppLifespan, urls: Sequence[str], _shutdown: Shutdown) -> None:
     _announce(_news(service, urls), log_url=log_url, workers=1)
 
 
-def _news(service: Service, urls: Sequence[str]) -> str:
+def _news(service: AppLifespan, urls: Sequence[str]) -> str:
     return json.dumps([list(urls), sorted(service.producers), service.access.authorizer is not None])
 
 

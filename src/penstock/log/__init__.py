@@ -174,7 +174,7 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True)
-class Obituary:
+class LostEnding:
     """What a reaper writes for a run whose owner is gone: the encoded blocks, the last one terminal, and the ending."""
 
     blocks: Sequence[bytes]
@@ -217,7 +217,7 @@ class CancelReply:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Notification:
     """What a wake-up tells.
 
     Attributes:
@@ -231,7 +231,7 @@ class News:
     reconnected: bool = False
 
 
-class Wakeups(Protocol):
+class Notifications(Protocol):
     """What tells one supervisor that something has happened: to the runs it follows, and cancels for those it owns."""
 
     async def subscribe(self, run_id: str) -> None:
@@ -240,7 +240,7 @@ class Wakeups(Protocol):
     def unsubscribe(self, run_id: str) -> None:
         """Stop telling about the run. Never blocks."""
 
-    async def wait(self) -> News:
+    async def wait(self) -> Notification:
         """Wait until there is something to tell; then all of it. While the log cannot be reached it waits, too."""
 
 
@@ -251,10 +251,10 @@ class EventLog(Protocol):
     All methods that wait may raise `LogUnavailable`. None may leave half a step behind when it is cancelled.
     """
 
-    def part(self, run_id: str) -> str:
+    def shard(self, run_id: str) -> str:
         """The part that has this run, as far as is known: ever the same word if there is one part. Never blocks."""
 
-    def parts(self) -> Collection[str]:
+    def shards(self) -> Collection[str]:
         """All parts, as far as is known; at least one. Never blocks."""
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
@@ -333,10 +333,10 @@ class EventLog(Protocol):
 
     async def reap(
         self,
-        obituary: Callable[[], Obituary],
+        obituary: Callable[[], LostEnding],
         *,
-        part: str | None = None,
-        ready: Callable[[str], bool] = lambda part: True,  # noqa: ARG005
+        shard: str | None = None,
+        ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
     ) -> Sequence[str]:
         """End the runs whose lease has run out, each with an obituary of its own; their ids.
 
@@ -344,14 +344,14 @@ class EventLog(Protocol):
 
         Args:
             obituary: makes what is written for a run.
-            part: where to look for such runs; None: everywhere.
-            ready: whether the runs of a part may be ended.
+            shard: where to look for such runs; None: everywhere.
+            ready: whether the runs of a shard may be ended.
         """
 
-    def wakeups(self, owner: str) -> AbstractAsyncContextManager[Wakeups]:
+    def wakeups(self, owner: str) -> AbstractAsyncContextManager[Notifications]:
         """Open the wake-ups of one supervisor."""
 
-    async def check(self, part: str | None = None) -> None:
+    async def check(self, shard: str | None = None) -> None:
         """Return if this part of the log can be reached and takes writes; None: if any does.
 
         Raises:

@@ -32,8 +32,8 @@ from penstock.log import (
     Entry,
     Idempotency,
     Lease,
-    News,
-    Obituary,
+    LostEnding,
+    Notification,
     Page,
     Started,
 )
@@ -97,7 +97,7 @@ class MemoryLog:
         self._ended: OrderedDict[str, _Stored] = OrderedDict()
         self._keys: dict[str, str] = {}
         self._inboxes: dict[str, dict[str, str | None]] = {}
-        self._wakeups: dict[str, _Wakeups] = {}
+        self._wakeups: dict[str, _MemoryNotifications] = {}
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
         """Create the record, unless the idempotency key has led to one before. A checkpoint."""
@@ -257,9 +257,9 @@ class MemoryLog:
 
     async def reap(
         self,
-        obituary: Callable[[], Obituary],
+        obituary: Callable[[], LostEnding],
         *,
-        part: str | None = None,  # noqa: ARG002
+        shard: str | None = None,  # noqa: ARG002
         ready: Callable[[str], bool] | None = None,  # noqa: ARG002
     ) -> Sequence[str]:
         """End the runs whose lease has run out, under a new epoch that nobody has. A checkpoint."""
@@ -276,24 +276,24 @@ class MemoryLog:
         return [stored.run.id for stored in dead]
 
     @asynccontextmanager
-    async def wakeups(self, owner: str) -> AsyncIterator[_Wakeups]:
+    async def wakeups(self, owner: str) -> AsyncIterator[_MemoryNotifications]:
         """The wake-ups of the supervisor named `owner`."""
-        self._wakeups[owner] = wakeups = _Wakeups()
+        self._wakeups[owner] = wakeups = _MemoryNotifications()
         try:
             yield wakeups
         finally:
             del self._wakeups[owner]
             self._inboxes.pop(owner, None)
 
-    def part(self, run_id: str) -> str:  # noqa: ARG002
+    def shard(self, run_id: str) -> str:  # noqa: ARG002
         """There is one part."""
         return ""
 
-    def parts(self) -> Sequence[str]:
+    def shards(self) -> Sequence[str]:
         """The only one."""
         return ("",)
 
-    async def check(self, part: str | None = None) -> None:  # noqa: ARG002
+    async def check(self, shard: str | None = None) -> None:  # noqa: ARG002
         """Memory can always be reached. A checkpoint."""
         await trio.lowlevel.checkpoint()
 
@@ -327,7 +327,7 @@ class MemoryLog:
             del self._keys[stored.idempotency.key]
 
 
-class _Wakeups:
+class _MemoryNotifications:
     """One supervisor's wake-ups: what has moved since it last looked."""
 
     def __init__(self) -> None:
@@ -357,11 +357,11 @@ class _Wakeups:
         self._cancel = True
         self._lot.unpark_all()
 
-    async def wait(self) -> News:
+    async def wait(self) -> Notification:
         """All that there is to tell, as soon as there is anything. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while not self._moved and not self._cancel:
             await self._lot.park()
-        news = News(self._moved, self._cancel)
+        news = Notification(self._moved, self._cancel)
         self._moved, self._cancel = {}, False
         return news

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from penstock.log import EventLog
-    from penstock.log.redis.backend import Servers
+    from penstock.log.redis.backend import Backend
 
 REDIS: Final = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
@@ -64,7 +64,7 @@ async def open_log(
         from penstock.log.redis.cluster import open_cluster  # noqa: PLC0415
         from penstock.log.redis.log import RedisLog  # noqa: PLC0415
 
-        servers: AbstractAsyncContextManager[Servers] = (
+        servers: AbstractAsyncContextManager[Backend] = (
             open_cluster(url, wait_replicas=wait_replicas)
             if scheme.endswith("+cluster")
             else open_client(url, wait_replicas=wait_replicas)

@@ -172,7 +172,7 @@ class Observers(NullObserver):
 def _tells_all(name: str) -> Callable[..., None]:
     def hook(self: Observers, *args: Any, **kwargs: Any) -> None:
         for observer in self._observers:
-            tell(getattr(observer, name), *args, **kwargs)
+            notify(getattr(observer, name), *args, **kwargs)
 
     hook.__name__ = name
     return hook
@@ -195,7 +195,7 @@ def checked(observer: Observer) -> Observer:
     return observer
 
 
-def tell(hook: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+def notify(hook: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
     """Call an observer's hook; what it raises is logged, and harms nobody."""
     try:
         hook(*args, **kwargs)

@@ -26,7 +26,7 @@ class LoggingObserver(NullObserver):
 
     def run_started(self, run: Run) -> None:
         """One line, at level DEBUG."""
-        _note(
+        _log(
             logging.DEBUG, "run_started", f"run {run.id} started: {run.producer}", run_id=run.id, producer=run.producer
         )
 
@@ -36,7 +36,7 @@ class LoggingObserver(NullObserver):
         why = str(run.stop_reason)
         why += "" if run.error is None else f", {run.error.code} [{run.error.error_id}]"
         why += "" if run.cancel_reason is None else f", {run.cancel_reason!r}"
-        _note(
+        _log(
             logging.INFO,
             "run_ended",
             f"run {run.id} ended {run.status} ({why}) after {run.seq} entries, {seconds:.3f} s",
@@ -53,7 +53,7 @@ class LoggingObserver(NullObserver):
 
     def run_fenced(self, run_id: str) -> None:
         """One line, at level WARNING."""
-        _note(logging.WARNING, "run_fenced", f"run {run_id} was taken over by another owner", run_id=run_id)
+        _log(logging.WARNING, "run_fenced", f"run {run_id} was taken over by another owner", run_id=run_id)
 
     def run_stuck(self, run_id: str, seconds: float, stack: str) -> None:
         """The stack, at level WARNING."""
@@ -69,13 +69,13 @@ class LoggingObserver(NullObserver):
         """One line for each, at level WARNING."""
         for run_id in run_ids:
             words = f"run {run_id} ended lost: its owner's lease had run out"
-            _note(logging.WARNING, "run_lost", words, run_id=run_id, cause="lost")
+            _log(logging.WARNING, "run_lost", words, run_id=run_id, cause="lost")
 
     def stream_ended(self, end: StreamEnd) -> None:
         """One line, at level INFO; of a response without a run, at level DEBUG."""
         whose = "a response's stream" if end.run_id is None else f"a stream of run {end.run_id}"
         came = "" if end.entries is None else f"{end.entries} entries up to {end.cursor}, "
-        _note(
+        _log(
             logging.DEBUG if end.run_id is None else logging.INFO,
             "stream_ended",
             f"{whose} ended: {end.cause}; {came}{end.bytes} bytes, {end.seconds:.3f} s",
@@ -89,16 +89,16 @@ class LoggingObserver(NullObserver):
 
     def refused(self, status: int, code: str) -> None:
         """One line, at level DEBUG."""
-        _note(logging.DEBUG, "refused", f"a request was refused: {status} {code}", status=status, cause=code)
+        _log(logging.DEBUG, "refused", f"a request was refused: {status} {code}", status=status, cause=code)
 
     def outage_began(self) -> None:
         """One line, at level WARNING."""
-        _note(logging.WARNING, "outage_began", "the event log cannot be reached")
+        _log(logging.WARNING, "outage_began", "the event log cannot be reached")
 
     def outage_ended(self, seconds: float) -> None:
         """One line, at level WARNING."""
         words = f"the event log can be reached again, after {seconds:.1f} s"
-        _note(logging.WARNING, "outage_ended", words, seconds=round(seconds, 3))
+        _log(logging.WARNING, "outage_ended", words, seconds=round(seconds, 3))
 
     def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
         """The traceback, at level ERROR; of an error that was meant for the client one line, at level WARNING."""
@@ -107,36 +107,36 @@ class LoggingObserver(NullObserver):
             code, words = words_for_clients(error)
             logger.warning(
                 "%s: %s: %s [%s]",
-                printable(where),
-                printable(code),
-                printable(words),
+                escape_unprintable(where),
+                escape_unprintable(code),
+                escape_unprintable(words),
                 error_id,
                 extra={**extra, "cause": code},
             )
         else:
             extra["cause"] = type(error).__name__
-            words = printable(encodable(error))
-            logger.error("%s: %s [%s]", printable(where), words, error_id, exc_info=error, extra=extra)
+            words = escape_unprintable(encodable(error))
+            logger.error("%s: %s [%s]", escape_unprintable(where), words, error_id, exc_info=error, extra=extra)
 
     def warning(self, message: str) -> None:
         """One line, at level WARNING."""
-        _note(logging.WARNING, "warning", message)
+        _log(logging.WARNING, "warning", message)
 
 
-def _note(level: int, event: str, words: str, **parts: Any) -> None:
+def _log(level: int, event: str, words: str, **parts: Any) -> None:
     if logger.isEnabledFor(level):
-        logger.log(level, "%s", printable(words), extra={"event": event, **parts})
+        logger.log(level, "%s", escape_unprintable(words), extra={"event": event, **parts})
 
 
-class OneLineEach(logging.Formatter):
+class SingleLineFormatter(logging.Formatter):
     """For people: nothing begins a line but a record, whatever words there are in it. Tracebacks are indented."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's name)
         """The traceback."""
-        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
+        return "\n".join(f"  {escape_unprintable(line)}" for line in super().formatException(ei).split("\n"))
 
 
-def printable(words: str) -> str:
+def escape_unprintable(words: str) -> str:
     """The words, with what is not printable escaped."""
     if words.isprintable():
         return words

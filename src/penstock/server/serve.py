@@ -31,11 +31,11 @@ import hypercorn.trio
 import trio
 from hypercorn.config import Config, Sockets
 
-from penstock.asgi.lifespan import Service
+from penstock.asgi.lifespan import AppLifespan
 from penstock.errors import ConfigurationError, Draining, SupervisorFailed, single_error
-from penstock.exception_groups import raise_unchanged
-from penstock.observer import tell
-from penstock.server.hypercorn_fixes import MAX_USER_TIMEOUT, are_known, correct, time_out_stalled
+from penstock.exception_groups import reraise
+from penstock.observer import notify
+from penstock.server.hypercorn_fixes import MAX_USER_TIMEOUT, apply, are_known, time_out_stalled
 from penstock.server.hypercorn_fixes.http2 import LAST_WORDS
 from penstock.supervisor.settings import check_duration
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from hypercorn.typing import Framework
     from starlette.applications import Starlette
 
-    from penstock.server.hypercorn_fixes import Sends
+    from penstock.server.hypercorn_fixes import SendDeadline
     from penstock.supervisor import Supervisor
     from penstock.supervisor.services import StuckRun
 
@@ -71,12 +71,12 @@ class Shutdown:
         """End when the runs have ended, and accept connections until then."""
         self.asked.set()
 
-    def leave(self) -> None:
+    def stop_accepting(self) -> None:
         """End when the runs have ended, and accept no more connections: siblings do."""
         self.asked.set()
         self.leaving.set()
 
-    def hurry(self) -> None:
+    def force(self) -> None:
         """Skip what is being waited for: a further signal, or the first."""
         if self.asked.is_set():
             self._hurry()
@@ -84,9 +84,9 @@ class Shutdown:
 
     async def run(
         self,
-        service: Service,
+        service: AppLifespan,
         config: Config,
-        sends: Sends,
+        sends: SendDeadline,
         server: trio.CancelScope,
         abandon: Callable[[Sequence[StuckRun]], None] | None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -132,11 +132,11 @@ class Shutdown:
         finally:
             sends.end_by(trio.current_time() + LAST_WORDS)
 
-    async def _fail_with(self, service: Service) -> None:
+    async def _fail_with(self, service: AppLifespan) -> None:
         await service.failed.wait()
         self.asked.set()
 
-    async def _leave(self, service: Service, config: Config) -> None:
+    async def _leave(self, service: AppLifespan, config: Config) -> None:
         await self.leaving.wait()
         config.graceful_timeout = config.shutdown_timeout = service.patience
         self.down.set()
@@ -153,7 +153,7 @@ async def listen(
         task_status.started()
         async for _ in received:
             last = shutdown.over
-            shutdown.hurry()
+            shutdown.force()
             if last:
                 return
 
@@ -241,13 +241,13 @@ async def serve(
         SupervisorFailed: a service of the supervisor died.
     """
     service = getattr(app.state, "penstock", None)
-    if not isinstance(service, Service):
+    if not isinstance(service, AppLifespan):
         raise ConfigurationError("serve() needs an application made by create_app()")
     config = new_config() if config is None else config
     _check(config, tcp_user_timeout)
     shutdown = Shutdown() if shutdown is None else shutdown
     config = _own(config, tcp_user_timeout, service)
-    sends = correct(config, lambda words: tell(service.observer.warning, words))
+    sends = apply(config, lambda words: notify(service.observer.warning, words))
     service.limits.http2_corrected = are_known()
     urls: list[str] | None = None
     framework = cast("Framework", app)  # Hypercorn's types of an application are narrower than Starlette's
@@ -268,7 +268,7 @@ async def serve(
                 if service.running:  # or its start has failed, and Hypercorn has not noticed yet
                     task_status.started(urls)
     except BaseExceptionGroup as group:  # of Hypercorn's nurseries and this one: the caller should see what went wrong
-        raise_unchanged(service.startup_error or single_error(group))
+        reraise(service.startup_error or single_error(group))
     if urls is None and task_status is not trio.TASK_STATUS_IGNORED:  # somebody waits to hear that it has started
         raise Draining("shut down before it had started")
     if service.failed.is_set():
@@ -287,7 +287,7 @@ def _check(config: Config, tcp_user_timeout: float) -> None:
         raise ConfigurationError(words)
 
 
-def _own(config: Config, tcp_user_timeout: float, service: Service) -> Config:
+def _own(config: Config, tcp_user_timeout: float, service: AppLifespan) -> Config:
     """A copy of `config`, for this server alone, whose sockets do not wait for clients that have stalled."""
     own = copy.copy(config)
 
@@ -297,7 +297,7 @@ def _own(config: Config, tcp_user_timeout: float, service: Service) -> Config:
         for sock in listening:
             sock.set_inheritable(False)  # or what a producer starts would keep the address when this server has ended
         if not time_out_stalled(listening, tcp_user_timeout) and tcp_user_timeout:
-            tell(
+            notify(
                 service.observer.warning,
                 "this system has no TCP_USER_TIMEOUT: a client that stops reading keeps its connection until the "
                 "system gives it up, or the server ends",

@@ -77,7 +77,7 @@ DRAIN: Final = "drain"
 HURRY: Final = "hurry"
 
 
-class Words:
+class LineChannel:
     """One end of a socket pair on which words go."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -85,7 +85,7 @@ class Words:
         self._received = b""
         self._lock = trio.Lock()
 
-    async def say(self, word: str) -> None:
+    async def send(self, word: str) -> None:
         """Send a word; nothing happens if nobody is there any more."""
         async with self._lock:
             try:
@@ -93,7 +93,7 @@ class Words:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
 
-    async def hear(self) -> str | None:
+    async def receive(self) -> str | None:
         """The next word; None when the other end is closed."""
         while b"\n" not in self._received:
             try:
@@ -111,7 +111,7 @@ class Words:
         await self._stream.aclose()
 
 
-class Link:
+class ParentLink:
     """A worker's connection with its parent."""
 
     def __init__(self, number: int, fd: int) -> None:
@@ -119,7 +119,7 @@ class Link:
         """The worker's, from 1."""
         self._sock = socket.socket(fileno=fd)
         self._sock.set_inheritable(False)
-        self._words: Words | None = None
+        self._words: LineChannel | None = None
         self._orphaned = False
 
     def keep_signals(self) -> None:
@@ -137,24 +137,24 @@ class Link:
     async def ready(self, news: str) -> None:
         """Say that connections are accepted; `news` is for whoever announces it."""
         if self._words is not None:
-            await self._words.say(f"{READY}{news}")
+            await self._words.send(f"{READY}{news}")
 
     async def obey(self, shutdown: Shutdown, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Do what the parent says, and what signals say that the parent may not have had, until this is cancelled.
 
         After that the process takes no notice of signals any more.
         """
-        self._words = words = Words(self._sock)
+        self._words = words = LineChannel(self._sock)
         try:
             with trio.open_signal_receiver(*SIGNALS) as signals:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._take, signals, words, shutdown)
                     task_status.started()
-                    while (word := await words.hear()) is not None:
+                    while (word := await words.receive()) is not None:
                         if word == LEAVE:
-                            shutdown.leave()
+                            shutdown.stop_accepting()
                         elif word == HURRY:
-                            shutdown.hurry()
+                            shutdown.force()
                         else:
                             shutdown.drain()
                     self._orphaned = True
@@ -164,15 +164,15 @@ class Link:
                 signal.signal(number, signal.SIG_IGN)
             self._sock.close()  # which says that all is done
 
-    async def _take(self, signals: AsyncIterator[int], words: Words, shutdown: Shutdown) -> None:
+    async def _take(self, signals: AsyncIterator[int], words: LineChannel, shutdown: Shutdown) -> None:
         told = False
         async for number in signals:
             if self._orphaned:
-                shutdown.hurry()  # nobody else counts any more
+                shutdown.force()  # nobody else counts any more
             elif number == signal.SIGTERM and not told:
                 told = True
                 shutdown.drain()
-                await words.say(LEAVING)
+                await words.send(LEAVING)
 
 
 @dataclass(slots=True)
@@ -180,12 +180,12 @@ class _Worker:
     """A worker, as its parent knows it."""
 
     process: subprocess.Popen[bytes]
-    words: Words
+    words: LineChannel
     ready: bool = False
     leaving: bool = False
 
 
-class Parent:
+class ProcessManager:
     """Keeps the workers."""
 
     def __init__(
@@ -281,7 +281,7 @@ class Parent:
 
     def _tell(self, word: str) -> None:
         for worker in self._workers.values():
-            self._messengers.start_soon(worker.words.say, word)
+            self._messengers.start_soon(worker.words.send, word)
 
     async def _keep(self, number: int, has_settled: trio.Event) -> None:
         """Keep one worker; it `has_settled` when the first process is ready, or has ended."""
@@ -340,15 +340,15 @@ class Parent:
                 raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return _Worker(process, Words(here))
+        return _Worker(process, LineChannel(here))
 
     async def _hear(self, worker: _Worker, is_ready: trio.Event) -> None:
-        while (word := await worker.words.hear()) is not None:
+        while (word := await worker.words.receive()) is not None:
             if word == LEAVING:
                 worker.leaving = True
                 await trio.sleep(GROUP_SIGNAL)
                 if not self._ending.is_set():
-                    await worker.words.say(LEAVE)
+                    await worker.words.send(LEAVE)
             elif word.startswith(READY):
                 worker.ready = True
                 if self._news is None:

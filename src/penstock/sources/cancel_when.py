@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from penstock.errors import ConfigurationError, RunCancelled
-from penstock.exception_groups import is_cancellation, raise_bare
-from penstock.observer import Observer, tell
+from penstock.exception_groups import is_cancellation, raise_single
+from penstock.observer import Observer, notify
 from penstock.observer.logging import LoggingObserver
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ MAX_BACKOFF: Final = 10.0
 """The longest pause, in seconds, after polls that failed (an `interval` that is longer still stays as it is)."""
 
 
-class Watch:
+class CancelWatch:
     """What a `cancel_when` block knows of itself.
 
     Attributes:
@@ -100,7 +100,7 @@ class Watch:
         if self._ended:
             return
         of = "" if self._run_id is None else f" of run {self._run_id}"
-        tell(self._observer.warning, f"looking for a cancel{of} failed, next try in {pause:g} s: {error!r}")
+        notify(self._observer.warning, f"looking for a cancel{of} failed, next try in {pause:g} s: {error!r}")
 
 
 def _is_failure(error: BaseException) -> bool:
@@ -115,7 +115,7 @@ async def cancel_when(
     *,
     run_id: str | None = None,
     observer: Observer | None = None,
-) -> AsyncIterator[Watch]:
+) -> AsyncIterator[CancelWatch]:
     """Cancel the block as soon as `is_cancelled()` says so, and then raise `RunCancelled`.
 
     An async context manager that hands out a `Watch`. Asks at once, in a background task, and then `interval` seconds
@@ -138,7 +138,7 @@ async def cancel_when(
     """
     if not interval > 0:
         raise ConfigurationError(f"interval is a number of seconds above 0, not {interval!r}")
-    watch = Watch(is_cancelled, interval, run_id, LoggingObserver() if observer is None else observer)
+    watch = CancelWatch(is_cancelled, interval, run_id, LoggingObserver() if observer is None else observer)
     cut_short = False
     try:
         async with trio.open_nursery() as nursery:
@@ -151,7 +151,7 @@ async def cancel_when(
             finally:
                 watch.end()
     except BaseExceptionGroup as group:
-        raise_bare(group, trio.Cancelled)
+        raise_single(group, trio.Cancelled)
     # Only a cancellation that came from nowhere but here has been caught by the nursery, and gets to this line.
     if cut_short and watch.requested:
         raise RunCancelled(run_id, watch.reason)

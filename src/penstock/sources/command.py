@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import trio
 
 from penstock.errors import ConfigurationError, PublicError
-from penstock.exception_groups import raise_bare
+from penstock.exception_groups import raise_single
 from penstock.sse import Event
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
             for wait in waits:
                 nursery.start_soon(run, wait)
     except BaseExceptionGroup as group:
-        raise_bare(group, trio.Cancelled)
+        raise_single(group, trio.Cancelled)
 
 
 @dataclass(slots=True, eq=False)

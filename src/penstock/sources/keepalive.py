@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from penstock.errors import ConfigurationError
-from penstock.exception_groups import raise_bare, raise_unchanged
+from penstock.exception_groups import raise_single, reraise
 from penstock.sse.chunks import held_across_a_yield, opened
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ async def keepalive(
             finally:
                 chunks.leave(nursery.cancel_scope)
     except BaseExceptionGroup as group:
-        raise_bare(group, trio.Cancelled)
+        raise_single(group, trio.Cancelled)
 
 
 class _Chunks:
@@ -134,6 +134,6 @@ class _Chunks:
         if self._error is not None:
             error, self._error = self._error, None
             try:
-                raise_unchanged(error)
+                reraise(error)
             finally:
                 del error  # its traceback holds this frame

@@ -176,7 +176,7 @@ def _check_retry(value: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class WireBlock:
     """One whole block that a producer encoded itself.
 
     Attributes:
@@ -190,7 +190,7 @@ class Block:
     data: str | None
 
 
-def split_blocks(chunk: str | bytes) -> list[Block]:
+def split_blocks(chunk: str | bytes) -> list[WireBlock]:
     """Take the chunk of a run's producer apart into whole blocks; an empty chunk holds none.
 
     The chunk is taken as an event stream of its own: one BOM at its beginning is dropped, as are blank lines between
@@ -217,7 +217,7 @@ def split_blocks(chunk: str | bytes) -> list[Block]:
     return [_block(lines) for block in blocks if (lines := block.lstrip("\n"))]
 
 
-def _block(lines: str) -> Block:
+def _block(lines: str) -> WireBlock:
     event = None
     data = []
     for line in lines.split("\n"):
@@ -228,7 +228,7 @@ def _block(lines: str) -> Block:
             event = value or None
         elif name == "id":
             raise InvalidChunk("inside a run the log numbers the events: leave the id field out of the block")
-    return Block((lines + "\n\n").encode(), event, "\n".join(data) if data else None)
+    return WireBlock((lines + "\n\n").encode(), event, "\n".join(data) if data else None)
 
 
 def _field(line: str) -> tuple[str, str]:

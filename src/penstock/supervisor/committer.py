@@ -1,11 +1,11 @@
 """A lane of the committer: group commit for the runs of one part of the log.
 
-Each run of this process has an `Outbox`, in which entries get their seq and wait. A lane takes what is pending in all
-of its outboxes, hands it to the log in one append, and, once the log has acknowledged it, adds it to the runs' tails,
-where readers see it. It commits at once when it is idle; after a commit of many entries it waits until `commit_spacing`
+Each run of this process has a `WriteBuffer`, in which entries get their seq and wait. A lane takes what is pending in
+all of its buffers, hands it to the log in one append, and, once the log has acknowledged it, adds it to the
+runs' tails, where readers see it. It commits at once when it is idle; after a commit of many entries it waits until `commit_spacing`
 is over, and after one of few for a part of that, so that load turns into larger batches instead of more round trips.
 
-    write ──▶ Outbox: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
+    write ──▶ WriteBuffer: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
                  ▲                                                 │
                  ├───────────── room for more ◀────────────────────┤
                  └──── restore, and again from the tail ◀── lost by the log
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from penstock.backoff import WARNING_INTERVAL, patiently
+from penstock.backoff import WARNING_INTERVAL, retry_while_unavailable
 from penstock.errors import LogUnavailable, RunEnded
 from penstock.log import AppendStatus
 from penstock.observer import Commit
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from penstock.log import Appended, Batch, EventLog
     from penstock.runs import Ending
-    from penstock.supervisor.write_buffer import Outbox
+    from penstock.supervisor.write_buffer import WriteBuffer
 
 T = TypeVar("T")
 
@@ -65,15 +65,15 @@ class Commits:
     max_process_pending: int
     on_warning: Callable[[str], None]
     on_commit: Callable[[Commit], None]
-    elsewhere: Callable[[Lane, Outbox], Lane]
-    """Called with an outbox whose run is on another part now; the lane that it belongs to."""
+    elsewhere: Callable[[ShardCommitter, WriteBuffer], ShardCommitter]
+    """Called with an buffer whose run is on another part now; the lane that it belongs to."""
 
 
-class Lane:
-    """The outboxes whose runs are on one part of the log."""
+class ShardCommitter:
+    """The buffers whose runs are on one part of the log."""
 
-    def __init__(self, part: str, commits: Commits) -> None:
-        self.part = part
+    def __init__(self, shard: str, commits: Commits) -> None:
+        self.shard = shard
         self.size = 0
         """The bytes that wait for their acknowledgement, of all its runs."""
         self.limit = commits.max_process_pending
@@ -84,26 +84,26 @@ class Lane:
         """There is no such part any more."""
         self._scope = trio.CancelScope()
         self._commits = commits
-        self._dirty: dict[Outbox, None] = {}
+        self._dirty: dict[WriteBuffer, None] = {}
         self._urgent = False
         self._wake = trio.Event()
         self._load = 1.0
         """The part of the spacing that the last commit makes the next one wait."""
-        self._lost: dict[Outbox, None] = {}
+        self._lost: dict[WriteBuffer, None] = {}
         """Runs of which the log has lost something."""
-        self._later: dict[Outbox, None] = {}
+        self._later: dict[WriteBuffer, None] = {}
         """Runs that the log could not take just now, having no room or being away, until it is asked again."""
         self._ask_again_at = inf
         self._warned_at = -inf
         self._busy = False
-        self._under_way: list[Outbox] = []
-        """The outboxes of the append that is under way."""
+        self._under_way: list[WriteBuffer] = []
+        """The buffers of the append that is under way."""
 
     @property
-    def waiting(self) -> list[Outbox]:
-        """The outboxes of which something is still to be done, apart from those that are being seen to."""
+    def waiting(self) -> list[WriteBuffer]:
+        """The buffers of which something is still to be done, apart from those that are being seen to."""
         return [
-            outbox for outbox in (*self._dirty, *self._lost, *self._later) if not (outbox.settled or outbox.abandoned)
+            buffer for buffer in (*self._dirty, *self._lost, *self._later) if not (buffer.settled or buffer.abandoned)
         ]
 
     @property
@@ -111,11 +111,11 @@ class Lane:
         """There is nothing to do."""
         return not (self._busy or self.size or self.waiting)
 
-    def mark(self, outbox: Outbox, *, urgent: bool) -> None:
+    def mark(self, buffer: WriteBuffer, *, urgent: bool) -> None:
         """There is something to commit."""
-        if outbox in self._later and not outbox.closing:
+        if buffer in self._later and not buffer.finishing:
             return
-        self._dirty[outbox] = None
+        self._dirty[buffer] = None
         if urgent or not self._commits.flush_interval:
             self._urgent = True
         self._wake.set()
@@ -125,19 +125,19 @@ class Lane:
         self._urgent = True
         self._wake.set()
 
-    def drop(self, outbox: Outbox) -> None:
+    def drop(self, buffer: WriteBuffer) -> None:
         """Forget what is pending, and take nothing more; its owner knows. Who waits for room goes on."""
-        self.size -= outbox.abandon()
+        self.size -= buffer.abandon()
         self.room.unpark_all()
 
-    def restore(self, outbox: Outbox) -> None:
+    def restore(self, buffer: WriteBuffer) -> None:
         """See to it that the log is given again what it has lost of a run. Synchronous."""
-        self._lost[outbox] = None
+        self._lost[buffer] = None
         self.hurry()
 
-    def is_full(self, outbox: Outbox) -> bool:
-        """True if a write to the outbox has to wait."""
-        return outbox.size >= self._commits.max_pending or self.size >= self.limit
+    def is_full(self, buffer: WriteBuffer) -> bool:
+        """True if a write to the buffer has to wait."""
+        return buffer.size >= self._commits.max_pending or self.size >= self.limit
 
     def close(self) -> None:
         """End it, if there is no such part any more."""
@@ -163,18 +163,18 @@ class Lane:
             await trio.sleep_until(started + spacing * self._load)
             started, self._busy = trio.current_time(), True
             self._urgent = False
-            self.limit = max(1, self._commits.max_process_pending // len(self._commits.log.parts()))
+            self.limit = max(1, self._commits.max_process_pending // len(self._commits.log.shards()))
             if started >= self._ask_again_at:
-                for outbox in self._later:
-                    (self._dirty if outbox.entries else self._lost)[outbox] = None
+                for buffer in self._later:
+                    (self._dirty if buffer.entries else self._lost)[buffer] = None
                 self._later, self._ask_again_at = {}, inf
-            outboxes, self._dirty = self._dirty, {}
-            if pending := [outbox for outbox in outboxes if outbox.entries and self._is_here(outbox)]:
+            buffers, self._dirty = self._dirty, {}
+            if pending := [buffer for buffer in buffers if buffer.entries and self._is_here(buffer)]:
                 await self._commit(pending)
             lost, self._lost = self._lost, {}
-            for outbox in lost:
-                if self._is_here(outbox, lost=True):
-                    await self._restore(outbox)
+            for buffer in lost:
+                if self._is_here(buffer, lost=True):
+                    await self._restore(buffer)
             self._busy = False
 
     async def _linger(self) -> None:
@@ -184,39 +184,39 @@ class Lane:
                 self._wake = trio.Event()
                 await self._wake.wait()
 
-    def _is_here(self, outbox: Outbox, *, lost: bool = False) -> bool:
+    def _is_here(self, buffer: WriteBuffer, *, lost: bool = False) -> bool:
         """Whether it belongs to this lane; if its run is on another part, it is handed over."""
-        lane = outbox.lane
-        if lane is self and not outbox.abandoned and self._commits.log.part(outbox.run_id) != self.part:
-            self._later.pop(outbox, None)
-            lane = self._commits.elsewhere(self, outbox)
+        lane = buffer.lane
+        if lane is self and not buffer.abandoned and self._commits.log.shard(buffer.run_id) != self.shard:
+            self._later.pop(buffer, None)
+            lane = self._commits.elsewhere(self, buffer)
         if lane is None or lane is self:
             return True
         if lost:
-            lane.restore(outbox)
+            lane.restore(buffer)
         else:
-            lane.mark(outbox, urgent=True)
+            lane.mark(buffer, urgent=True)
         return False
 
-    async def _commit(self, outboxes: list[Outbox]) -> None:
-        self._under_way = outboxes
-        parts = [(outbox, outbox.batches()) for outbox in outboxes]
-        self._load = min(1.0, sum(len(batch.entries) for _, batches in parts for batch in batches) / LOADED)
+    async def _commit(self, buffers: list[WriteBuffer]) -> None:
+        self._under_way = buffers
+        batches_of = [(buffer, buffer.batches()) for buffer in buffers]
+        self._load = min(1.0, sum(len(batch.entries) for _, batches in batches_of for batch in batches) / LOADED)
         began = trio.current_time()
         runs = entries = size = 0
-        replies = iter(await self._append([batch for _, batches in parts for batch in batches]))
-        for outbox, batches in parts:
+        replies = iter(await self._append([batch for _, batches in batches_of for batch in batches]))
+        for buffer, batches in batches_of:
             own = list(islice(replies, len(batches)))
-            before = outbox.stored
+            before = buffer.stored
             for batch, reply in zip(batches, own, strict=True):
-                size += self._settle(outbox, batch, reply)
+                size += self._settle(buffer, batch, reply)
                 if reply.status is not AppendStatus.OK:
                     break  # what follows a batch that is not stored is not stored either
             else:
-                if outbox.entries:
-                    self.mark(outbox, urgent=True)
-            runs += outbox.stored > before
-            entries += outbox.stored - before
+                if buffer.entries:
+                    self.mark(buffer, urgent=True)
+            runs += buffer.stored > before
+            entries += buffer.stored - before
         self._under_way = []
         self.room.unpark_all()
         if entries:
@@ -237,54 +237,54 @@ class Lane:
                 self._let_go()
                 raise
 
-        return await patiently(attempt, what=what, on_warning=self._commits.on_warning)
+        return await retry_while_unavailable(attempt, what=what, on_warning=self._commits.on_warning)
 
     def _let_go(self) -> None:
         """The part is away: what waits here until it is back, and is on another part now, does not wait."""
-        for outbox in self._dirty.keys() - set(self._under_way):
-            if not self._is_here(outbox):
-                del self._dirty[outbox]
-        for outbox in self._lost.keys() - set(self._under_way):
-            if not self._is_here(outbox, lost=True):
-                del self._lost[outbox]
+        for buffer in self._dirty.keys() - set(self._under_way):
+            if not self._is_here(buffer):
+                del self._dirty[buffer]
+        for buffer in self._lost.keys() - set(self._under_way):
+            if not self._is_here(buffer, lost=True):
+                del self._lost[buffer]
 
-    def _settle(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
+    def _settle(self, buffer: WriteBuffer, batch: Batch, reply: Appended) -> int:
         """Act on the reply to one batch; the bytes of it that are stored."""
-        if outbox.abandoned:  # while the append was under way
+        if buffer.abandoned:  # while the append was under way
             return 0
         match reply.status:
             case AppendStatus.OK:
-                return self._acknowledge(outbox, batch, reply)
+                return self._acknowledge(buffer, batch, reply)
             case AppendStatus.CANCELLED:
-                self.size -= outbox.reopen()
-                outbox.owner.completion_refused(reply.cancel)
+                self.size -= buffer.unfinish()
+                buffer.listener.on_completion_rejected(reply.cancel)
             case AppendStatus.FULL | AppendStatus.AWAY:
-                self._ask_again(outbox, reply)
+                self._ask_again(buffer, reply)
             case AppendStatus.GONE | AppendStatus.HOLE:
-                self.restore(outbox)
+                self.restore(buffer)
             case AppendStatus.REFUSED:
-                self._refuse(outbox, reply)
+                self._refuse(buffer, reply)
             case AppendStatus.FENCED | AppendStatus.ENDED:
-                outbox.owner.run_lost()
-                self.drop(outbox)
+                buffer.listener.on_fenced()
+                self.drop(buffer)
         return 0
 
-    def _acknowledge(self, outbox: Outbox, batch: Batch, reply: Appended) -> int:
-        stored = outbox.acknowledge(batch.entries)
+    def _acknowledge(self, buffer: WriteBuffer, batch: Batch, reply: Appended) -> int:
+        stored = buffer.acknowledge(batch.entries)
         self.size -= stored
         if batch.ending is not None:
-            outbox.owner.run_settled()
+            buffer.listener.on_stored()
         elif reply.cancelled:
-            outbox.owner.cancel_on_record(reply.cancel)
+            buffer.listener.on_cancel_recorded(reply.cancel)
         return stored
 
-    def _refuse(self, outbox: Outbox, reply: Appended) -> None:
+    def _refuse(self, buffer: WriteBuffer, reply: Appended) -> None:
         """Give up a run that the log cannot hold."""
-        self._commits.on_warning(f"cannot store run {outbox.run_id}: {reply.words}")
-        outbox.owner.run_refused()
-        self.drop(outbox)
+        self._commits.on_warning(f"cannot store run {buffer.run_id}: {reply.words}")
+        buffer.listener.on_rejected()
+        self.drop(buffer)
 
-    def _ask_again(self, outbox: Outbox, reply: Appended) -> None:
+    def _ask_again(self, buffer: WriteBuffer, reply: Appended) -> None:
         """Ask the log again later; until then this run's entries wait, and only its ending does not."""
         now = trio.current_time()
         pause = AWAY_PAUSE if reply.status is AppendStatus.AWAY else FULL_PAUSE
@@ -292,41 +292,41 @@ class Lane:
         if now - self._warned_at >= WARNING_INTERVAL:
             self._warned_at = now
             self._commits.on_warning(f"cannot commit: {reply.words}; trying again")
-        self._later[outbox] = None
-        if not outbox.closing:
-            self._dirty.pop(outbox, None)
+        self._later[buffer] = None
+        if not buffer.finishing:
+            self._dirty.pop(buffer, None)
 
-    async def _restore(self, outbox: Outbox) -> None:
+    async def _restore(self, buffer: WriteBuffer) -> None:
         """Put back what the log has lost of a run, and append again what follows."""
-        if outbox.abandoned or outbox.settled:
+        if buffer.abandoned or buffer.settled:
             return
-        at_hand = outbox.at_hand()
-        oldest = min([outbox.stored + 1, *(entry.seq for entry in at_hand[:1])])
-        restore = partial(self._commits.log.restore, outbox.run, outbox.lease, oldest)
+        at_hand = buffer.acknowledged()
+        oldest = min([buffer.stored + 1, *(entry.seq for entry in at_hand[:1])])
+        restore = partial(self._commits.log.restore, buffer.run, buffer.lease, oldest)
         on_warning = self._commits.on_warning
-        reply = await self._patiently(restore, f"restore run {outbox.run_id}")
-        if outbox.abandoned:
+        reply = await self._patiently(restore, f"restore run {buffer.run_id}")
+        if buffer.abandoned:
             return
         match reply.status:
             case AppendStatus.OK | AppendStatus.HOLE:
-                on_warning(f"the log had lost a part of run {outbox.run_id}; going on from entry {reply.seq + 1}")
-                self.size += outbox.go_back(reply.seq, at_hand)
+                on_warning(f"the log had lost a part of run {buffer.run_id}; going on from entry {reply.seq + 1}")
+                self.size += buffer.rewind(reply.seq, at_hand)
                 if reply.status is AppendStatus.HOLE:
-                    if outbox.ending is not None:
-                        self.size -= outbox.reopen()
-                    outbox.owner.log_diverged()
-                self.mark(outbox, urgent=True)
+                    if buffer.ending is not None:
+                        self.size -= buffer.unfinish()
+                    buffer.listener.on_diverged()
+                self.mark(buffer, urgent=True)
             case AppendStatus.FULL | AppendStatus.AWAY:
-                self._ask_again(outbox, reply)
+                self._ask_again(buffer, reply)
             case AppendStatus.REFUSED:
-                self._refuse(outbox, reply)
+                self._refuse(buffer, reply)
             case _:
-                outbox.owner.run_lost()
-                self.drop(outbox)
+                buffer.listener.on_fenced()
+                self.drop(buffer)
 
 
 class Committer:
-    """Commits what is pending in all outboxes of a process.
+    """Commits what is pending in all buffers of a process.
 
     Args:
         log: where it goes.
@@ -364,7 +364,7 @@ class Committer:
             on_commit,
             self._hand_over,
         )
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, ShardCommitter] = {}
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -373,89 +373,89 @@ class Committer:
         return sum(lane.size for lane in self._lanes.values())
 
     @property
-    def waiting(self) -> list[Outbox]:
-        """The outboxes of which something is still to be done."""
-        return [outbox for lane in self._lanes.values() for outbox in lane.waiting]
+    def waiting(self) -> list[WriteBuffer]:
+        """The buffers of which something is still to be done."""
+        return [buffer for lane in self._lanes.values() for buffer in lane.waiting]
 
-    def put(self, outbox: Outbox, blocks: Sequence[bytes]) -> None:
-        """Add entries to an outbox, and see to it that they are committed. Synchronous; call `room` before."""
-        lane = self._lane(outbox)
-        lane.size += outbox.put(blocks)
-        lane.mark(outbox, urgent=len(outbox.entries) >= self._flush_size)
+    def put(self, buffer: WriteBuffer, blocks: Sequence[bytes]) -> None:
+        """Add entries to an buffer, and see to it that they are committed. Synchronous; call `room` before."""
+        lane = self._lane(buffer)
+        lane.size += buffer.append(blocks)
+        lane.mark(buffer, urgent=len(buffer.entries) >= self._flush_size)
 
-    def close(self, outbox: Outbox, blocks: Sequence[bytes], ending: Ending) -> None:
+    def close(self, buffer: WriteBuffer, blocks: Sequence[bytes], ending: Ending) -> None:
         """Add a run's last entries, which never wait for room, with its ending."""
-        lane = self._lane(outbox)
-        lane.size += outbox.close(blocks, ending)
-        lane.mark(outbox, urgent=True)
+        lane = self._lane(buffer)
+        lane.size += buffer.finish(blocks, ending)
+        lane.mark(buffer, urgent=True)
 
-    async def flush(self, outbox: Outbox) -> None:
+    async def flush(self, buffer: WriteBuffer) -> None:
         """Commit what is pending without any linger, and wait until the log has acknowledged it. A checkpoint.
 
         Raises:
             RunEnded: it never will.
         """
         await trio.lowlevel.checkpoint()
-        goal = outbox.seq
-        if outbox.entries:
-            self._lane(outbox).mark(outbox, urgent=True)
-        while outbox.stored < goal:
-            if outbox.abandoned:
-                raise RunEnded(outbox.run_id)
-            await outbox.vacancy.park()
+        goal = buffer.seq
+        if buffer.entries:
+            self._lane(buffer).mark(buffer, urgent=True)
+        while buffer.stored < goal:
+            if buffer.abandoned:
+                raise RunEnded(buffer.run_id)
+            await buffer.vacancy.park()
 
-    def abandon(self, outbox: Outbox) -> None:
+    def abandon(self, buffer: WriteBuffer) -> None:
         """Give the run up: another owner has it."""
-        if not outbox.abandoned and not outbox.settled:
-            outbox.owner.run_lost()
-            self.drop(outbox)
+        if not buffer.abandoned and not buffer.settled:
+            buffer.listener.on_fenced()
+            self.drop(buffer)
 
-    def drop(self, outbox: Outbox) -> None:
+    def drop(self, buffer: WriteBuffer) -> None:
         """Forget what is pending, and take nothing more; its owner knows. Who waits for room goes on."""
-        self._lane(outbox).drop(outbox)
+        self._lane(buffer).drop(buffer)
 
-    def restore(self, outbox: Outbox) -> None:
+    def restore(self, buffer: WriteBuffer) -> None:
         """See to it that the log is given again what it has lost of a run. Synchronous."""
-        self._lane(outbox).restore(outbox)
+        self._lane(buffer).restore(buffer)
 
-    def is_full(self, outbox: Outbox) -> bool:
-        """True if a write to the outbox has to wait."""
-        return self._lane(outbox).is_full(outbox)
+    def is_full(self, buffer: WriteBuffer) -> bool:
+        """True if a write to the buffer has to wait."""
+        return self._lane(buffer).is_full(buffer)
 
-    async def room(self, outbox: Outbox) -> None:
-        """Wait until the outbox takes more. A checkpoint."""
+    async def room(self, buffer: WriteBuffer) -> None:
+        """Wait until the buffer takes more. A checkpoint."""
         await trio.lowlevel.checkpoint()
-        while (lane := self._lane(outbox)).is_full(outbox):
+        while (lane := self._lane(buffer)).is_full(buffer):
             lane.hurry()
-            await (outbox.vacancy if outbox.size >= self._max_pending else lane.room).park()
+            await (buffer.vacancy if buffer.size >= self._max_pending else lane.room).park()
 
-    def _lane(self, outbox: Outbox) -> Lane:
-        lane = outbox.lane
+    def _lane(self, buffer: WriteBuffer) -> ShardCommitter:
+        lane = buffer.lane
         if lane is None or lane.closed:
-            lane = outbox.lane = self._lane_of(self._log.part(outbox.run_id))
+            lane = buffer.lane = self._lane_of(self._log.shard(buffer.run_id))
         return lane
 
-    def _lane_of(self, part: str) -> Lane:
-        if part not in self._lanes:
+    def _lane_of(self, shard: str) -> ShardCommitter:
+        if shard not in self._lanes:
             self._close_lanes()
-            lane = self._lanes[part] = Lane(part, self._commits)
+            lane = self._lanes[shard] = ShardCommitter(shard, self._commits)
             if self._nursery is not None and not self._nursery.cancel_scope.cancel_called:
                 self._nursery.start_soon(lane.run)
-        return self._lanes[part]
+        return self._lanes[shard]
 
     def _close_lanes(self) -> None:
         """Close the lanes of parts that there are no more, once nothing is left in them."""
-        parts = self._log.parts()
-        for part, lane in [*self._lanes.items()]:
-            if part not in parts and lane.idle:
-                del self._lanes[part]
+        shards = self._log.shards()
+        for shard, lane in [*self._lanes.items()]:
+            if shard not in shards and lane.idle:
+                del self._lanes[shard]
                 lane.close()
 
-    def _hand_over(self, lane: Lane, outbox: Outbox) -> Lane:
+    def _hand_over(self, lane: ShardCommitter, buffer: WriteBuffer) -> ShardCommitter:
         """The run is on another part now."""
-        outbox.lane = other = self._lane_of(self._log.part(outbox.run_id))
-        lane.size -= outbox.size
-        other.size += outbox.size
+        buffer.lane = other = self._lane_of(self._log.shard(buffer.run_id))
+        lane.size -= buffer.size
+        other.size += buffer.size
         lane.room.unpark_all()
         return other
 
@@ -465,8 +465,8 @@ class Committer:
             async with trio.open_nursery() as self._nursery:
                 for lane in self._lanes.values():
                     self._nursery.start_soon(lane.run)
-                for part in self._log.parts():
-                    self._lane_of(part)
+                for shard in self._log.shards():
+                    self._lane_of(shard)
                 await trio.sleep_forever()
         finally:
             self._nursery = None

@@ -1,8 +1,8 @@
-"""One run in the process that owns it: its scope, its recorded facts, its outbox.
+"""One run in the process that owns it: its scope, its recorded facts, its buffer.
 
 An execution decides nothing while things happen; it records. `stop` stores the first cause, and only then cancels the
 scope. The step in which the producer's loop ends sets `ended`, which refuses later causes. When the producer has left,
-the facts become the run's ending (`endings.py`), which goes into the outbox; when the log has acknowledged that, the
+the facts become the run's ending (`endings.py`), which goes into the buffer; when the log has acknowledged that, the
 run is *settled*.
 
     running ──stop(cause)──▶ scope cancelled ──▶ producer leaves ──▶ concluded ──▶ settled
@@ -28,11 +28,11 @@ import trio
 
 from penstock.errors import RunCancelled, RunEnded, single_error, words_of_error_event
 from penstock.exception_groups import is_cancellation
-from penstock.observer import new_error_id, tell
+from penstock.observer import new_error_id, notify
 from penstock.runs import CAUSES, Cause, RunStatus
 from penstock.sse.chunks import blocks_of, held_across_a_yield, opened, status_of
-from penstock.supervisor.outcome import Facts, ending_of
-from penstock.supervisor.write_buffer import Outbox
+from penstock.supervisor.outcome import RunFacts, decide
+from penstock.supervisor.write_buffer import WriteBuffer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -70,7 +70,7 @@ class Execution:
 
     def __init__(self, run: Run, lease: Lease, tail: Tail, office: Office) -> None:
         self.run = run
-        self.outbox = Outbox(run, lease, tail, self)
+        self.buffer = WriteBuffer(run, lease, tail, self)
         self.scope = trio.CancelScope()
         self.cause: Cause | None = None
         """The first cause that was recorded."""
@@ -118,56 +118,56 @@ class Execution:
         self._expect_to_leave()
         return recorded
 
-    def cancel_on_record(self, reason: str | None) -> None:
+    def on_cancel_recorded(self, reason: str | None) -> None:
         """The log has a cancel request."""
         self.stop(Cause.CANCEL, reason)
 
-    def completion_refused(self, reason: str | None) -> None:
+    def on_completion_rejected(self, reason: str | None) -> None:
         """A cancel came between the producer's end and the log's acknowledgement of it: the cancel was first."""
         self._cancel_heard_at = min(self._cancel_heard_at, trio.current_time())
-        self._conclude(Facts(cause=Cause.CANCEL, words=reason))
+        self._conclude(RunFacts(cause=Cause.CANCEL, reason=reason))
 
-    def run_lost(self) -> None:
+    def on_fenced(self) -> None:
         """Another owner has the run."""
         self.given_up = True
         self.stop(Cause.FENCED)
-        tell(self._office.observer.run_fenced, self.run.id)
+        notify(self._office.observer.run_fenced, self.run.id)
         self._settle()
 
-    def run_refused(self) -> None:
+    def on_rejected(self) -> None:
         """The log cannot hold the run: a reaper ends it."""
         self.given_up = True
         self.stop(Cause.UNAVAILABLE)
         self._settle()
 
-    def cut_off(self) -> None:
+    def give_up(self) -> None:
         """The log has been away for too long: nothing is stored from here any more, and a reaper ends the run."""
         if not self.settled.is_set():
-            self.run_refused()
-            self._office.committer.drop(self.outbox)
+            self.on_rejected()
+            self._office.committer.drop(self.buffer)
 
-    def log_diverged(self) -> None:
+    def on_diverged(self) -> None:
         """The log has lost entries that nobody has any more: the run ends, and says so, even if it is over."""
         if self.concluded:
-            self._conclude(Facts(cause=Cause.DIVERGED))
+            self._conclude(RunFacts(cause=Cause.DIVERGED))
         else:
             self.stop(Cause.DIVERGED)
             self.cause = self.cause or Cause.DIVERGED
 
-    def run_settled(self) -> None:
+    def on_stored(self) -> None:
         """The ending is stored."""
         if self._ending is not None:
-            self.run = self.run.ended(self._ending, seq=self.outbox.seq, at=self.outbox.stored_at)
-            tell(self._office.observer.run_ended, self.run)
+            self.run = self.run.ended(self._ending, seq=self.buffer.seq, at=self.buffer.stored_at)
+            notify(self._office.observer.run_ended, self.run)
             if self.run.status is RunStatus.CANCELLED and self._cancel_heard_at < inf:
                 seconds = trio.current_time() - self._cancel_heard_at
-                tell(self._office.observer.run_cancelled, self.run.id, seconds)
+                notify(self._office.observer.run_cancelled, self.run.id, seconds)
         self._settle()
 
-    def forsake(self) -> None:
+    def on_services_died(self) -> None:
         """The services are gone: nothing is stored any more, and nothing is pretended."""
         self.stop(Cause.SHUTDOWN, "a service of the supervisor died")
-        self._office.committer.drop(self.outbox)
+        self._office.committer.drop(self.buffer)
         self._settle()
 
     def _settle(self) -> None:
@@ -227,22 +227,22 @@ class Execution:
         self._expect_to_leave()
 
     async def write(self, chunk: Any) -> bool:
-        """Put a chunk into the outbox, after waiting for room; False if it ends the run. Dropped after a cause.
+        """Put a chunk into the buffer, after waiting for room; False if it ends the run. Dropped after a cause.
 
         Raises:
             InvalidChunk: nothing of the chunk is stored.
             RunEnded: another task has written what ends the run, while this one waited for room.
         """
-        office, outbox = self._office, self.outbox
+        office, buffer = self._office, self.buffer
         self._waiting_since = None
         self._writes += 1
-        if office.committer.is_full(outbox) or self.cause is not None or self._writes % WRITES_PER_CHECKPOINT == 0:
-            await office.committer.room(outbox)
+        if office.committer.is_full(buffer) or self.cause is not None or self._writes % WRITES_PER_CHECKPOINT == 0:
+            await office.committer.room(buffer)
         self._waiting_since = trio.current_time()
         if self.ended:
             raise RunEnded(self.run.id)
-        if self.cause is not None or outbox.closing:
-            return not outbox.closing
+        if self.cause is not None or buffer.finishing:
+            return not buffer.finishing
         chunk, refusal = status_of(chunk)
         if refusal is not None:
             self._reported, self._untold = refusal, True
@@ -255,7 +255,7 @@ class Execution:
             data, message, done, error, stop_reason = block
             self._said = stop_reason or self._said
             if not done:
-                seq = outbox.seq + len(stored) + 1
+                seq = buffer.seq + len(stored) + 1
                 stored.append(dialect.stamp(data, self.run.id, seq) if message else data)
             if error is not None:
                 self._reported = words_of_error_event(error)
@@ -263,7 +263,7 @@ class Execution:
                 goes_on = False
                 break
         if stored:
-            office.committer.put(outbox, stored)
+            office.committer.put(buffer, stored)
         return goes_on
 
     async def leave(self, error: BaseException | None) -> BaseException | None:
@@ -283,7 +283,7 @@ class Execution:
         if self._ending is None:
             self._conclude(self._facts(own or self._raised))
         elif own is not None and own is not self._told:
-            tell(
+            notify(
                 self._office.observer.on_error, own, error_id=new_error_id(), where=f"run {self.run.id}, after its end"
             )
         self._told = None
@@ -299,21 +299,21 @@ class Execution:
         """How the run ends is decided."""
         return self._ending is not None
 
-    def _facts(self, error: BaseException | None = None) -> Facts:
+    def _facts(self, error: BaseException | None = None) -> RunFacts:
         cause = Cause.SHUTDOWN if self.cause is None and self._interrupted else self.cause
-        return Facts(error, cause, self.words, self._said, self._reported, self._untold)
+        return RunFacts(error, cause, self.words, self._said, self._reported, self._untold)
 
-    def _conclude(self, facts: Facts) -> None:
+    def _conclude(self, facts: RunFacts) -> None:
         error_id = new_error_id()
         settings = self._office.settings
         self._told = facts.error
-        blocks, self._ending = ending_of(
+        blocks, self._ending = decide(
             facts, self._office.dialect, error_id=error_id, expose_errors=settings.expose_errors
         )
         if facts.error is not None and not isinstance(single_error(facts.error), RunCancelled):
-            tell(self._office.observer.on_error, facts.error, error_id=error_id, where=f"run {self.run.id}")
+            notify(self._office.observer.on_error, facts.error, error_id=error_id, where=f"run {self.run.id}")
         if not self.settled.is_set():
-            self._office.committer.close(self.outbox, blocks, self._ending)
+            self._office.committer.close(self.buffer, blocks, self._ending)
             self._office.changed(self)
 
     def _expect_to_leave(self) -> None:
@@ -328,7 +328,7 @@ class Execution:
             self._conclude(self._facts(self._raised))
         self.scope.cancel(reason="the run has ended")
         now = trio.current_time()
-        tell(self._office.observer.run_stuck, self.run.id, now - self._stopped_at, self.stack())
+        notify(self._office.observer.run_stuck, self.run.id, now - self._stopped_at, self.stack())
         self._at(now + STUCK_REPORT_INTERVAL, "grace", self._overdue)
 
     def stack(self) -> str:
@@ -402,11 +402,11 @@ class RunWriter:
             raise RunEnded(self.id)
         if not await self._execution.write(chunk):
             self._execution.finish()
-        return self._execution.outbox.seq
+        return self._execution.buffer.seq
 
     async def flush(self) -> None:
         """Wait until the log has acknowledged all that was written. A checkpoint."""
-        await self._committer.flush(self._execution.outbox)
+        await self._committer.flush(self._execution.buffer)
 
 
 @asynccontextmanager

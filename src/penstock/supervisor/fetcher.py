@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 
 import trio
 
-from penstock.backoff import patiently
+from penstock.backoff import retry_while_unavailable
 from penstock.errors import LogUnavailable, RunNotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from penstock.errors import PenstockError
-    from penstock.log import EventLog, Page, Wakeups
+    from penstock.log import EventLog, Notifications, Page
     from penstock.runs import Run
     from penstock.supervisor.tail import Tail, Tails
 
@@ -51,13 +51,13 @@ class Feeding:
     """Called with a run that is on another part now, and how far it is."""
 
 
-class Feed:
+class ShardFetcher:
     """Keeps the tails of one part's runs up to date."""
 
-    def __init__(self, part: str, feeding: Feeding) -> None:
+    def __init__(self, shard: str, feeding: Feeding) -> None:
         self.scope = trio.CancelScope()
         """Cancelled when there is no such part any more."""
-        self._part = part
+        self._shard = shard
         self._feeding = feeding
         self._moved: dict[str, int] = {}
         self._behind: dict[str, int] = {}
@@ -114,14 +114,14 @@ class Feed:
 
     def _hand_over(self, moved: dict[str, int]) -> None:
         """Leave the runs that are on another part now to the feed of that."""
-        for run_id in [run_id for run_id in self._behind if self._feeding.log.part(run_id) != self._part]:
+        for run_id in [run_id for run_id in self._behind if self._feeding.log.shard(run_id) != self._shard]:
             self._missing.pop(run_id, None)
             self._feeding.elsewhere(run_id, max(moved.get(run_id, 0), self._behind.pop(run_id) + 1))
 
     async def fetch(self, behind: dict[str, int]) -> dict[str, int]:
         """Feed the tails that are behind; those that still are."""
         fetch = partial(self._feeding.log.fetch, behind)
-        pages = await patiently(fetch, what="fetch entries", on_warning=self._feeding.on_warning)
+        pages = await retry_while_unavailable(fetch, what="fetch entries", on_warning=self._feeding.on_warning)
         self._away = behind.keys() - pages.keys()
         tails = self._feeding.tails
         still = {run_id: behind[run_id] for run_id in self._away if tails.get(run_id) is not None}
@@ -133,8 +133,8 @@ class Feed:
             if page is None:
                 if trio.current_time() - missing_since >= MISSING_GRACE:
                     gone = RunNotFound(run_id)
-                    tail.release(gone)
-                    tails.retire(gone)  # who stays all the same keeps nobody from a run that comes back
+                    tail.evict_readers(gone)
+                    tails.evict(gone)  # who stays all the same keeps nobody from a run that comes back
                 else:
                     self._missing[run_id] = missing_since
                     still[run_id] = tail.last
@@ -148,7 +148,7 @@ class Feed:
         return still
 
 
-class Ahead:
+class Prefetch:
     """A page that is read before its reader asks for it. Who does not want it any more lets go of it."""
 
     def __init__(self, after: int) -> None:
@@ -195,12 +195,12 @@ class Fetcher:
     ) -> None:
         self.log = log
         self._tails = tails
-        self._wakeups: Wakeups
+        self._wakeups: Notifications
         self._on_cancel = on_cancel
         self._on_reconnect = on_reconnect
         self._on_warning = on_warning
         self._feeding = Feeding(log, tails, spacing, on_warning, self._tell)
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[str, ShardFetcher] = {}
         self._released: PenstockError | None = None
         self._away: dict[str, PenstockError] = {}
         """What readers are told whose part of the log has been away for too long."""
@@ -211,7 +211,7 @@ class Fetcher:
         """The runs of which something is still to be fetched."""
         return [run_id for feed in self._feeds.values() for run_id in feed.waiting]
 
-    def connect(self, wakeups: Wakeups) -> None:
+    def connect(self, wakeups: Notifications) -> None:
         """Take the wake-ups, before anything is read or run."""
         self._wakeups = wakeups
 
@@ -221,60 +221,60 @@ class Fetcher:
 
         Leaving never blocks, and the last one to leave leaves nothing behind.
         """
-        tail = await self.take_up(run_id)
+        tail = await self.acquire(run_id)
         try:
             yield tail
         finally:
-            self.give_back(tail)
+            self.release(tail)
 
-    async def take_up(self, run_id: str) -> Tail:
+    async def acquire(self, run_id: str) -> Tail:
         """Use a run's tail, which is fed until it is given back. Cancelled, it is not taken up."""
         tail = self._tails.acquire(run_id)
         try:
             if tail.fed:
                 pass
-            elif (gone := self._released or self._away.get(self.log.part(run_id))) is not None:
-                tail.release(gone)
+            elif (gone := self._released or self._away.get(self.log.shard(run_id))) is not None:
+                tail.evict_readers(gone)
             else:
                 await self._wakeups.subscribe(run_id)
         except BaseException:
-            self.give_back(tail)
+            self.release(tail)
             raise
         return tail
 
-    def give_back(self, tail: Tail) -> None:
+    def release(self, tail: Tail) -> None:
         """One user less of a tail; the last one leaves nothing behind."""
-        if self._tails.give_back(tail) and self._tails.get(tail.run_id) is None:
+        if self._tails.release(tail) and self._tails.get(tail.run_id) is None:
             self._wakeups.unsubscribe(tail.run_id)
 
-    def release(self, error: PenstockError, *, everyone: bool = False, part: str | None = None) -> None:
+    def evict_readers(self, error: PenstockError, *, everyone: bool = False, shard: str | None = None) -> None:
         """Send away the readers of runs that live elsewhere, or of all, and those to come; ended runs are read on.
 
         Args:
             error: what they are told.
             everyone: the readers of this process's own runs as well.
-            part: only those of runs on this part of the log, and only until `readmit`.
+            shard: only those of runs on this shard of the log, and only until `readmit`.
         """
-        if part is None:
+        if shard is None:
             self._released = error
         else:
-            self._away[part] = error
+            self._away[shard] = error
         for tail in self._tails.all():
-            if (everyone or not tail.fed) and (part is None or self.log.part(tail.run_id) == part):
-                tail.release(error)
+            if (everyone or not tail.fed) and (shard is None or self.log.shard(tail.run_id) == shard):
+                tail.evict_readers(error)
 
-    def learn(self, tail: Tail, run: Run) -> None:
+    def note_last_seq(self, tail: Tail, run: Run) -> None:
         """A reader has come, and has seen how far its run is; those that are there are not to read on by themselves."""
         if not tail.last or tail.last >= run.seq:
             tail.advance(run.seq, ended=run.status.terminal)
         elif not tail.fed:
             self._tell(tail.run_id, run.seq)
 
-    def readmit(self, error: PenstockError, part: str) -> None:
+    def readmit(self, error: PenstockError, shard: str) -> None:
         """Readers may come again, if it was `error` that released them."""
-        if self._away.get(part) is error:
-            del self._away[part]
-        self._tails.retire(error)
+        if self._away.get(shard) is error:
+            del self._away[shard]
+        self._tails.evict(error)
 
     async def read(self, tail: Tail, after: int) -> Page:
         """A page of a run that has a reader, who waits while the log cannot be reached, or has lost the run.
@@ -297,28 +297,28 @@ class Fetcher:
                     raise
                 raise LogUnavailable(f"the log has lost run {tail.run_id}") from error
 
-        return await patiently(look, what=f"read {tail.run_id}", on_warning=self._on_warning)
+        return await retry_while_unavailable(look, what=f"read {tail.run_id}", on_warning=self._on_warning)
 
-    def read_ahead(self, tail: Tail, after: int) -> Ahead | None:
+    def read_ahead(self, tail: Tail, after: int) -> Prefetch | None:
         """Begin to read a page that will be asked for; None if that has to wait until then. Synchronous."""
         if not _is_open(self._nursery):
             return None
-        ahead = Ahead(after)
+        ahead = Prefetch(after)
         self._nursery.start_soon(ahead.read, self.log, tail.run_id)
         return ahead
 
-    async def adopt(self, run_id: str) -> None:
+    async def follow_elsewhere(self, run_id: str) -> None:
         """Feed a tail whose run this process has given up."""
 
         async def catch_up() -> None:
             async with self.reading(run_id) as tail:
                 behind = {run_id: tail.last}
-                feed = self._feed(self.log.part(run_id))
+                feed = self._feed(self.log.shard(run_id))
                 while behind := await feed.fetch(behind):
                     if feed.is_stuck(behind):
                         await trio.sleep(MISSING_PAUSE)
 
-        await patiently(catch_up, what=f"follow {run_id}", on_warning=self._on_warning)
+        await retry_while_unavailable(catch_up, what=f"follow {run_id}", on_warning=self._on_warning)
 
     async def run(self) -> None:
         """Do it, until cancelled."""
@@ -326,8 +326,8 @@ class Fetcher:
             async with trio.open_nursery() as self._nursery:
                 for feed in self._feeds.values():
                     self._nursery.start_soon(feed.run)
-                for part in self.log.parts():
-                    self._feed(part)
+                for shard in self.log.shards():
+                    self._feed(shard)
                 await self._listen()
         finally:
             self._nursery = None
@@ -345,22 +345,22 @@ class Fetcher:
 
     def _tell(self, run_id: str, seq: int) -> None:
         """A run has got as far as `seq`."""
-        self._feed(self.log.part(run_id)).tell(run_id, seq)
+        self._feed(self.log.shard(run_id)).tell(run_id, seq)
 
-    def _feed(self, part: str) -> Feed:
-        if part not in self._feeds:
+    def _feed(self, shard: str) -> ShardFetcher:
+        if shard not in self._feeds:
             self._close_feeds()
-            feed = self._feeds[part] = Feed(part, self._feeding)
+            feed = self._feeds[shard] = ShardFetcher(shard, self._feeding)
             if _is_open(self._nursery):
                 self._nursery.start_soon(feed.run)
-        return self._feeds[part]
+        return self._feeds[shard]
 
     def _close_feeds(self) -> None:
         """Close the feeds of parts that there are no more, once nothing is left to fetch there."""
-        parts = self.log.parts()
-        for part, feed in [*self._feeds.items()]:
-            if part not in parts and feed.idle:
-                del self._feeds[part]
+        shards = self.log.shards()
+        for shard, feed in [*self._feeds.items()]:
+            if shard not in shards and feed.idle:
+                del self._feeds[shard]
                 feed.scope.cancel(reason="there is no such part of the log any more")
 
 

@@ -24,7 +24,7 @@ from penstock.log import PAGE_BYTES, PAGE_ENTRIES, Entry
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from penstock.supervisor.fetcher import Ahead, Fetcher
+    from penstock.supervisor.fetcher import Fetcher, Prefetch
     from penstock.supervisor.tail import Tail
     from penstock.supervisor.timers import Timers
 
@@ -124,7 +124,7 @@ class Follower:
         self._tail: Tail | None = None
         self._page: list[Entry] = []
         self._next = 0
-        self._ahead: Ahead | None = None
+        self._ahead: Prefetch | None = None
 
     async def __aenter__(self) -> Self:
         if self._tail is not None:
@@ -138,11 +138,11 @@ class Follower:
         return self
 
     async def _take_up(self) -> Tail:
-        tail = await self._fetcher.take_up(self.run_id)
+        tail = await self._fetcher.acquire(self.run_id)
         try:
             await self._look_up(tail)
         except BaseException:
-            self._fetcher.give_back(tail)
+            self._fetcher.release(tail)
             raise
         return tail
 
@@ -150,7 +150,7 @@ class Follower:
         page = await self._fetcher.log.read(self.run_id, self.cursor)
         if tail.released is not None and not page.run.status.terminal:
             raise tail.released
-        self._fetcher.learn(tail, page.run)
+        self._fetcher.note_last_seq(tail, page.run)
         if self._last is not None:
             self.cursor = max(self.cursor, page.run.seq - self._last, page.oldest_seq - 1)
         elif self.cursor < page.oldest_seq - 1:
@@ -165,7 +165,7 @@ class Follower:
         tail, self._tail = self._tail, None
         self._page, self._next, self._ahead = [], 0, None
         if tail is not None:
-            self._fetcher.give_back(tail)
+            self._fetcher.release(tail)
             self._readers.go(self.run_id)
 
     def __aiter__(self) -> Self:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from penstock.backoff import patiently
+from penstock.backoff import retry_while_unavailable
 from penstock.errors import LogUnavailable, ReaderReleased
-from penstock.log import AppendStatus, Obituary
-from penstock.observer import new_error_id, tell
+from penstock.log import AppendStatus, LostEnding
+from penstock.observer import new_error_id, notify
 from penstock.runs import Cause
-from penstock.supervisor.outcome import Facts, ending_of
+from penstock.supervisor.outcome import RunFacts, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ RENEWALS_PER_CALL: Final = 100
 class OnOutage(Protocol):
     """Whoever is told of an outage."""
 
-    def __call__(self, away: ReaderReleased, part: str, *, over: bool) -> None:
+    def __call__(self, away: ReaderReleased, shard: str, *, over: bool) -> None:
         """A part of the log has been away for too long, or is back after that; `away` is the same both times."""
 
 
@@ -60,7 +60,7 @@ class Rounds:
     """Whether this process has been in contact with a part for long enough to end runs there."""
 
 
-class Contact:
+class ShardLeases:
     """The three rounds for one part of the log, each a task of its own.
 
     Args:
@@ -69,8 +69,8 @@ class Contact:
         late: it was found while runs were under way, which may have come to it with leases that are nearly over.
     """
 
-    def __init__(self, part: str, rounds: Rounds, *, late: bool) -> None:
-        self.part = part
+    def __init__(self, shard: str, rounds: Rounds, *, late: bool) -> None:
+        self.shard = shard
         self.scope = trio.CancelScope()
         """Cancelled when there is no such part any more."""
         self._rounds = rounds
@@ -111,14 +111,14 @@ class Contact:
             with trio.move_on_after(self._office.settings.lease / 3):
                 await self._renew_now.wait()
             self._renew_now = trio.Event()
-            await patiently(self._renew, what="renew leases", on_warning=self._warn)
+            await retry_while_unavailable(self._renew, what="renew leases", on_warning=self._warn)
 
     async def _renew(self) -> None:
         rounds, lease = self._rounds, self._office.settings.lease
         epochs = [
-            (each.run.id, each.outbox.epoch)
+            (each.run.id, each.buffer.epoch)
             for each in rounds.live.values()
-            if not each.settled.is_set() and rounds.log.part(each.run.id) == self.part
+            if not each.settled.is_set() and rounds.log.shard(each.run.id) == self.shard
         ]
         for start in range(0, len(epochs), RENEWALS_PER_CALL):
             piece = dict(epochs[start : start + RENEWALS_PER_CALL])
@@ -127,12 +127,12 @@ class Contact:
                 raise LogUnavailable(f"{len(piece) - len(replies)} runs were out of reach, and others were not")
             for run_id, status in replies.items():
                 execution = rounds.live.get(run_id)
-                if execution is None or execution.settled.is_set() or execution.outbox.epoch != piece[run_id]:
+                if execution is None or execution.settled.is_set() or execution.buffer.epoch != piece[run_id]:
                     continue
                 if status is AppendStatus.FENCED:
-                    self._office.committer.abandon(execution.outbox)
+                    self._office.committer.abandon(execution.buffer)
                 elif status is AppendStatus.GONE:
-                    self._office.committer.restore(execution.outbox)
+                    self._office.committer.restore(execution.buffer)
 
     @trio.lowlevel.enable_ki_protection
     async def _reaper(self) -> None:
@@ -156,7 +156,7 @@ class Contact:
                 self._in_contact_since = inf
                 if not self._away:
                     self._away = True
-                    self._rounds.on_away(self.part, began)
+                    self._rounds.on_away(self.shard, began)
             else:
                 self._reached = trio.current_time()
                 self._end_outage()
@@ -164,17 +164,17 @@ class Contact:
     def _end_outage(self) -> None:
         if self._away:
             self._away = False
-            self._rounds.on_away(self.part, None)
+            self._rounds.on_away(self.shard, None)
 
     async def _reap_or_check(self, *, reap: bool) -> None:
         """One look at the part, and at the dead."""
         if not reap:
             await self._check()
-        elif lost := await self._rounds.log.reap(self._obituary, part=self.part, ready=self._rounds.may_reap):
-            tell(self._office.observer.runs_lost, lost)
+        elif lost := await self._rounds.log.reap(self._obituary, shard=self.shard, ready=self._rounds.may_reap):
+            notify(self._office.observer.runs_lost, lost)
 
     async def _check(self) -> None:
-        await self._rounds.log.check(self.part)
+        await self._rounds.log.check(self.shard)
 
     @trio.lowlevel.enable_ki_protection
     async def _outages(self) -> None:
@@ -189,22 +189,22 @@ class Contact:
                 await self._check()  # it may have been this process that stood still
             except LogUnavailable:
                 away = ReaderReleased(f"the event log has been out of reach for {limit:g} s; come back with the cursor")
-                self._rounds.on_outage(away, self.part, over=False)
+                self._rounds.on_outage(away, self.shard, over=False)
                 try:
-                    await patiently(self._check, what="reach the log", on_warning=self._warn)
+                    await retry_while_unavailable(self._check, what="reach the log", on_warning=self._warn)
                 finally:
-                    self._rounds.on_outage(away, self.part, over=True)
+                    self._rounds.on_outage(away, self.shard, over=True)
             self._reached = trio.current_time()
 
-    def _obituary(self) -> Obituary:
-        blocks, ending = ending_of(Facts(cause=Cause.ABANDONED), self._office.dialect, error_id=new_error_id())
-        return Obituary(blocks, ending)
+    def _obituary(self) -> LostEnding:
+        blocks, ending = decide(RunFacts(cause=Cause.ABANDONED), self._office.dialect, error_id=new_error_id())
+        return LostEnding(blocks, ending)
 
     def _warn(self, message: str) -> None:
-        tell(self._office.observer.warning, message)
+        notify(self._office.observer.warning, message)
 
 
-class Watch:
+class LeaseKeeper:
     """The rounds of one supervisor, each a task of its own.
 
     Args:
@@ -231,7 +231,7 @@ class Watch:
         self._office = office
         self._deliver = deliver
         self._rounds = Rounds(log, owner, live, office, on_outage, self._on_away, self._may_reap)
-        self._contacts: dict[str, Contact] = {}
+        self._contacts: dict[str, ShardLeases] = {}
         self._away: dict[str, float] = {}
         """The parts that are out of reach, and since when."""
         self._away_since = 0.0
@@ -254,42 +254,42 @@ class Watch:
             with trio.move_on_after(interval):
                 await self._cancel_came.wait()
             self._cancel_came = trio.Event()
-            requests = await patiently(look, what="look for cancel requests", on_warning=self._warn)
+            requests = await retry_while_unavailable(look, what="look for cancel requests", on_warning=self._warn)
             for run_id, reason in requests.items():
                 self._deliver(run_id, reason)
 
-    async def contacts(self) -> None:
+    async def run(self) -> None:
         """Keep in contact with every part that there is."""
         async with trio.open_nursery() as nursery:
             while True:
-                parts, late = self._log.parts(), bool(self._contacts)
-                for part in self._contacts.keys() - {*parts}:
-                    self._contacts.pop(part).scope.cancel(reason="there is no such part of the log any more")
-                for part in parts:
-                    if part not in self._contacts:
-                        contact = self._contacts[part] = Contact(part, self._rounds, late=late)
+                shards, late = self._log.shards(), bool(self._contacts)
+                for shard in self._contacts.keys() - {*shards}:
+                    self._contacts.pop(shard).scope.cancel(reason="there is no such part of the log any more")
+                for shard in shards:
+                    if shard not in self._contacts:
+                        contact = self._contacts[shard] = ShardLeases(shard, self._rounds, late=late)
                         nursery.start_soon(contact.run)
                 await trio.sleep(REAP_INTERVAL)
 
-    def is_away(self, part: str) -> bool:
+    def is_away(self, shard: str) -> bool:
         """Whether this part could not be reached at the last look."""
-        return part in self._away
+        return shard in self._away
 
-    def _may_reap(self, part: str) -> bool:
-        contact = self._contacts.get(part)
+    def _may_reap(self, shard: str) -> bool:
+        contact = self._contacts.get(shard)
         return contact is not None and contact.may_reap
 
-    def _on_away(self, part: str, since: float | None) -> None:
+    def _on_away(self, shard: str, since: float | None) -> None:
         """A part is out of reach, or in reach again; an outage lasts from the first to the last of them."""
         if since is None:
-            del self._away[part]
+            del self._away[shard]
             if not self._away:
-                tell(self._office.observer.outage_ended, trio.current_time() - self._away_since)
+                notify(self._office.observer.outage_ended, trio.current_time() - self._away_since)
         else:
             if not self._away:
                 self._away_since = since
-                tell(self._office.observer.outage_began)
-            self._away[part] = since
+                notify(self._office.observer.outage_began)
+            self._away[shard] = since
 
     def _warn(self, message: str) -> None:
-        tell(self._office.observer.warning, message)
+        notify(self._office.observer.warning, message)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class RunFacts:
     """What is on record when a run ends.
 
     Attributes:
@@ -42,32 +42,32 @@ class Facts:
 
     error: BaseException | None = None
     cause: Cause | None = None
-    words: str | None = None
-    said: str | None = None
-    reported: tuple[str, str] | None = None
-    untold: bool = False
+    reason: str | None = None
+    stop_reason: str | None = None
+    yielded_error: tuple[str, str] | None = None
+    not_stored: bool = False
 
 
-def ending_of(
-    facts: Facts, dialect: Dialect, *, error_id: str, expose_errors: bool = False
+def decide(
+    facts: RunFacts, dialect: Dialect, *, error_id: str, expose_errors: bool = False
 ) -> tuple[list[bytes], Ending]:
     """The run's last blocks, and its record's ending."""
     error = None if facts.error is None else single_error(facts.error)
     if error is not None and not isinstance(error, RunCancelled):
         code, message = words_for_clients(error, expose_errors=expose_errors)
         shown = RunError(code, message, error_id)
-        kept = None if facts.cause is None else facts.words or CAUSES[facts.cause].scope_reason
+        kept = None if facts.cause is None else facts.reason or CAUSES[facts.cause].scope_reason
         return [dialect.error(shown), DONE], Ending(RunStatus.FAILED, StopReason.ERROR, shown, kept)
-    cause, words = facts.cause, facts.words
+    cause, words = facts.cause, facts.reason
     if cause is None and error is not None:
         cause, words = Cause.CANCEL, None if error.reason is None else encodable(error.reason)
     if cause is not None:
         return _by_cause(cause, words, dialect, error_id)
-    if facts.reported is not None:
-        shown = RunError(*facts.reported, error_id)
-        blocks = [dialect.error(shown), DONE] if facts.untold else [DONE]
+    if facts.yielded_error is not None:
+        shown = RunError(*facts.yielded_error, error_id)
+        blocks = [dialect.error(shown), DONE] if facts.not_stored else [DONE]
         return blocks, Ending(RunStatus.FAILED, StopReason.ERROR, shown)
-    return [DONE], _by_stop_reason(facts.said, error_id)
+    return [DONE], _by_stop_reason(facts.stop_reason, error_id)
 
 
 def _by_cause(cause: Cause, words: str | None, dialect: Dialect, error_id: str) -> tuple[list[bytes], Ending]:

@@ -25,14 +25,14 @@ import trio
 
 from penstock.errors import ReaderReleased, SupervisorFailed, single_error
 from penstock.log import Lease
-from penstock.observer import FIGURES_INTERVAL, Figures, new_error_id, tell
+from penstock.observer import FIGURES_INTERVAL, Figures, new_error_id, notify
 from penstock.runs import Cause, new_run_id
 from penstock.sse.dialects import dialect_named
 from penstock.supervisor.committer import Committer
 from penstock.supervisor.execution import Execution, Office
 from penstock.supervisor.fetcher import Fetcher
 from penstock.supervisor.follower import Readers
-from penstock.supervisor.leases import Watch
+from penstock.supervisor.leases import LeaseKeeper
 from penstock.supervisor.tail import Tails
 from penstock.supervisor.timers import Timers
 
@@ -91,7 +91,7 @@ class Services:
             max_pending_bytes=settings.max_pending_bytes,
             max_process_pending_bytes=settings.max_process_pending_bytes,
             on_warning=self._warn,
-            on_commit=lambda commit: tell(observer.committed, commit),
+            on_commit=lambda commit: notify(observer.committed, commit),
         )
         self.readers = Readers(most=settings.max_readers, most_of_a_run=settings.max_readers_per_run)
         self._told = (0, 0)
@@ -100,7 +100,7 @@ class Services:
         dialect = dialect_named(settings.dialect)
         office = Office(self.committer, self.timers, settings, dialect, observer, self._execution_changed)
         self._office = office
-        self._watch = Watch(log, self.owner, self.live, office, self._deliver, self._outage)
+        self._watch = LeaseKeeper(log, self.owner, self.live, office, self._deliver, self._outage)
         self.fetcher = Fetcher(
             log,
             self.tails,
@@ -123,7 +123,7 @@ class Services:
     def new_id(self) -> str:
         """An id for a new run, on a part of the log that is in reach, if there is one."""
         ids = (new_run_id() for _ in range(ID_TRIES))
-        return next((each for each in ids if not self._watch.is_away(self._log.part(each))), new_run_id())
+        return next((each for each in ids if not self._watch.is_away(self._log.shard(each))), new_run_id())
 
     @contextmanager
     def starting(self) -> Iterator[Callable[[Run, Lease], Execution]]:
@@ -145,7 +145,7 @@ class Services:
         tail.fed = True
         execution = self.live[run.id] = Execution(run, lease, tail, self._office)
         if self.failure is not None:
-            execution.forsake()
+            execution.on_services_died()
         elif self.interrupted:
             execution.stop(Cause.SHUTDOWN)
         elif run.id in early:
@@ -160,24 +160,24 @@ class Services:
             for early in self._starts.values():
                 early[run_id] = reason
 
-    def _outage(self, away: ReaderReleased, part: str, *, over: bool) -> None:
+    def _outage(self, away: ReaderReleased, shard: str, *, over: bool) -> None:
         """A part of the log has been away for too long, or is back after that."""
         if over:
-            self.fetcher.readmit(away, part)
+            self.fetcher.readmit(away, shard)
             return
         self._warn(f"{away}: its runs are given up, and readers sent away")
-        self.fetcher.release(away, everyone=True, part=part)
+        self.fetcher.evict_readers(away, everyone=True, shard=shard)
         for execution in list(self.live.values()):
-            if self._log.part(execution.run.id) == part:
+            if self._log.shard(execution.run.id) == shard:
                 self.unstored += self.draining and not execution.settled.is_set()
-                execution.cut_off()
+                execution.give_up()
 
     async def drain(self, timeout: float) -> None:
         """Let the runs end within `timeout` seconds, or until somebody interrupts them; then do that."""
         self.draining = True
         if self.drained:
             return
-        self.fetcher.release(ReaderReleased("the server is shutting down; come back with the cursor"))
+        self.fetcher.evict_readers(ReaderReleased("the server is shutting down; come back with the cursor"))
         with trio.move_on_after(timeout):
             await self._until(lambda: self.interrupted or not self.unsettled)
         self.interrupt()
@@ -188,7 +188,7 @@ class Services:
         self.drained = True
         if self.unsettled:
             away = "the server is shutting down, and the event log is out of reach; come back with the cursor"
-            self.fetcher.release(ReaderReleased(away), everyone=True)
+            self.fetcher.evict_readers(ReaderReleased(away), everyone=True)
 
     def interrupt(self) -> None:
         """Cancel every run of this process, as a shutdown does, and those whose start is under way."""
@@ -238,7 +238,7 @@ class Services:
             self.committer.run,
             self.timers.run,
             self._watch.cancels,
-            self._watch.contacts,
+            self._watch.run,
             self.fetcher.run,
             self._pulse,
         )
@@ -275,8 +275,8 @@ class Services:
             await self.all_settled()
         self.unstored += sum(not execution.settled.is_set() for execution in self.live.values())
         for execution in self.live.values():
-            self.committer.drop(execution.outbox)  # who waits for a flush waits no more
-        self.fetcher.release(ReaderReleased("the supervisor has ended; come back with the cursor"), everyone=True)
+            self.committer.drop(execution.buffer)  # who waits for a flush waits no more
+        self.fetcher.evict_readers(ReaderReleased("the supervisor has ended; come back with the cursor"), everyone=True)
         self.tell_figures()
         self._scope.cancel(reason="the supervisor has ended")
 
@@ -291,7 +291,7 @@ class Services:
             entries_out=self._told[0] - before[0],
             bytes_out=self._told[1] - before[1],
         )
-        tell(self._observer.figures, figures)
+        notify(self._observer.figures, figures)
 
     async def _pulse(self) -> None:
         while True:
@@ -300,25 +300,25 @@ class Services:
 
     def _fail(self, error: Exception) -> None:
         self.failure = single_error(error)
-        tell(self._observer.on_error, self.failure, error_id=new_error_id(), where="the supervisor's services")
+        notify(self._observer.on_error, self.failure, error_id=new_error_id(), where="the supervisor's services")
         released = SupervisorFailed("a service of the supervisor died; come back with the cursor")
-        self.fetcher.release(released, everyone=True)
+        self.fetcher.evict_readers(released, everyone=True)
         for execution in list(self.live.values()):
-            execution.forsake()
+            execution.on_services_died()
 
     def _execution_changed(self, execution: Execution) -> None:
-        tail = execution.outbox.tail
+        tail = execution.buffer.tail
         if execution.given_up and tail.fed and tail.released is None:
             tail.fed = False
             if self._nursery is not None:
-                self._nursery.start_soon(self.fetcher.adopt, execution.run.id)
+                self._nursery.start_soon(self.fetcher.follow_elsewhere, execution.run.id)
         if execution.left and execution.settled.is_set() and self.live.get(execution.run.id) is execution:
             del self.live[execution.run.id]
-            self.fetcher.give_back(tail)
+            self.fetcher.release(tail)
         self._changed.unpark_all()
 
     def _warn(self, message: str) -> None:
-        tell(self._observer.warning, message)
+        notify(self._observer.warning, message)
 
 
 @trio.lowlevel.enable_ki_protection

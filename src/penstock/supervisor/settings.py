@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MIB = 1024 * 1024
 
 
-def _knob(default: float, says: str, *, least: float, unit: str, above: bool = False) -> Any:
+def _setting(default: float, says: str, *, least: float, unit: str, above: bool = False) -> Any:
     """A numeric field; `least` is allowed itself unless the value must be `above` it."""
     return field(default=default, metadata={"says": says, "least": least, "above": above, "unit": unit})
 
@@ -32,47 +32,49 @@ class Settings:
         ConfigurationError: a knob has a value that it cannot have.
     """
 
-    lease: float = _knob(
+    lease: float = _setting(
         30.0, "how long a silent owner keeps its runs before they count as lost", least=0, above=True, unit="s"
     )
     dialect: str = field(default="plain", metadata={"says": "how control events are spelled: plain or letta"})
     expose_errors: bool = field(default=False, metadata={"says": "show clients the words of every exception"})
-    flush_interval: float = _knob(0.0, "how long a commit waits for more entries to join it", least=0, unit="s")
-    flush_size: int = _knob(512, "the number of entries that ends that wait", least=1, unit="entries")
-    commit_spacing: float = _knob(
+    flush_interval: float = _setting(0.0, "how long a commit waits for more entries to join it", least=0, unit="s")
+    flush_size: int = _setting(512, "the number of entries that ends that wait", least=1, unit="entries")
+    commit_spacing: float = _setting(
         0.002,
         "the most that a commit is held back after the start of the one before; under little load it is less",
         least=0,
         unit="s",
     )
-    max_runs: int = _knob(10_000, "the most runs of one process that have not ended", least=1, unit="runs")
-    max_duration: float = _knob(86_400.0, "the longest that a run may take; 0 = as long as it likes", least=0, unit="s")
-    max_metadata_bytes: int = _knob(16 * 1024, "the largest metadata of a run, as JSON", least=2, unit="bytes")
-    max_readers: int = _knob(10_000, "the most readers of one process", least=1, unit="readers")
-    max_readers_per_run: int = _knob(5_000, "the most of them that read the same run", least=1, unit="readers")
-    max_event_bytes: int = _knob(MIB, "the largest encoded event", least=1, unit="bytes")
-    max_pending_bytes: int = _knob(
+    max_runs: int = _setting(10_000, "the most runs of one process that have not ended", least=1, unit="runs")
+    max_duration: float = _setting(
+        86_400.0, "the longest that a run may take; 0 = as long as it likes", least=0, unit="s"
+    )
+    max_metadata_bytes: int = _setting(16 * 1024, "the largest metadata of a run, as JSON", least=2, unit="bytes")
+    max_readers: int = _setting(10_000, "the most readers of one process", least=1, unit="readers")
+    max_readers_per_run: int = _setting(5_000, "the most of them that read the same run", least=1, unit="readers")
+    max_event_bytes: int = _setting(MIB, "the largest encoded event", least=1, unit="bytes")
+    max_pending_bytes: int = _setting(
         MIB, "what one run may have uncommitted before its producer waits", least=1, unit="bytes"
     )
-    max_process_pending_bytes: int = _knob(64 * MIB, "the same for all runs together", least=1, unit="bytes")
-    tail_entries: int = _knob(1000, "the recent entries of a run that are kept at hand", least=1, unit="entries")
-    tail_bytes: int = _knob(256 * 1024, "their size", least=1, unit="bytes")
-    max_process_tail_bytes: int = _knob(256 * MIB, "the same for all runs together", least=1, unit="bytes")
-    cancel_check_interval: float = _knob(
+    max_process_pending_bytes: int = _setting(64 * MIB, "the same for all runs together", least=1, unit="bytes")
+    tail_entries: int = _setting(1000, "the recent entries of a run that are kept at hand", least=1, unit="entries")
+    tail_bytes: int = _setting(256 * 1024, "their size", least=1, unit="bytes")
+    max_process_tail_bytes: int = _setting(256 * MIB, "the same for all runs together", least=1, unit="bytes")
+    cancel_check_interval: float = _setting(
         0.5, "how often cancel requests are looked for, besides the wake-up", least=0, above=True, unit="s"
     )
-    cancel_grace: float = _knob(
+    cancel_grace: float = _setting(
         10.0, "how long a cancelled producer may take before its run ends without it", least=0, unit="s"
     )
-    finalize_timeout: float = _knob(5.0, "how long storing a terminal entry may take", least=0, above=True, unit="s")
-    outage_limit: float = _knob(
+    finalize_timeout: float = _setting(5.0, "how long storing a terminal entry may take", least=0, above=True, unit="s")
+    outage_limit: float = _setting(
         30.0,
         "how long the log may be out of reach before runs are given up and readers sent away",
         least=0,
         above=True,
         unit="s",
     )
-    drain_timeout: float = _knob(10.0, "how long runs may go on after shutdown was asked for", least=0, unit="s")
+    drain_timeout: float = _setting(10.0, "how long runs may go on after shutdown was asked for", least=0, unit="s")
 
     def __post_init__(self) -> None:
         dialect_named(self.dialect)

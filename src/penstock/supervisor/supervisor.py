@@ -29,9 +29,9 @@ from penstock.errors import (
     SupervisorFailed,
     TooManyRuns,
 )
-from penstock.exception_groups import raise_bare
+from penstock.exception_groups import raise_single
 from penstock.log import CancelStatus, Idempotency
-from penstock.observer import checked, tell
+from penstock.observer import checked, notify
 from penstock.observer.logging import LoggingObserver
 from penstock.runs import Cause, new_run
 from penstock.supervisor.execution import RunWriter, writing
@@ -222,7 +222,7 @@ class Supervisor:
         """
         async with self._services.fetcher.reading(run_id) as tail:
             run = await self.log.get(run_id)
-            self._services.fetcher.learn(tail, run)
+            self._services.fetcher.note_last_seq(tail, run)
             while not run.status.terminal:
                 if tail.ended:
                     run = (await self._services.fetcher.read(tail, tail.last)).run
@@ -342,7 +342,7 @@ class Supervisor:
                 return started, None
             execution = admit(started.run, lease)
         execution.limit(timeout=timeout or settings.max_duration or None, max_silence=max_silence)
-        tell(self.observer.run_started, started.run)
+        notify(self.observer.run_started, started.run)
         if services.interrupted or services.failure is not None:
             await execution.leave(None)
             self._refuse()
@@ -386,10 +386,10 @@ async def open_supervisor(
                         supervisor.interrupt()
                         raise
             except BaseExceptionGroup as group:
-                raise_bare(group, trio.Cancelled)
+                raise_single(group, trio.Cancelled)
             finally:
                 await supervisor._services.end()  # noqa: SLF001, ASYNC102  (it has its own shield, with a deadline)
     except BaseExceptionGroup as group:
-        raise_bare(group, trio.Cancelled)
+        raise_single(group, trio.Cancelled)
     if (failure := supervisor._services.failure) is not None:  # noqa: SLF001
         raise SupervisorFailed("a service of the supervisor died") from failure

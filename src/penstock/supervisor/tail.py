@@ -81,7 +81,7 @@ class Tail:
         self.ended = self.ended or ended
         self._lot.unpark_all()
 
-    def release(self, error: PenstockError) -> None:
+    def evict_readers(self, error: PenstockError) -> None:
         """Send every reader away with `error`, those to come as well. The first error stays."""
         self.released = self.released or error
         self._lot.unpark_all()
@@ -160,20 +160,20 @@ class Tails:
         """
         tail = self._tails.get(run_id)
         if tail is not None and new and (tail.last or tail.ended or tail.released is not None):
-            tail.release(RunNotFound(run_id))  # nobody feeds it any more
+            tail.evict_readers(RunNotFound(run_id))  # nobody feeds it any more
             tail = None
         if tail is None:
             tail = self._tails[run_id] = Tail(run_id, self)
         tail.users += 1
         return tail
 
-    def retire(self, error: PenstockError) -> None:
+    def evict(self, error: PenstockError) -> None:
         """Leave the tails whose readers were released by `error` to those who have them still: others get new ones."""
         for tail in self.all():
             if tail.released is error:
                 del self._tails[tail.run_id]
 
-    def give_back(self, tail: Tail) -> bool:
+    def release(self, tail: Tail) -> bool:
         """One user less; True if that was the last one, and the tail is gone."""
         tail.users -= 1
         if tail.users:

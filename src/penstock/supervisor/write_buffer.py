@@ -1,4 +1,4 @@
-"""The outbox: what one run has written and the log has not yet acknowledged.
+"""The buffer: what one run has written and the log has not yet acknowledged.
 
 It guarantees order; that nothing follows the run's ending; that an ending's entries are stored in one step with the
 last of what came before them; and that a batch which has no reply yet is sent again as it was. All of it is synchronous
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from penstock.log import Lease
     from penstock.runs import Ending, Run
-    from penstock.supervisor.committer import Lane
+    from penstock.supervisor.committer import ShardCommitter
     from penstock.supervisor.tail import Tail
 
 BATCH_ENTRIES: Final = 200
@@ -30,41 +30,41 @@ BATCHES: Final = 5
 """The most batches of one run in one append."""
 
 
-class Owner(Protocol):
-    """Whoever is told what becomes of an outbox's entries. All methods are synchronous."""
+class CommitListener(Protocol):
+    """Whoever is told what becomes of an buffer's entries. All methods are synchronous."""
 
-    def cancel_on_record(self, reason: str | None) -> None:
+    def on_cancel_recorded(self, reason: str | None) -> None:
         """The log has a cancel request for the run."""
 
-    def completion_refused(self, reason: str | None) -> None:
-        """The log refused a `completed` ending, since a cancel is on record; the outbox wants another ending."""
+    def on_completion_rejected(self, reason: str | None) -> None:
+        """The log refused a `completed` ending, since a cancel is on record; the buffer wants another ending."""
 
-    def run_lost(self) -> None:
+    def on_fenced(self) -> None:
         """The run is another's now, and the log takes nothing more from this owner; what was pending is gone."""
 
-    def run_settled(self) -> None:
+    def on_stored(self) -> None:
         """The ending is stored."""
 
-    def log_diverged(self) -> None:
-        """The log has lost entries that are not at hand any more; the outbox wants an ending that says so."""
+    def on_diverged(self) -> None:
+        """The log has lost entries that are not at hand any more; the buffer wants an ending that says so."""
 
-    def run_refused(self) -> None:
+    def on_rejected(self) -> None:
         """The log cannot hold the run, now or later; what was pending is gone."""
 
 
-class Outbox:
+class WriteBuffer:
     """What one run has written and the log has not yet acknowledged."""
 
     __slots__ = (
         "_ending_entries",
         "abandoned",
-        "closing",
         "ending",
         "entries",
         "epoch",
+        "finishing",
         "lane",
         "lease",
-        "owner",
+        "listener",
         "run",
         "run_id",
         "seq",
@@ -76,15 +76,15 @@ class Outbox:
         "vacancy",
     )
 
-    def __init__(self, run: Run, lease: Lease, tail: Tail, owner: Owner) -> None:
+    def __init__(self, run: Run, lease: Lease, tail: Tail, owner: CommitListener) -> None:
         self.run = run
         """The record as it was when the run started."""
         self.lease = lease
         self.run_id = run.id
         self.epoch = lease.epoch
         self.tail = tail
-        self.owner = owner
-        self.lane: Lane | None = None
+        self.listener = owner
+        self.lane: ShardCommitter | None = None
         """Who commits what is here, once there is anything."""
         self.seq = 0
         """The seq that was given out last."""
@@ -92,7 +92,7 @@ class Outbox:
         self.size = 0
         """The bytes of `entries`."""
         self.ending: Ending | None = None
-        self.closing = False
+        self.finishing = False
         """True once nothing can be added."""
         self.abandoned = False
         """True once nothing is stored from here any more."""
@@ -106,9 +106,9 @@ class Outbox:
         self.vacancy = trio.lowlevel.ParkingLot()
         """Where whoever writes to this run waits for room."""
 
-    def put(self, blocks: Sequence[bytes]) -> int:
+    def append(self, blocks: Sequence[bytes]) -> int:
         """Give each encoded block its seq; the size in bytes of what was added."""
-        assert not self.closing, "nothing follows a run's ending"  # noqa: S101  (its owner drops what comes late)
+        assert not self.finishing, "nothing follows a run's ending"  # noqa: S101  (its owner drops what comes late)
         stamp = round(time.time() * 1000)
         added = 0
         for block in blocks:
@@ -119,29 +119,29 @@ class Outbox:
         self.size += added
         return added
 
-    def close(self, blocks: Sequence[bytes], ending: Ending) -> int:
+    def finish(self, blocks: Sequence[bytes], ending: Ending) -> int:
         """Put the last blocks, with the run's ending; the size in bytes of what was added."""
-        added = self.put(blocks)
+        added = self.append(blocks)
         last = self.entries[-1]
         self.entries[-1] = Entry(last.seq, last.wire, last.timestamp, terminal=True)
-        self.ending, self.closing, self._ending_entries = ending, True, len(blocks)
+        self.ending, self.finishing, self._ending_entries = ending, True, len(blocks)
         return added
 
-    def reopen(self) -> int:
+    def unfinish(self) -> int:
         """Take the ending back, so that another can be put; the size in bytes of what went."""
         taken = self.entries[-self._ending_entries :]
         del self.entries[-self._ending_entries :]
         removed = sum(len(entry.wire) for entry in taken)
         self.size -= removed
         self.seq -= len(taken)
-        self.ending, self.closing = None, False
+        self.ending, self.finishing = None, False
         return removed
 
     def abandon(self) -> int:
         """Drop what is pending, for good; the size in bytes of what went."""
         removed, self.size = self.size, 0
         self.entries.clear()
-        self.closing = self.abandoned = True
+        self.finishing = self.abandoned = True
         self.vacancy.unpark_all()
         return removed
 
@@ -152,7 +152,7 @@ class Outbox:
         while start < len(self.entries) and len(batches) < BATCHES:
             cut = self._cut(start)
             ending = self.ending if cut == len(self.entries) else None
-            batches.append(Batch(self.run_id, self.epoch, self.entries[start:cut], ending, final=self.closing))
+            batches.append(Batch(self.run_id, self.epoch, self.entries[start:cut], ending, final=self.finishing))
             start = cut
         return batches
 
@@ -168,11 +168,11 @@ class Outbox:
             return len(self.entries)
         return cut
 
-    def at_hand(self) -> list[Entry]:
+    def acknowledged(self) -> list[Entry]:
         """What the log has acknowledged and this process still has: the run's tail."""
         return self.tail.recent()
 
-    def go_back(self, seq: int, at_hand: Sequence[Entry]) -> int:
+    def rewind(self, seq: int, at_hand: Sequence[Entry]) -> int:
         """The log stands at `seq` again: what follows of `at_hand` is pending once more; its size in bytes."""
         if seq >= self.stored:
             return 0

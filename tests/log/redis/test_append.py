@@ -417,13 +417,13 @@ async def is_the_runs(log: RedisLog, tail: Sequence[Entry], run_id: str = "r") -
 async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_order(log: RedisLog, count: int) -> None:
     async with to_redis(log) as works:
         boxes = [await works.run(run_id) for run_id in ("r", "other")]
-        for outbox in boxes:
-            works.put(outbox, count)
-            works.committer.close(outbox, [DONE], COMPLETED)
-        for outbox in boxes:
-            await works.settled(outbox.run_id)
-            assert len(shown(outbox.tail)) == count + 1
-            await is_the_runs(log, list(shown(outbox.tail)), outbox.run_id)
+        for buffer in boxes:
+            works.put(buffer, count)
+            works.committer.close(buffer, [DONE], COMPLETED)
+        for buffer in boxes:
+            await works.settled(buffer.run_id)
+            assert len(shown(buffer.tail)) == count + 1
+            await is_the_runs(log, list(shown(buffer.tail)), buffer.run_id)
         assert works.committer.pending_bytes == 0
         assert works.warnings == []
 
@@ -434,7 +434,7 @@ async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost
         assert isinstance(there, RedisLog)
         assert isinstance(log, RedisLog)
         async with to_redis(there) as works:
-            outbox = await works.run()
+            buffer = await works.run()
             losses = iter([every] * 4)
             appends, seen, goal = scripts.APPEND.digest.encode(), 0, next(losses)
 
@@ -447,12 +447,12 @@ async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost
                 return False
 
             between.drop_reply_when(lost)
-            works.put(outbox, 3 * BATCHES * BATCH_ENTRIES)
-            works.committer.close(outbox, [DONE], COMPLETED)
+            works.put(buffer, 3 * BATCHES * BATCH_ENTRIES)
+            works.committer.close(buffer, [DONE], COMPLETED)
             await works.settled()
             assert between.lost >= 2
-            assert len(shown(outbox.tail)) == 3 * BATCHES * BATCH_ENTRIES + 1
-            await is_the_runs(log, list(shown(outbox.tail)))
+            assert len(shown(buffer.tail)) == 3 * BATCHES * BATCH_ENTRIES + 1
+            await is_the_runs(log, list(shown(buffer.tail)))
 
 
 @everywhere
@@ -460,16 +460,16 @@ async def test_what_redis_loses_of_a_run_with_many_batches_is_given_again_whole(
     server: Endpoint, log: RedisLog
 ) -> None:
     async with to_redis(log) as works:
-        outbox = await works.run()
-        works.put(outbox, 2 * BATCHES * BATCH_ENTRIES)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, 2 * BATCHES * BATCH_ENTRIES)
+        await works.committer.flush(buffer)
         server.flushall()
-        works.put(outbox, 2 * BATCHES * BATCH_ENTRIES)
-        works.committer.close(outbox, [DONE], COMPLETED)
+        works.put(buffer, 2 * BATCHES * BATCH_ENTRIES)
+        works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         assert works.owners["r"].told == ["settled"]
-        assert len(shown(outbox.tail)) == 4 * BATCHES * BATCH_ENTRIES + 1
-        await is_the_runs(log, list(shown(outbox.tail)))
+        assert len(shown(buffer.tail)) == 4 * BATCHES * BATCH_ENTRIES + 1
+        await is_the_runs(log, list(shown(buffer.tail)))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -481,9 +481,9 @@ async def test_a_run_with_many_batches_goes_on_when_a_full_server_has_room(versi
     ):
         assert isinstance(log, RedisLog)
         async with to_redis(log) as works:
-            outbox = await works.run()
-            works.put(outbox, 1)
-            await works.committer.flush(outbox)
+            buffer = await works.run()
+            works.put(buffer, 1)
+            await works.committer.flush(buffer)
             await server.command("CONFIG SET", "maxmemory", 1)
             told = trio.Event()
 
@@ -494,23 +494,23 @@ async def test_a_run_with_many_batches_goes_on_when_a_full_server_has_room(versi
             works.committer._commits = replace(works.committer._commits, on_warning=tell)
             for lane in works.committer._lanes.values():
                 lane._commits = works.committer._commits
-            works.put(outbox, BATCHES * BATCH_ENTRIES + 5)
+            works.put(buffer, BATCHES * BATCH_ENTRIES + 5)
             with trio.fail_after(20 * FULL_PAUSE):
                 await told.wait()
-            assert len(shown(outbox.tail)) == 1
+            assert len(shown(buffer.tail)) == 1
             await server.command("CONFIG SET", "maxmemory", 0)
-            await works.committer.flush(outbox)
-            assert len(shown(outbox.tail)) == BATCHES * BATCH_ENTRIES + 6
-            await is_the_runs(log, list(shown(outbox.tail)))
+            await works.committer.flush(buffer)
+            assert len(shown(buffer.tail)) == BATCHES * BATCH_ENTRIES + 6
+            await is_the_runs(log, list(shown(buffer.tail)))
             assert not [warning for warning in works.warnings if "lost" in warning]
 
 
 async def test_a_page_begins_where_the_one_before_it_ended_also_within_a_batch(log: RedisLog) -> None:
     async with to_redis(log) as works:
-        outbox = await works.run()
-        works.put(outbox, BATCHES * BATCH_ENTRIES)
-        await works.committer.flush(outbox)
+        buffer = await works.run()
+        works.put(buffer, BATCHES * BATCH_ENTRIES)
+        await works.committer.flush(buffer)
         read: list[Entry] = []
         while page := (await log.read("r", len(read), max_entries=PAGE_ENTRIES - 1)).entries:
             read += page
-        assert read == list(shown(outbox.tail))
+        assert read == list(shown(buffer.tail))

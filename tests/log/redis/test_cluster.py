@@ -112,20 +112,20 @@ async def test_each_node_has_its_commands_in_their_order(cluster: Cluster) -> No
 
 async def test_nothing_to_send_is_nothing_sent(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
     assert await cluster.execute([]) == []
-    assert await cluster.in_turn([], []) == []
+    assert await cluster.in_stages([], []) == []
     assert not any(["cluster|slots" in await node.stats() for node in shared.nodes])
 
 
 async def test_the_slots_are_asked_for_once_however_many_want_to_know(
     cluster: Cluster, shared: Nodes[Endpoint]
 ) -> None:
-    assert cluster.parts() == ("",)
-    assert cluster.part(ONE) == ""
+    assert cluster.shards() == ("",)
+    assert cluster.shard(ONE) == ""
     async with trio.open_nursery() as nursery:
         for key in (ONE, TWO, THREE) * 5:
             nursery.start_soon(cluster.ask, "GET", key)
-    assert [cluster.part(key) for key in (ONE, TWO, THREE)] == [at(node) for node in shared.nodes]
-    assert sorted(cluster.parts()) == sorted(at(node) for node in shared.nodes)
+    assert [cluster.shard(key) for key in (ONE, TWO, THREE)] == [at(node) for node in shared.nodes]
+    assert sorted(cluster.shards()) == sorted(at(node) for node in shared.nodes)
     await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
     assert sum([(await node.stats()).get("cluster|slots", 0) for node in shared.nodes]) == 1
 
@@ -153,13 +153,13 @@ async def test_a_script_that_one_node_does_not_know_is_loaded_there(cluster: Clu
 
 async def test_stages_are_done_one_after_the_other(cluster: Cluster) -> None:
     stages: list[list[Command]] = [[("SET", ONE, 1), ("SET", TWO, 2)], [("GET", TWO), ("GET", ONE)], [("GET", THREE)]]
-    assert await cluster.in_turn(*stages) == [b"OK", b"OK", b"2", b"1", None]
+    assert await cluster.in_stages(*stages) == [b"OK", b"OK", b"2", b"1", None]
 
 
 async def test_leaving_closes_every_connection(shared: Nodes[Endpoint]) -> None:
     async with open_cluster(shared.url) as cluster:
         await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
-        async with cluster.subscription(cluster.part(ONE)) as subscription:
+        async with cluster.subscription(cluster.shard(ONE)) as subscription:
             await subscription.subscribe([ONE])
             assert [len(await ours(node)) for node in shared.nodes] == [1, 1, 1]
     await nobody_is_connected(*shared.nodes)
@@ -211,14 +211,14 @@ async def test_cancellations_anywhere_leave_the_cluster_usable_and_no_connection
                 what = chance.choice(["in_turn", "beside", "script", "subscribe"])
                 sets: list[Command] = [("SET", key, value) for key, value in values.items()]
                 if what == "beside":
-                    await cluster.beside(sets)
+                    await cluster.best_effort(sets)
                 elif what == "script":
                     await cluster.execute([call(scripts.DUE, [f"due-{key}"], 0, 10) for key in keys[:3]])
                 elif what == "subscribe":
-                    async with cluster.subscription(cluster.part(ONE)) as subscription:
+                    async with cluster.subscription(cluster.shard(ONE)) as subscription:
                         await subscription.subscribe([ONE])
                 else:
-                    replies = await cluster.in_turn(sets, [("STRLEN", key) for key in values])
+                    replies = await cluster.in_stages(sets, [("STRLEN", key) for key in values])
                     assert replies[:30] == [b"OK"] * 30
                     assert all(0 < length < 11 for length in replies[30:])
 
@@ -242,13 +242,13 @@ async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
     async with open_cluster(f"redis+cluster://{urls}") as cluster:
         with trio.fail_after(5):
             assert await refused(cluster, ("GET", ONE))
-            await cluster.beside([("GET", ONE)])
+            await cluster.best_effort([("GET", ONE)])
             with pytest.raises(LogUnavailable):
-                await cluster.in_turn([("GET", ONE)], [("GET", TWO)])
+                await cluster.in_stages([("GET", ONE)], [("GET", TWO)])
             with pytest.raises(LogUnavailable):
                 async with cluster.subscription("127.0.0.1:1"):
                     pytest.fail("there is no such node")
-        assert cluster.parts() == ("",)
+        assert cluster.shards() == ("",)
 
 
 async def test_any_of_the_nodes_in_the_url_will_do(shared: Nodes[Endpoint]) -> None:
@@ -265,7 +265,7 @@ async def test_slots_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> 
     async with redis_cluster() as own, open_cluster(own.url) as cluster:
         first, second, _ = own.nodes
         told: list[str] = []
-        cluster.watch(lambda: told.append(cluster.part(ONE)))
+        cluster.watch(lambda: told.append(cluster.shard(ONE)))
         here, there, missing = f"{TAG}here", f"{TAG}there", f"{TAG}missing"
         await cluster.execute([("SET", key, "value") for key in (here, there, TWO)])
         assert told == [at(first)]
@@ -280,7 +280,7 @@ async def test_slots_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> 
         assert [await cluster.ask(*enlist), await cluster.ask("ZCARD", f"{TAG}list")] == [None, 1]
         many: list[Command] = [("RPUSH", f"{TAG}queue", n) for n in range(250)]
         assert await cluster.execute(many) == [*range(1, 251)]
-        assert cluster.part(ONE) == at(first)
+        assert cluster.shard(ONE) == at(first)
         assert told == [at(first)]
 
         # Two keys, one here and one there, are tried again if somebody waits for them; nobody is refused with them.
@@ -301,7 +301,7 @@ async def test_slots_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> 
             replies: list[Any] = []
 
             async def ask() -> None:
-                replies.extend(await cluster.in_turn([both, ("GET", TWO)]))
+                replies.extend(await cluster.in_stages([both, ("GET", TWO)]))
 
             tried = await rejected(first, "mget")
             nursery.start_soon(ask)
@@ -310,7 +310,7 @@ async def test_slots_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> 
         assert replies == [[b"value", b"new"], b"value"]
         assert await cluster.ask("GET", here) == b"value"
         assert told == [at(first), at(second)]
-        assert cluster.part(ONE) == at(second)
+        assert cluster.shard(ONE) == at(second)
         before = (await first.stats())["get"], (await second.stats())["get"]
         assert await cluster.execute([("GET", here)] * 5) == [b"value"] * 5
         assert ((await first.stats())["get"], (await second.stats())["get"]) == (before[0], before[1] + 5)
@@ -330,12 +330,12 @@ async def more_rejected(node: Endpoint, command: str, times: int) -> bool:
 async def test_nodes_that_do_not_say_their_host_have_the_one_at_which_they_were_reached(kind: str) -> None:
     async with redis_cluster(cluster_preferred_endpoint_type=kind) as own, open_cluster(own.url) as cluster:
         assert await cluster.execute([("SET", key, 1) for key in (ONE, TWO, THREE)]) == [b"OK"] * 3
-        assert sorted(cluster.parts()) == sorted(at(node) for node in own.nodes)
+        assert sorted(cluster.shards()) == sorted(at(node) for node in own.nodes)
         await own.begin_move(own.slot(ONE), own.nodes[1])
         assert await cluster.execute([("SET", f"{TAG}new", 1), ("GET", f"{TAG}new")]) == [b"OK", b"1"]
         await own.finish_move(own.slot(ONE), own.nodes[1])
         assert await cluster.execute([("GET", f"{TAG}new"), ("GET", TWO)]) == [b"1", b"1"]
-        assert sorted(cluster.parts()) == sorted(at(node) for node in own.nodes)
+        assert sorted(cluster.shards()) == sorted(at(node) for node in own.nodes)
 
 
 # Nodes that are away
@@ -365,9 +365,9 @@ async def test_a_node_that_is_away_holds_up_its_own_commands_alone() -> None:
                 nursery.start_soon(stalled)
             for _ in range(20):
                 assert await cluster.execute([("GET", ONE), ("GET", TWO)]) == [b"value"] * 2
-                assert await cluster.in_turn([("GET", ONE)], [("GET", TWO)]) == [b"value"] * 2
-                await cluster.beside([("SET", THREE, "beside")])
-                await cluster.beside([("INCR", f"{{{TWO}}}beside")])
+                assert await cluster.in_stages([("GET", ONE)], [("GET", TWO)]) == [b"value"] * 2
+                await cluster.best_effort([("SET", THREE, "beside")])
+                await cluster.best_effort([("INCR", f"{{{TWO}}}beside")])
             assert not done
             for key in (TAG, f"{{{TWO}}}beside"):  # what is for others has been sent
                 await until(partial(has, cluster, key))
@@ -376,11 +376,11 @@ async def test_a_node_that_is_away_holds_up_its_own_commands_alone() -> None:
 
         # A later stage is not begun if something of an earlier one is not done.
         with pytest.raises(LogUnavailable, match="has not answered"):
-            await cluster.in_turn([("SET", ONE, "stage"), ("GET", THREE)], [("SET", TWO, "stage")])
+            await cluster.in_stages([("SET", ONE, "stage"), ("GET", THREE)], [("SET", TWO, "stage")])
         assert await cluster.execute([("GET", ONE), ("GET", TWO)]) == [b"stage", b"value"]
         third.resume()
         await until(lambda: has(cluster, THREE))
-        stages = await cluster.in_turn([("SET", ONE, "value"), ("GET", TWO)], [("LPUSH", THREE, 1), ("GET", TWO)])
+        stages = await cluster.in_stages([("SET", ONE, "value"), ("GET", TWO)], [("LPUSH", THREE, 1), ("GET", TWO)])
         assert isinstance(stages[2], ResponseError)  # done, and refused
 
         # Dead: the same, and at once.
@@ -393,7 +393,7 @@ async def test_a_node_that_is_away_holds_up_its_own_commands_alone() -> None:
         with pytest.raises(LogUnavailable):
             async with cluster.subscription(at(third)) as subscription:
                 await subscription.subscribe([THREE])
-        assert await cluster.in_turn([("GET", ONE)], [("GET", TWO)]) == [b"value"] * 2
+        assert await cluster.in_stages([("GET", ONE)], [("GET", TWO)]) == [b"value"] * 2
 
         # All of them: nothing is left to answer, and nobody waits for `beside`.
         await first.kill()
@@ -407,7 +407,7 @@ async def test_a_node_that_is_away_holds_up_its_own_commands_alone() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(all_of_them)
             for key in (ONE, TWO, THREE):
-                await cluster.beside([("SET", key, "x")])
+                await cluster.best_effort([("SET", key, "x")])
             assert not done
 
 
@@ -454,23 +454,23 @@ async def test_a_replica_that_takes_over_is_found_from_a_url_that_names_the_dead
         first, second, _, heir, other_heir, _ = own.nodes
         told: list[set[str]] = []
         await cluster.execute([("SET", key, "value") for key in (ONE, TWO, THREE)])
-        cluster.watch(lambda: told.append({*cluster.parts()}))
+        cluster.watch(lambda: told.append({*cluster.shards()}))
 
         # Its master hands over, and says so.
         await own.promote(other_heir)
         assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [b"value"] * 3
-        assert cluster.part(TWO) == at(other_heir)
+        assert cluster.shard(TWO) == at(other_heir)
         await nobody_is_connected(second)
-        assert at(second) not in cluster.parts()
+        assert at(second) not in cluster.shards()
 
         # Its master stalls, with commands under way.
         first.pause()
         with trio.fail_after(GUARD):
             replies = await cluster.execute([("SET", ONE, "new"), ("GET", TWO)])
         assert replies == [b"OK", b"value"]
-        assert cluster.part(ONE) == at(heir)
+        assert cluster.shard(ONE) == at(heir)
         assert await heir.command("GET", ONE) == "new"
-        assert at(first) not in cluster.parts()
+        assert at(first) not in cluster.shards()
         assert at(first) not in told[-1]
         assert at(heir) in told[-1]
         first.resume()
@@ -481,7 +481,7 @@ async def test_a_replica_that_takes_over_is_found_from_a_url_that_names_the_dead
         assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [b"new", b"value", b"value"]
         await own.nodes[2].kill()
         await until(lambda: has(cluster, THREE))
-        assert cluster.part(THREE) == at(own.nodes[5])
+        assert cluster.shard(THREE) == at(own.nodes[5])
 
 
 async def test_a_replica_is_asked_for_the_slots_if_no_primary_is_left_that_could_be() -> None:
@@ -492,4 +492,4 @@ async def test_a_replica_is_asked_for_the_slots_if_no_primary_is_left_that_could
         await primary.kill()
         await own.promote(replica, "TAKEOVER")
         await until(partial(has, cluster, ONE))
-        assert cluster.parts() == [at(replica)]
+        assert cluster.shards() == [at(replica)]

@@ -114,22 +114,22 @@ async def test_a_node_whose_replica_does_not_keep_what_it_must_is_away_and_new_r
     ):
         await log.check()
         node = cluster.nodes[1]
-        part = log.part(run_on(cluster, node))
-        for each in log.parts():
+        shard = log.shard(run_on(cluster, node))
+        for each in log.shards():
             await log.check(each)
         (replica,) = await cluster.replicas(node)
         async with without(replica):
             for ask in (
                 partial(supervisor.start, count, 1, run_id=run_on(cluster, node)),
-                partial(log.check, part),
-                partial(log.reap, lambda: OBITUARY, part=part),
+                partial(log.check, shard),
+                partial(log.reap, lambda: OBITUARY, shard=shard),
             ):
                 with pytest.raises(LogUnavailable, match="0 of the 1 replicas"):
                     await ask()
-            await until(lambda: supervisor._services._watch.is_away(part))
+            await until(lambda: supervisor._services._watch.is_away(shard))
             runs = [await supervisor.start(count, 1) for _ in range(24)]
-            assert part not in {log.part(run.id) for run in runs}
-            assert {log.part(run.id) for run in runs} == {*log.parts()} - {part}
+            assert shard not in {log.shard(run.id) for run in runs}
+            assert {log.shard(run.id) for run in runs} == {*log.shards()} - {shard}
             await supervisor.check()
 
 
@@ -197,7 +197,7 @@ async def test_a_quiet_run_that_was_moved_from_a_part_that_then_dies_is_committe
         log.gone.add("a")
         await trio.sleep(10 + BACK)
         assert (await log.get("quiet")).seq == 2
-        assert supervisor._services.live["busy"].outbox.stored < 60
+        assert supervisor._services.live["busy"].buffer.stored < 60
         await supervisor.cancel("quiet", "enough")
         await trio.sleep(BACK)
         assert (await log.get("quiet")).status == "cancelled"
@@ -217,7 +217,7 @@ async def test_what_a_part_has_lost_of_a_run_that_was_moved_from_a_dead_part_is_
         await trio.sleep(1)
         services = supervisor._services
         del log._runs["quiet"]  # it comes to another part by a failover, and that has not got it
-        services.committer.restore(services.live["quiet"].outbox)
+        services.committer.restore(services.live["quiet"].buffer)
         await trio.sleep(1)
         log.where["quiet"] = "b"
         await trio.sleep(BACK)
@@ -227,9 +227,9 @@ async def test_what_a_part_has_lost_of_a_run_that_was_moved_from_a_dead_part_is_
 
 
 async def test_a_process_may_have_less_pending_than_there_are_parts(autojump_clock: MockClock) -> None:
-    parts = ("a", "b", "c")
-    async with parted(*parts, max_process_pending_bytes=2) as (log, supervisor):
-        log.where = {f"on-{part}": part for part in parts}
+    shards = ("a", "b", "c")
+    async with parted(*shards, max_process_pending_bytes=2) as (log, supervisor):
+        log.where = {f"on-{shard}": shard for shard in shards}
         with trio.fail_after(100):
             for run_id in log.where:
                 await supervisor.start(count, 3, run_id=run_id)

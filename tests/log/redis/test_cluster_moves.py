@@ -165,7 +165,7 @@ async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_ot
 async def test_a_dead_run_whose_slot_is_half_moved_keeps_no_other_of_its_node_from_being_reaped() -> None:
     async with three_masters() as works, open_log(works.url) as log:
         await log.check()
-        first_list = redis(log)._lists.live(log.part(works.run_on(works.first)))[0]
+        first_list = redis(log)._lists.live(log.shard(works.run_on(works.first)))[0]
         ids = [works.run_on(works.first) for _ in range(12)]
         stuck = next(run_id for run_id in ids if redis(log)._lists.live_of(run_id) == first_list)
         others = sorted({*ids} - {stuck})
@@ -267,8 +267,8 @@ async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_t
 async def moved_to(log: Any, run_id: str) -> str:
     """Where the run is, by what the log knows after a look at it."""
     await log.get(run_id)
-    part: str = log.part(run_id)
-    return part
+    shard: str = log.shard(run_id)
+    return shard
 
 
 @pytest.mark.parametrize("here, left", [(0, 30_000), (29_999, 1), (30_000, None), (10**12, None)])
@@ -350,10 +350,10 @@ async def test_when_a_slot_moves_a_supervisor_that_has_left_its_log_to_another_b
         async with open_supervisor(log, drain_timeout=0) as second:
             home = await works.cluster.node_of_slot(slot)
             to = next(node for node in works.cluster.nodes if node is not home)
-            before = redis(log)._servers.part(channel)
+            before = redis(log)._servers.shard(channel)
             await works.cluster.move_slot(slot, to)
             redis(log)._servers.doubt()
-            await until(lambda: redis(log)._servers.part(channel) != before)
+            await until(lambda: redis(log)._servers.shard(channel) != before)
             for _ in range(5):
                 run = await second.start(count, 3)
                 assert len(await read(second, run.id)) == 4

@@ -10,7 +10,7 @@ from redis.crc import key_slot
 
 from penstock.log.redis.client import open_client
 from penstock.log.redis.cluster import open_cluster
-from penstock.log.redis.indexes import NUMBERS, Lists
+from penstock.log.redis.indexes import NUMBERS, RunIndexes
 from penstock.log.redis.schema import Keys
 from penstock.log.redis.slots import Slots
 from tests.support.redis_clusters import shared_cluster
@@ -18,7 +18,7 @@ from tests.support.redis_clusters import shared_cluster
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from penstock.log.redis.backend import Servers
+    from penstock.log.redis.backend import Backend
 
 KEYS = Keys()
 RUNS = [f"run-{number}" for number in range(300)]
@@ -47,10 +47,10 @@ class Nodes:
         for told in self.told:
             told()
 
-    def part(self, key: str) -> str:
+    def shard(self, key: str) -> str:
         return self.slots.owner(key)
 
-    def parts(self) -> Collection[str]:
+    def shards(self) -> Collection[str]:
         return [*self.slots.primaries] or ("",)
 
     def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
@@ -58,22 +58,22 @@ class Nodes:
         return lambda: self.told.remove(moved)
 
 
-def lists_of(nodes: Nodes) -> Lists:
-    servers: Servers = nodes  # type: ignore[assignment]  # sending is of no concern here
-    return Lists(KEYS, servers)
+def lists_of(nodes: Nodes) -> RunIndexes:
+    servers: Backend = nodes  # type: ignore[assignment]  # sending is of no concern here
+    return RunIndexes(KEYS, servers)
 
 
-def by_lease(lists: Lists) -> list[str]:
+def by_lease(lists: RunIndexes) -> list[str]:
     """All lists by lease, sorted."""
     return sorted(key.replace("runs", "live") for key in lists.runs())
 
 
-def run_is_at_home(nodes: Nodes, lists: Lists, run_id: str) -> bool:
+def run_is_at_home(nodes: Nodes, lists: RunIndexes, run_id: str) -> bool:
     """Whether a run stands in lists of its own node, of those that there are."""
-    home = nodes.part(KEYS.record(run_id))
+    home = nodes.shard(KEYS.record(run_id))
     assert lists.runs_of(run_id) in lists.runs()
     assert lists.live_of(run_id) == lists.runs_of(run_id).replace("runs", "live")
-    return nodes.part(lists.live_of(run_id)) == nodes.part(lists.runs_of(run_id)) == home
+    return nodes.shard(lists.live_of(run_id)) == nodes.shard(lists.runs_of(run_id)) == home
 
 
 # One server
@@ -81,7 +81,7 @@ def run_is_at_home(nodes: Nodes, lists: Lists, run_id: str) -> bool:
 
 async def test_one_server_has_two_lists_whatever_the_run() -> None:
     async with open_client("redis://nobody.invalid") as client:
-        lists = Lists(KEYS, client)
+        lists = RunIndexes(KEYS, client)
         assert {lists.runs_of(run_id) for run_id in RUNS} == {"sse:runs"}
         assert {lists.live_of(run_id) for run_id in RUNS} == {"sse:live"}
         assert lists.runs() == ["sse:runs"]
@@ -92,7 +92,7 @@ async def test_one_server_has_two_lists_whatever_the_run() -> None:
 
 async def test_they_are_called_after_the_prefix() -> None:
     async with open_client("redis://nobody.invalid") as client:
-        lists = Lists(Keys("my:run:"), client)
+        lists = RunIndexes(Keys("my:run:"), client)
         assert (lists.runs_of("r"), lists.live_of("r"), lists.probe("")) == ("my:runs", "my:live", "my:live")
 
 
@@ -109,7 +109,7 @@ def test_a_cluster_has_lists_with_numbers() -> None:
 def test_with_even_slots_each_of_up_to_eight_masters_has_lists_and_each_run_stands_at_home(masters: int) -> None:
     nodes = Nodes(masters)
     lists = lists_of(nodes)
-    each = [lists.live(part) for part in nodes.parts()]
+    each = [lists.live(shard) for shard in nodes.shards()]
     assert all(each)
     assert sorted(key for keys in each for key in keys) == by_lease(lists)
     assert all(run_is_at_home(nodes, lists, run_id) for run_id in RUNS)
@@ -131,15 +131,15 @@ def test_a_run_stands_in_the_same_lists_for_every_process(masters: int) -> None:
 def test_with_more_masters_than_lists_a_run_whose_node_has_none_stands_in_some(masters: int) -> None:
     nodes = Nodes(masters)
     lists = lists_of(nodes)
-    with_lists = {nodes.part(key) for key in lists.runs()}
+    with_lists = {nodes.shard(key) for key in lists.runs()}
     assert len(with_lists) < masters
-    strangers = [run_id for run_id in RUNS if nodes.part(KEYS.record(run_id)) not in with_lists]
+    strangers = [run_id for run_id in RUNS if nodes.shard(KEYS.record(run_id)) not in with_lists]
     assert strangers
     for run_id in RUNS:
         assert run_is_at_home(nodes, lists, run_id) is (run_id not in strangers)
     assert len({lists.live_of(run_id) for run_id in strangers}) > len(NUMBERS) // 2
-    for part in nodes.parts():
-        assert bool(lists.live(part)) is (part in with_lists)
+    for shard in nodes.shards():
+        assert bool(lists.live(shard)) is (shard in with_lists)
 
 
 def test_runs_are_gathered_by_the_list_in_which_they_stand() -> None:
@@ -159,13 +159,13 @@ def test_after_slots_have_moved_runs_stand_in_lists_of_their_new_node() -> None:
     assert all(run_is_at_home(nodes, lists, run_id) for run_id in RUNS)
     assert before != {run_id: lists.live_of(run_id) for run_id in RUNS}
     assert lists.live("node-1:1") == []
-    assert sorted(key for part in nodes.parts() for key in lists.live(part)) == by_lease(lists)
+    assert sorted(key for shard in nodes.shards() for key in lists.live(shard)) == by_lease(lists)
 
 
 def test_a_run_stays_where_it_is_if_slots_move_that_are_not_its_own() -> None:
     nodes = Nodes(2)
     lists = lists_of(nodes)
-    run_id = next(each for each in RUNS if nodes.part(KEYS.record(each)) == "node-0:1")
+    run_id = next(each for each in RUNS if nodes.shard(KEYS.record(each)) == "node-0:1")
     before = lists.live_of(run_id)
     nodes.slots.moved(SLOTS - 1, "node-2", 1)
     nodes.tell()
@@ -190,7 +190,7 @@ def test_before_the_slots_are_known_a_run_stands_in_some_list() -> None:
     nodes = Nodes(1)
     nodes.slots = Slots()
     lists = lists_of(nodes)
-    assert nodes.parts() == ("",)
+    assert nodes.shards() == ("",)
     assert sorted({lists.live_of(run_id) for run_id in RUNS}) == by_lease(lists)
     assert sorted(lists.live("")) == by_lease(lists)
     assert lists.probe("") in by_lease(lists)
@@ -203,20 +203,20 @@ def test_before_the_slots_are_known_a_run_stands_in_some_list() -> None:
 def test_the_probe_of_a_node_is_a_key_of_its_own_and_a_list_if_it_has_any(masters: int) -> None:
     nodes = Nodes(masters)
     lists = lists_of(nodes)
-    for part in nodes.parts():
-        probe = lists.probe(part)
-        assert nodes.part(probe) == part
-        assert probe == lists.probe(part)
-        assert not lists.live(part) or probe == lists.live(part)[0]
+    for shard in nodes.shards():
+        probe = lists.probe(shard)
+        assert nodes.shard(probe) == shard
+        assert probe == lists.probe(shard)
+        assert not lists.live(shard) or probe == lists.live(shard)[0]
 
 
 def test_the_probe_of_a_node_moves_with_the_slots() -> None:
     nodes = Nodes(2)
     lists = lists_of(nodes)
-    before = [lists.probe(part) for part in nodes.parts()]
+    before = [lists.probe(shard) for shard in nodes.shards()]
     nodes.share(["node-1", "node-0"])
-    assert [lists.probe(part) for part in nodes.parts()] == before
-    assert {nodes.part(lists.probe(part)) for part in nodes.parts()} == {*nodes.parts()}
+    assert [lists.probe(shard) for shard in nodes.shards()] == before
+    assert {nodes.shard(lists.probe(shard)) for shard in nodes.shards()} == {*nodes.shards()}
     assert lists.probe("node-0:1") == before[1]
 
 
@@ -230,13 +230,13 @@ async def test_the_lists_of_a_real_cluster_are_on_the_nodes_that_it_says() -> No
     shared = shared_cluster()
     shared.flushall()
     async with open_cluster(shared.url) as cluster:
-        lists = Lists(KEYS, cluster)
+        lists = RunIndexes(KEYS, cluster)
         assert sorted(lists.live("")) == by_lease(lists)
         await cluster.ask("PERSIST", lists.probe(""))  # it is looked at now
-        parts = [f"127.0.0.1:{node.port}" for node in shared.nodes]
-        assert sorted(cluster.parts()) == sorted(parts)
-        for node, part in zip(shared.nodes, parts, strict=True):
-            keys = [*lists.live(part), lists.probe(part)]
+        shards = [f"127.0.0.1:{node.port}" for node in shared.nodes]
+        assert sorted(cluster.shards()) == sorted(shards)
+        for node, shard in zip(shared.nodes, shards, strict=True):
+            keys = [*lists.live(shard), lists.probe(shard)]
             assert len(keys) > 1
             for key in keys:
                 assert await shared.node_of(key) is node

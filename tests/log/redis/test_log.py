@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from penstock.errors import ConfigurationError, IdempotencyConflict, LogUnavailable, RunExists, RunNotFound
-from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Entry, Idempotency, Lease, News, Started
+from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Entry, Idempotency, Lease, Notification, Started
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
 from penstock.log.redis.client import call
@@ -337,7 +337,7 @@ async def test_a_repeated_cancel_posts_again_what_is_on_record_and_wakes_the_own
         reply = await log.request_cancel("r", "once more")
         assert (reply.status, reply.run.cancel_reason) == (CancelStatus.REPEATED, words)
         with trio.fail_after(5):
-            assert await wakeups.wait() == News({}, cancel=True)
+            assert await wakeups.wait() == Notification({}, cancel=True)
         assert await log.cancel_requests("owner") == {"r": words}
 
 
@@ -505,7 +505,7 @@ async def test_two_prefixes_on_one_server_know_nothing_of_each_other(server: End
             assert await b.cancel_requests("owner") == {}
             await b.append([batch(1, 1)])
             with trio.fail_after(5):
-                assert await wakeups.wait() == News({"r": 1})
+                assert await wakeups.wait() == Notification({"r": 1})
         assert await a.cancel_requests("owner") == {"r": "why"}
         await a.append([batch(5, 5, CANCELLED)])
         assert [run.created_at for run in await a.list()] == [5.0]
@@ -797,7 +797,7 @@ async def test_a_unix_socket_can_be_named_in_the_url(version: str, tmp_path: Pat
             await wakeups.subscribe("r")
             await log.append([batch(1, 2)])
             with trio.fail_after(5):
-                assert await wakeups.wait() == News({"r": 2})
+                assert await wakeups.wait() == Notification({"r": 2})
             assert await server.command("DBSIZE") == 0
             assert seqs((await log.read("r", 0)).entries) == [1, 2]
         async with open_log(f"unix://{path}") as log:

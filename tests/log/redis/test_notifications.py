@@ -13,10 +13,10 @@ import trio.lowlevel
 import trio.testing
 
 from penstock.errors import LogUnavailable
-from penstock.log import News, Wakeups
+from penstock.log import Notification, Notifications
 from penstock.log.open import open_log
 from penstock.log.redis.client import Subscription, open_client
-from penstock.log.redis.notifications import CHANNELS_PER_COMMAND, RedisWakeups
+from penstock.log.redis.notifications import CHANNELS_PER_COMMAND, RedisNotifications
 from penstock.log.redis.schema import Keys
 from tests.support.logs import COMPLETED, LEASE, batch, record
 from tests.support.redis_servers import Endpoint, redis_server
@@ -70,10 +70,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 class Listener:
     """Takes all news as they come."""
 
-    def __init__(self, wakeups: Wakeups) -> None:
+    def __init__(self, wakeups: Notifications) -> None:
         self.wakeups = wakeups
         self.moved: dict[str, int] = {}
-        self.news: list[News] = []
+        self.news: list[Notification] = []
         self._more = trio.Event()
 
     @property
@@ -124,7 +124,7 @@ async def listening(url: str, *runs: str, owner: str = "me") -> AsyncIterator[Li
         nursery.cancel_scope.cancel()
 
 
-async def subscribe(wakeups: Wakeups, *runs: str) -> None:
+async def subscribe(wakeups: Notifications, *runs: str) -> None:
     async with trio.open_nursery() as nursery:
         for run_id in runs:
             nursery.start_soon(wakeups.subscribe, run_id)
@@ -265,7 +265,7 @@ async def test_only_the_last_seq_is_told_of_many(server: Endpoint, log: EventLog
             await move(log, seq)
         await trio.testing.wait_all_tasks_blocked(0.05)
         with trio.fail_after(GUARD):
-            assert await wakeups.wait() == News({"r": 50})
+            assert await wakeups.wait() == Notification({"r": 50})
         with trio.move_on_after(0.05) as waiting:
             await wakeups.wait()
         assert waiting.cancelled_caught
@@ -334,7 +334,7 @@ async def test_the_late_confirmation_of_a_subscription_given_up_confirms_no_late
     monkeypatch.setattr(Subscription, "unsubscribe", held_after)
     monkeypatch.setattr(Subscription, "subscribe", held_before)
     async with open_log(between.url) as log, log.wakeups("me") as wakeups, trio.open_nursery() as nursery:
-        assert isinstance(wakeups, RedisWakeups)
+        assert isinstance(wakeups, RedisNotifications)
         between.delay(0.5)
         with trio.move_on_after(0.02):
             await wakeups.subscribe("r")
@@ -905,7 +905,7 @@ async def test_leaving_at_any_moment_leaves_nothing(
     runs = [f"r{n}" for n in range(30)]
     tasks = trio.lowlevel.current_statistics().tasks_living
 
-    async def flicker(wakeups: Wakeups) -> None:
+    async def flicker(wakeups: Notifications) -> None:
         while True:
             run_id = chance.choice(runs)
             await wakeups.subscribe(run_id)
@@ -980,5 +980,5 @@ async def test_two_supervisors_of_one_log_have_a_connection_each_and_do_not_meet
         await move(log, 1, "r")
         await move(log, 1, "s")
         with trio.fail_after(GUARD):
-            assert await one.wait() == News({"r": 1})
-            assert await two.wait() == News({"s": 1})
+            assert await one.wait() == Notification({"r": 1})
+            assert await two.wait() == Notification({"s": 1})

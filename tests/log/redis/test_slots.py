@@ -246,7 +246,7 @@ def test_the_key_of_any_other_command_is_its_first_word(command: Command) -> Non
 async def beside_is_sent(log: RedisLog, sent: Sequence[Command]) -> None:
     """Wait until all is sent that is sent beside, one thing after another."""
     last = ("PERSIST", "last")
-    await log._servers.beside([last])
+    await log._servers.best_effort([last])
     with trio.fail_after(10):
         while last not in sent:  # noqa: ASYNC110  (nobody tells)
             await trio.sleep(0.01)

@@ -15,7 +15,7 @@ from starlette.routing import Route, WebSocketRoute
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, RejectConnection, RejectData, Request
 
-from penstock.server.hypercorn_fixes.http1 import Requests
+from penstock.server.hypercorn_fixes.http1 import PatchedH11
 from tests.support.connections import served
 from tests.support.serving import serving
 from tests.support.uncorrected import in_place_of
@@ -35,13 +35,13 @@ OVER: Final = "Too much data for declared Content-Length"
 BROKEN: Final = "Can't send data when our state is ERROR"
 
 
-class ThroughH11(Requests):
+class ThroughH11(PatchedH11):
     """As in Hypercorn: every chunk of a body goes through all of h11."""
 
     stream_send = H11Protocol.stream_send
 
 
-WAYS: Final[dict[str, type[Requests] | None]] = {"with the correction": None, "without it": ThroughH11}
+WAYS: Final[dict[str, type[PatchedH11] | None]] = {"with the correction": None, "without it": ThroughH11}
 either_way: Final = pytest.mark.parametrize("kind", WAYS.values(), ids=WAYS)
 
 
@@ -74,7 +74,7 @@ class Says:
 
 
 @asynccontextmanager
-async def saying(kind: type[Requests] | None) -> AsyncIterator[tuple[Server, Says, Wire]]:
+async def saying(kind: type[PatchedH11] | None) -> AsyncIterator[tuple[Server, Says, Wire]]:
     """A server with such an application at /says, and a connection to it."""
     with nullcontext() if kind is None else in_place_of(H11Protocol=kind):
         async with serving() as server, await server.wire() as wire:
@@ -122,7 +122,7 @@ async def answer(wire: Wire, request: bytes) -> tuple[bytes, bytes]:
 
 
 @either_way
-async def test_chunks_of_all_sizes_are_byte_by_byte_what_h11_makes(kind: type[Requests] | None) -> None:
+async def test_chunks_of_all_sizes_are_byte_by_byte_what_h11_makes(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (_, says, wire):
         response, whole = await answer(wire, asked(f"/says?{ALL}"))
         assert response == whole
@@ -133,7 +133,7 @@ async def test_chunks_of_all_sizes_are_byte_by_byte_what_h11_makes(kind: type[Re
 
 
 @either_way
-async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_its_connection(kind: type[Requests] | None) -> None:
+async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_its_connection(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (_, says, wire):
         request = asked(f"/says?{ALL}", version="1.0")
         response, whole = await answer(wire, request)
@@ -144,7 +144,7 @@ async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_its_connection
 
 
 @either_way
-async def test_each_response_on_a_connection_is_framed_in_its_own_way(kind: type[Requests] | None) -> None:
+async def test_each_response_on_a_connection_is_framed_in_its_own_way(kind: type[PatchedH11] | None) -> None:
     length = f"length={sum(SIZES)}"
     async with saying(kind) as (_, says, wire):
         for target in (ALL, f"{ALL}&{length}", ALL, ALL, "sizes=0", f"{ALL}&{length}", f"{ALL}&{length}", "sizes=7"):
@@ -162,7 +162,7 @@ async def test_each_response_on_a_connection_is_framed_in_its_own_way(kind: type
 @pytest.mark.parametrize("sizes, through", [("3,4,5,6,7,8", 1), ("0,3,0,4,5", 1), ("0", 0), ("3,4,5&length=12", 3)])
 @either_way
 async def test_only_the_first_chunk_of_a_response_goes_through_h11(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Requests] | None, sizes: str, through: int
+    monkeypatch: pytest.MonkeyPatch, kind: type[PatchedH11] | None, sizes: str, through: int
 ) -> None:
     seen: list[bytes] = []
     send = h11.Connection.send_with_data_passthrough
@@ -190,7 +190,7 @@ async def test_only_the_first_chunk_of_a_response_goes_through_h11(
 
 
 @either_way
-async def test_more_than_the_declared_length_is_an_error_and_does_not_leave(kind: type[Requests] | None) -> None:
+async def test_more_than_the_declared_length_is_an_error_and_does_not_leave(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (_, says, wire):
         assert (await answer(wire, asked(f"/says?{ALL}")))[0]
         await wire.stream.send_all(asked("/says?sizes=6,5,1&length=10"))
@@ -199,7 +199,7 @@ async def test_more_than_the_declared_length_is_an_error_and_does_not_leave(kind
 
 
 @either_way
-async def test_less_than_the_declared_length_is_an_error_at_the_end(kind: type[Requests] | None) -> None:
+async def test_less_than_the_declared_length_is_an_error_at_the_end(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (_, says, wire):
         await wire.stream.send_all(asked("/says?sizes=6,3&length=10"))
         assert (await wire.rest()).endswith(b"\r\n\r\n" + b"".join(pieces("?sizes=6,3")))
@@ -207,7 +207,7 @@ async def test_less_than_the_declared_length_is_an_error_at_the_end(kind: type[R
 
 
 @either_way
-async def test_on_a_connection_in_error_nothing_more_is_framed(kind: type[Requests] | None) -> None:
+async def test_on_a_connection_in_error_nothing_more_is_framed(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (_, says, wire):
 
         def break_it(number: int) -> None:
@@ -259,7 +259,7 @@ class Socket:
 
 
 @either_way
-async def test_the_messages_of_a_websocket_are_sent_as_they_are(kind: type[Requests] | None) -> None:
+async def test_the_messages_of_a_websocket_are_sent_as_they_are(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (server, _, wire):
         server.app.router.routes.append(WebSocketRoute("/echo", echo))
         client = Socket(wire)
@@ -276,7 +276,7 @@ async def test_the_messages_of_a_websocket_are_sent_as_they_are(kind: type[Reque
 
 
 @either_way
-async def test_the_refusal_of_a_websocket_comes_whole(kind: type[Requests] | None) -> None:
+async def test_the_refusal_of_a_websocket_comes_whole(kind: type[PatchedH11] | None) -> None:
     async with saying(kind) as (server, _, wire):
         server.app.router.routes.append(WebSocketRoute("/denial", denial))
         client, received, finished = Socket(wire), bytearray(), False

@@ -36,7 +36,7 @@ from tests.support.wire import DONE, Wire
 if TYPE_CHECKING:
     from hypercorn.config import Config
 
-    from penstock.server.hypercorn_fixes import Connection, Sends
+    from penstock.server.hypercorn_fixes import PatchedTCPServer, SendDeadline
     from tests.support.serving import Server
 
 # Requests that come early
@@ -128,7 +128,7 @@ async def test_a_client_that_sent_a_second_request_early_takes_its_connection_al
 
 @pytest.mark.parametrize("kind", [ReadsOn, TellsInTheSender])
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_without_the_correction_it_leaves_its_connection_behind(how: str, kind: type[Connection]) -> None:
+async def test_without_the_correction_it_leaves_its_connection_behind(how: str, kind: type[PatchedTCPServer]) -> None:
     tap = Tap()
     with in_place_of(TCPServer=kind, H11Protocol=STOCK["H11Protocol"]):
         async with brief({"tap": tap}) as server:
@@ -158,7 +158,7 @@ async def test_a_second_request_that_came_early_does_not_hold_up_a_shutdown() ->
 
 
 @pytest.mark.parametrize("kind", [ReadsOn, TellsInTheSender])
-async def test_without_the_correction_it_does(kind: type[Connection]) -> None:
+async def test_without_the_correction_it_does(kind: type[PatchedTCPServer]) -> None:
     ending = Ending("cancelled")
     with in_place_of(TCPServer=kind, H11Protocol=STOCK["H11Protocol"]):
         async with brief(config=patient_config(), run=ending.run) as server, joined(server) as (stream, task):
@@ -208,8 +208,8 @@ async def test_a_stream_goes_on_however_many_requests_its_connection_has_had() -
 
 
 async def test_without_the_correction_it_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def correct(config: Config, warn: Any) -> Sends:
-        sends = corrections.correct(config, warn)
+    def correct(config: Config, warn: Any) -> SendDeadline:
+        sends = corrections.apply(config, warn)
         config.keep_alive_max_requests = LIMIT
         return sends
 

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from penstock import EventStreamResponse
 from penstock.asgi.sender import MAX_SEND
-from penstock.server.hypercorn_fixes.http2 import BoundedBuffer
+from penstock.server.hypercorn_fixes.http2 import PatchedStreamBuffer
 from tests.support.connections import SOON, buffer_of, joined, served
 from tests.support.endpoints import KIB, flood, with_endless
 from tests.support.http2_clients import Windows, without_window
@@ -139,7 +139,7 @@ async def pushed(buffer: StreamBuffer, nursery: trio.Nursery, size: int) -> Call
 
 @pytest.mark.parametrize("before", [0, 1, BUFFER_HIGH_WATER - 1])
 async def test_a_push_waits_from_the_high_water_mark_on_until_less_than_the_low_water_mark_is_left(before: int) -> None:
-    buffer = BoundedBuffer(EventWrapper)
+    buffer = PatchedStreamBuffer(EventWrapper)
     async with trio.open_nursery() as nursery:
         await buffer.push(b"x" * before)
         if before < BUFFER_HIGH_WATER - 1:
@@ -158,7 +158,7 @@ async def test_a_push_waits_from_the_high_water_mark_on_until_less_than_the_low_
 
 
 async def test_a_buffer_gives_out_what_was_put_in_and_no_more_than_it_is_asked_for() -> None:
-    buffer = BoundedBuffer(EventWrapper)
+    buffer = PatchedStreamBuffer(EventWrapper)
     await buffer.push(b"one, ")
     await buffer.push(b"")
     await buffer.push(b"two")
@@ -171,7 +171,7 @@ async def test_a_buffer_gives_out_what_was_put_in_and_no_more_than_it_is_asked_f
 
 
 async def test_a_buffer_that_is_closed_lets_go_of_whoever_waits_for_it() -> None:
-    buffer = BoundedBuffer(EventWrapper)
+    buffer = PatchedStreamBuffer(EventWrapper)
     async with trio.open_nursery() as nursery:
         waits = await pushed(buffer, nursery, BUFFER_HIGH_WATER)
         nursery.start_soon(buffer.drain)
@@ -183,7 +183,7 @@ async def test_a_buffer_that_is_closed_lets_go_of_whoever_waits_for_it() -> None
 
 
 async def test_several_senders_that_wait_for_one_stream_all_go_on() -> None:
-    buffer = BoundedBuffer(EventWrapper)
+    buffer = PatchedStreamBuffer(EventWrapper)
     async with trio.open_nursery() as nursery:
         waiting = [await pushed(buffer, nursery, BUFFER_HIGH_WATER) for _ in range(3)]
         assert not any(each() for each in waiting)

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from penstock.server.hypercorn_fixes import Sends
+from penstock.server.hypercorn_fixes import SendDeadline
 from tests.support.connections import SOON, brief, is_over_soon, jammed, joined, served, unharmed
 from tests.support.endpoints import with_endless, with_tapped
 from tests.support.http2_clients import Http2
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 async def test_sends_end_at_the_earliest_time_that_was_set_and_are_whole_until_then(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    sends = Sends()
+    sends = SendDeadline()
     ended: list[float] = []
     start = trio.current_time()
 

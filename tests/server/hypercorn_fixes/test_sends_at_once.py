@@ -13,7 +13,7 @@ from starlette.routing import Route, WebSocketRoute
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import serve
-from penstock.server.hypercorn_fixes import AT_ONCE, Connection
+from penstock.server.hypercorn_fixes import AT_ONCE, PatchedTCPServer
 from tests.server.hypercorn_fixes.test_versions import nothing_is_corrected
 from tests.support.certificates import tls_config
 from tests.support.connections import SMALL, SOON, brief, is_over_soon, joined, served, with_reset
@@ -92,12 +92,12 @@ class Flood:
         return {"type": "websocket.accept" if what == "start" else "websocket.close"}
 
 
-class Watched(Connection):
+class Watched(PatchedTCPServer):
     """One that knows how many turns others had at each of its sends, and how often it was lost."""
 
     turns: Turns
     at_each: list[int]
-    told: list[Connection]
+    told: list[PatchedTCPServer]
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):

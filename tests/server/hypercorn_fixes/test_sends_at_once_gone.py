@@ -26,21 +26,21 @@ from tests.support.serving import eventually, quiet_config, serving
 from tests.support.uncorrected import in_place_of
 
 if TYPE_CHECKING:
-    from penstock.server.hypercorn_fixes import Connection
+    from penstock.server.hypercorn_fixes import PatchedTCPServer
 
 
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def reset(stream: trio.SocketStream, _connection: Connection) -> None:
+def reset(stream: trio.SocketStream, _connection: PatchedTCPServer) -> None:
     """The client resets the connection."""
     if stream.socket.fileno() != -1:
         with_reset(stream)
         stream.socket.close()
 
 
-def close_here(_stream: trio.SocketStream, connection: Connection) -> None:
+def close_here(_stream: trio.SocketStream, connection: PatchedTCPServer) -> None:
     """The server closes it."""
     connection.stream.socket.close()
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from trio.testing import wait_all_tasks_blocked
 
 from penstock.server import hypercorn_fixes as corrections
-from penstock.server.hypercorn_fixes import AT_ONCE, Connection
+from penstock.server.hypercorn_fixes import AT_ONCE, PatchedTCPServer
 from tests.support.connections import SMALL, SOON, is_over_soon, joined, served, small_socket, with_reset
 from tests.support.endpoints import KIB, with_endless
 from tests.support.http2_clients import OPEN, Http2
@@ -109,7 +109,7 @@ async def test_over_http2_many_streams_and_pings_come_byte_by_byte_on_a_connecti
 
 
 @asynccontextmanager
-async def connection() -> AsyncIterator[tuple[Connection, trio.SocketStream]]:
+async def connection() -> AsyncIterator[tuple[PatchedTCPServer, trio.SocketStream]]:
     """A connection whose sends are the test's, with small buffers, and its client."""
     listening = trio.socket.socket()
     await listening.bind(("127.0.0.1", 0))
@@ -120,7 +120,7 @@ async def connection() -> AsyncIterator[tuple[Connection, trio.SocketStream]]:
         await listener.accept() as stream,
     ):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-        made: Any = Connection(None, Config(), None, None, stream)  # type: ignore[arg-type]
+        made: Any = PatchedTCPServer(None, Config(), None, None, stream)  # type: ignore[arg-type]
         yield made, client
 
 
@@ -267,7 +267,7 @@ async def test_a_stream_that_is_cancelled_leaves_its_connection_to_others() -> N
 
 
 @asynccontextmanager
-async def cut_off(server: Server) -> AsyncIterator[tuple[trio.SocketStream, Connection]]:
+async def cut_off(server: Server) -> AsyncIterator[tuple[trio.SocketStream, PatchedTCPServer]]:
     """A client that did not read, and whose response was cut off in the middle of a send and goes on."""
     endless = with_endless(server)
     async with joined(server) as (stream, task):

@@ -26,7 +26,7 @@ Command = tuple[Any, ...]
 """A command and its arguments."""
 
 
-class Servers(Protocol):
+class Backend(Protocol):
     """One Redis, or the nodes of a cluster."""
 
     @property
@@ -37,10 +37,10 @@ class Servers(Protocol):
     def clustered(self) -> bool:
         """Keys are on slots, slots on nodes: a command has keys of one slot, and messages are published on theirs."""
 
-    def part(self, key: str) -> str:
+    def shard(self, key: str) -> str:
         """The part that has this key or channel, as far as is known. Never blocks."""
 
-    def parts(self) -> Collection[str]:
+    def shards(self) -> Collection[str]:
         """All parts, as far as is known; at least one."""
 
     async def learn(self) -> None:
@@ -62,7 +62,9 @@ class Servers(Protocol):
     def doubt(self) -> None:
         """Somebody has seen a sign that keys are on another part than is known: look. Never blocks."""
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:
+    async def execute(
+        self, commands: Sequence[Command], *, replicated: bool = False, wait_for_migration: bool = False
+    ) -> list[Any]:
         """Send commands, in as few round trips as is good for others; their replies, in order.
 
         Each part's commands reach it in their order. A command that was refused has its exception as its reply:
@@ -71,36 +73,36 @@ class Servers(Protocol):
 
         Args:
             commands: what to send.
-            kept: return when as many replicas have it as `open_log` was told to wait for.
-            patient: in a cluster, wait for keys that are being moved from one node to another; else what is about them
-                is `LogUnavailable` sooner, so that nothing waits for it.
+            replicated: return when as many replicas have it as `open_log` was told to wait for.
+            wait_for_migration: in a cluster, wait for keys that are being moved from one node to another; else
+                what is about them is `LogUnavailable` sooner, so that nothing waits for it.
 
         Raises:
             LogUnavailable: no part of it could be reached, answered in time, or was in a state to.
         """
 
-    async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
+    async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
         """`execute`, `kept` and `patient`, with what is in a later stage done after what is in an earlier one.
 
         Raises:
             LogUnavailable: as for `execute`, and if anything of an earlier stage could not be done.
         """
 
-    async def ask(self, *command: Any, kept: bool = False) -> Any:
+    async def ask(self, *command: Any, replicated: bool = False) -> Any:
         """Send one command; its reply.
 
         Raises:
             LogUnavailable: as for `execute`, and also if the command was refused.
         """
 
-    async def beside(self, commands: Sequence[Command]) -> None:
+    async def best_effort(self, commands: Sequence[Command]) -> None:
         """Send what is good to have, of any part, without keeping the caller waiting for a part that is away.
 
         Raises:
             LogUnavailable: there is one part, and it cannot be reached.
         """
 
-    def subscription(self, part: str) -> AbstractAsyncContextManager[Subscription]:
+    def subscription(self, shard: str) -> AbstractAsyncContextManager[Subscription]:
         """A connection of its own to this part, which listens to channels."""
 
 
@@ -108,7 +110,7 @@ SEVERAL: Final = "several"
 """Stands for the part of requests that are about several."""
 
 
-class Requests:
+class RequestLimiter:
     """Commands for readers and callers, of whom there may be thousands: they take turns on a few connections.
 
     Each part has turns of its own, so that nobody waits behind those who wait for a part that is away.
@@ -118,31 +120,31 @@ class Requests:
         at_once: the most that are under way to one part.
     """
 
-    def __init__(self, servers: Servers, at_once: int) -> None:
+    def __init__(self, servers: Backend, at_once: int) -> None:
         self._servers = servers
         self._at_once = at_once
         self._turns: dict[str, trio.CapacityLimiter] = {}
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
-        """`Servers.execute`, when it is this request's turn.
+    async def execute(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
+        """`Backend.execute`, when it is this request's turn.
 
         Raises:
             LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
         """
-        async with self.turn(*map(key_of, commands)) as servers:
-            return await servers.execute(commands, kept=kept, patient=True)
+        async with self.slot(*map(key_of, commands)) as servers:
+            return await servers.execute(commands, replicated=replicated, wait_for_migration=True)
 
-    async def ask(self, *command: Any, kept: bool = False) -> Any:
-        """`Servers.ask`, when it is this request's turn.
+    async def ask(self, *command: Any, replicated: bool = False) -> Any:
+        """`Backend.ask`, when it is this request's turn.
 
         Raises:
             LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
         """
-        async with self.turn(key_of(command)) as servers:
-            return await servers.ask(*command, kept=kept)
+        async with self.slot(key_of(command)) as servers:
+            return await servers.ask(*command, replicated=replicated)
 
     @asynccontextmanager
-    async def turn(self, *keys: str) -> AsyncIterator[Servers]:
+    async def slot(self, *keys: str) -> AsyncIterator[Backend]:
         """The way to Redis, for as long as it is this request's turn at the part that has the keys.
 
         Requests of several parts have turns of their own: they may wait for each of them.
@@ -150,12 +152,12 @@ class Requests:
         Raises:
             LogUnavailable: its turn does not come within `ANSWER_TIMEOUT`.
         """
-        parts = {self._servers.part(key) for key in keys}
-        part = parts.pop() if len(parts) == 1 else SEVERAL
-        if part not in self._turns:
-            self._turns = {part: turns for part, turns in self._turns.items() if turns.statistics().borrowed_tokens}
-            self._turns[part] = trio.CapacityLimiter(self._at_once)
-        turns = self._turns[part]
+        shards = {self._servers.shard(key) for key in keys}
+        shard = shards.pop() if len(shards) == 1 else SEVERAL
+        if shard not in self._turns:
+            self._turns = {shard: turns for shard, turns in self._turns.items() if turns.statistics().borrowed_tokens}
+            self._turns[shard] = trio.CapacityLimiter(self._at_once)
+        turns = self._turns[shard]
         with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
             await turns.acquire()
         if waiting.cancelled_caught:

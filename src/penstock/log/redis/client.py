@@ -28,9 +28,9 @@ from redis import exceptions
 from redis.asyncio.client import PubSub
 
 from penstock.errors import LogUnavailable
-from penstock.exception_groups import raise_unchanged
+from penstock.exception_groups import reraise
 from penstock.log.redis import urls as addresses
-from penstock.log.redis.errors import judged, unavailable, words_of
+from penstock.log.redis.errors import classify, unavailable, words_of
 from penstock.log.redis.scripts import BY_DIGEST, Script
 from penstock.log.redis.urls import pool_of, sentinels_of, watched_pool
 
@@ -182,11 +182,11 @@ class Client:
         self._loop = loop
         self._wait_replicas = wait_replicas
 
-    def part(self, key: str) -> str:  # noqa: ARG002
+    def shard(self, key: str) -> str:  # noqa: ARG002
         """There is one part."""
         return ""
 
-    def parts(self) -> Sequence[str]:
+    def shards(self) -> Sequence[str]:
         """The only one."""
         return ("",)
 
@@ -208,7 +208,13 @@ class Client:
     def doubt(self) -> None:
         """There is no doubt about that."""
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:  # noqa: ARG002
+    async def execute(
+        self,
+        commands: Sequence[Command],
+        *,
+        replicated: bool = False,
+        wait_for_migration: bool = False,  # noqa: ARG002
+    ) -> list[Any]:
         """Send commands, in as few round trips as is good for others; their replies, in order.
 
         A command that was refused has its exception as its reply: `LogFull`, or a `redis.exceptions.ResponseError`.
@@ -218,41 +224,41 @@ class Client:
         """
         judged_replies: list[Any] = []
         for piece in _pieces(commands):
-            judged_replies += self._judged(await self._replies(piece, kept=kept))
+            judged_replies += self._classify(await self._replies(piece, replicated=replicated))
         return judged_replies
 
-    async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
+    async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
         """The same: one server does things in the order in which they come."""
-        return await self.execute([command for stage in stages for command in stage], kept=True)
+        return await self.execute([command for stage in stages for command in stage], replicated=True)
 
-    async def ask(self, *command: Any, kept: bool = False) -> Any:
+    async def ask(self, *command: Any, replicated: bool = False) -> Any:
         """Send one command; its reply.
 
         Raises:
             LogUnavailable: as for `execute`, and also if the command was refused.
         """
-        (reply,) = self._judged(await self._replies([command], kept=kept))
+        (reply,) = self._classify(await self._replies([command], replicated=replicated))
         return answer(reply, self.address)
 
-    async def beside(self, commands: Sequence[Command]) -> None:
+    async def best_effort(self, commands: Sequence[Command]) -> None:
         """`execute`: what is good to have is as near as anything else."""
         await self.execute(commands)
 
-    async def replies(self, commands: Sequence[Command], *, kept: bool = False) -> list[Any]:
+    async def replies(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
         """`execute` for who judges the replies: each refusal is there as it came.
 
         Raises:
             LogUnavailable: Redis could not be reached, or did not answer in time.
         """
-        return [reply for piece in _pieces(commands) for reply in await self._replies(piece, kept=kept)]
+        return [reply for piece in _pieces(commands) for reply in await self._replies(piece, replicated=replicated)]
 
-    def _judged(self, replies: Sequence[Any]) -> list[Any]:
+    def _classify(self, replies: Sequence[Any]) -> list[Any]:
         return [
-            judged(reply, self.address) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies
+            classify(reply, self.address) if isinstance(reply, exceptions.ResponseError) else reply for reply in replies
         ]
 
-    async def _replies(self, commands: list[Command], *, kept: bool) -> list[Any]:
-        replies = await self._send_kept(commands) if kept else await self._send(commands)
+    async def _replies(self, commands: list[Command], *, replicated: bool) -> list[Any]:
+        replies = await self._send_replicated(commands) if replicated else await self._send(commands)
         for _ in range(_SCRIPT_TRIES):
             forgotten = [n for n, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
             if not forgotten:
@@ -260,7 +266,7 @@ class Client:
             digests = dict.fromkeys(commands[n][1] for n in forgotten)
             loads: list[Command] = [("SCRIPT LOAD", BY_DIGEST[digest].source) for digest in digests]
             again = loads + [commands[n] for n in forgotten]
-            repeated = await self._send_kept(again) if kept else await self._send(again)
+            repeated = await self._send_replicated(again) if replicated else await self._send(again)
             for reply in repeated[: len(loads)]:
                 if isinstance(reply, exceptions.ResponseError):
                     raise unavailable(reply, self.address)
@@ -270,7 +276,7 @@ class Client:
             await self.run(self._client.connection_pool.disconnect(inuse_connections=False))
         return replies
 
-    async def _send_kept(self, commands: list[Command]) -> list[Any]:
+    async def _send_replicated(self, commands: list[Command]) -> list[Any]:
         """`_send`, and see to it that enough replicas have it."""
         if not self._wait_replicas:
             return await self._send(commands)
@@ -322,7 +328,7 @@ class Client:
             raise unavailable(error, self.address) from error
 
     @asynccontextmanager
-    async def subscription(self, part: str = "") -> AsyncIterator[Subscription]:  # noqa: ARG002
+    async def subscription(self, shard: str = "") -> AsyncIterator[Subscription]:  # noqa: ARG002
         """A connection of its own that listens to channels."""
         pubsub = OneConnection(self._client.connection_pool)
         try:
@@ -379,7 +385,7 @@ async def open_loop() -> AsyncIterator[trio_asyncio.TrioEventLoop]:
     except BaseExceptionGroup:
         if raised is None:
             raise
-        raise_unchanged(raised)  # the loop's nurseries are nothing that a caller should see
+        reraise(raised)  # the loop's nurseries are nothing that a caller should see
 
 
 @asynccontextmanager

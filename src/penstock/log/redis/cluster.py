@@ -26,10 +26,10 @@ import trio
 from redis import exceptions
 
 from penstock.errors import LogUnavailable
-from penstock.exception_groups import raise_bare
+from penstock.exception_groups import raise_single
 from penstock.log.redis import urls as addresses
 from penstock.log.redis.client import CLOSING, answer, client_at, open_loop
-from penstock.log.redis.errors import is_away, judged, unavailable, words_of
+from penstock.log.redis.errors import classify, is_away, unavailable, words_of
 from penstock.log.redis.slots import NOWHERE, Slots, key_of, slot_of
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ Place = tuple[str, int]
 """Host and port."""
 
 
-class Silent(LogUnavailable):
+class Unreachable(LogUnavailable):
     """A node has not answered, or would answer so whatever it is asked."""
 
 
-LEFT: Final = LogUnavailable("the node is no primary any more")
+STALE_NODE: Final = LogUnavailable("the node is no primary any more")
 """The reply of a node that has been replaced meanwhile."""
 _REDIRECTIONS: Final = (exceptions.AskError, exceptions.TryAgainError)
 """These say where to go, not what is wrong (`MovedError` is an `AskError`)."""
@@ -69,7 +69,7 @@ class Redirected(NamedTuple):
     wait: bool
 
 
-def judged_at(reply: Any, place: Place, address: str) -> Any:
+def classify_at(reply: Any, place: Place, address: str) -> Any:
     """A reply as it is to be taken that came from a node: what is wrong with it is `LogUnavailable`, not raised."""
     if isinstance(reply, exceptions.AskError) and reply.host in {"", "?"}:
         reply.host = place[0]  # it does not know its own
@@ -78,9 +78,9 @@ def judged_at(reply: Any, place: Place, address: str) -> Any:
     if isinstance(reply, exceptions.ClusterDownError) and "slot not served" in words_of(reply):
         return unavailable(reply, address)
     try:
-        return judged(reply, address)
+        return classify(reply, address)
     except LogUnavailable as error:
-        return Silent(str(error))
+        return Unreachable(str(error))
 
 
 def redirected(commands: Sequence[Command], numbers: Sequence[int], replies: Sequence[Any]) -> Redirected:
@@ -96,7 +96,7 @@ def redirected(commands: Sequence[Command], numbers: Sequence[int], replies: Seq
             found.moved.append((reply.slot_id, (reply.host, reply.port)))
         elif isinstance(reply, exceptions.AskError):
             found.asks[n] = (reply.host, reply.port)
-        elif not _is_on_its_way(reply) and reply is not LEFT and slot not in slots:
+        elif not _is_on_its_way(reply) and reply is not STALE_NODE and slot not in slots:
             continue
         found.left.append(n)
         slots.add(slot)
@@ -162,13 +162,13 @@ class Cluster:
         self.nursery: trio.Nursery | None = None
         """Where these tasks are, while the cluster is open."""
 
-    def part(self, key: str) -> str:
+    def shard(self, key: str) -> str:
         """The address of the node that has this key, or "" if none is known to."""
         return self._slots.owner(key)
 
-    def parts(self) -> Collection[str]:
+    def shards(self) -> Collection[str]:
         """The addresses of the primaries, those that answer first; "" alone while none is known."""
-        return sorted(self._slots.primaries, key=lambda part: part in self._nodes and self._nodes[part].away) or (
+        return sorted(self._slots.primaries, key=lambda shard: shard in self._nodes and self._nodes[shard].away) or (
             NOWHERE,
         )
 
@@ -178,7 +178,7 @@ class Cluster:
         return lambda: self._on_moved.remove(moved)
 
     def is_moving(self, key: str) -> bool:
-        """See `Servers.is_moving`."""
+        """See `Backend.is_moving`."""
         at = self._asked_at.get(slot_of(key))
         if at is not None and trio.current_time() - at > MOVING:
             del self._asked_at[slot_of(key)]
@@ -186,65 +186,67 @@ class Cluster:
         return at is not None
 
     def here_since(self, key: str) -> float:
-        """See `Servers.here_since`."""
+        """See `Backend.here_since`."""
         return self._slots.since[slot_of(key)]
 
     def doubt(self) -> None:
         """Ask whose slots are, soon."""
         self._doubt.set()
 
-    async def execute(self, commands: Sequence[Command], *, kept: bool = False, patient: bool = False) -> list[Any]:
-        """See `Servers.execute`. The commands for several nodes are sent at the same time."""
+    async def execute(
+        self, commands: Sequence[Command], *, replicated: bool = False, wait_for_migration: bool = False
+    ) -> list[Any]:
+        """See `Backend.execute`. The commands for several nodes are sent at the same time."""
         if not commands:
             await trio.lowlevel.checkpoint()
             return []
         await self.learn()
         replies: list[Any] = [None] * len(commands)
-        again = await self._round(commands, [*range(len(commands))], {}, replies, kept=kept)
-        with trio.move_on_after(PATIENCE if patient else HASTE):
-            while again.left and (patient or not again.wait):
+        again = await self._round(commands, [*range(len(commands))], {}, replies, kept=replicated)
+        with trio.move_on_after(PATIENCE if wait_for_migration else HASTE):
+            while again.left and (wait_for_migration or not again.wait):
                 await trio.sleep(PAUSE if again.wait else 0)
-                again = await self._round(commands, again.left, again.asks, replies, kept=kept)
+                again = await self._round(commands, again.left, again.asks, replies, kept=replicated)
         for n in again.left:
             replies[n] = LogUnavailable(f"Redis at {self.address} is moving what a command is about: {replies[n]}")
-        if all(isinstance(reply, Silent) for reply in replies):
+        if all(isinstance(reply, Unreachable) for reply in replies):
             raise LogUnavailable(str(replies[0]))
         return replies
 
-    async def in_turn(self, *stages: Sequence[Command]) -> list[Any]:
-        """See `Servers.in_turn`: nodes do not wait for each other, so each stage waits for the one before."""
+    async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
+        """See `Backend.in_stages`: nodes do not wait for each other, so each stage waits for the one before."""
         replies: list[Any] = []
         for stage in stages:
             for reply in replies:
                 if is_away(reply):
                     raise reply
-            replies += await self.execute(stage, kept=True, patient=True)
+            replies += await self.execute(stage, replicated=True, wait_for_migration=True)
         return replies
 
-    async def ask(self, *command: Any, kept: bool = False) -> Any:
-        """See `Servers.ask`."""
-        (reply,) = await self.execute([command], kept=kept, patient=True)
+    async def ask(self, *command: Any, replicated: bool = False) -> Any:
+        """See `Backend.ask`."""
+        (reply,) = await self.execute([command], replicated=replicated, wait_for_migration=True)
         return answer(reply, self.address)
 
-    async def beside(self, commands: Sequence[Command]) -> None:
+    async def best_effort(self, commands: Sequence[Command]) -> None:
         """Send these in the background; what cannot be done is forgotten."""
         await trio.lowlevel.checkpoint()
         for command in commands:
-            part = self.part(key_of(command))
-            if part not in self._beside:
-                self._beside[part] = {}
+            shard = self.shard(key_of(command))
+            if shard not in self._beside:
+                self._beside[shard] = {}
                 if self.nursery is not None:
-                    self.nursery.start_soon(self._send_beside, part)
-            self._beside[part][command] = None
+                    self.nursery.start_soon(self._send_best_effort, shard)
+            self._beside[shard][command] = None
 
     @asynccontextmanager
-    async def subscription(self, part: str) -> AsyncIterator[Subscription]:
+    async def subscription(self, shard: str) -> AsyncIterator[Subscription]:
         """A connection to a node, for the channels of its slots.
 
         Raises:
             LogUnavailable: it is no primary any more.
         """
-        place = self._slots.primaries.get(part)
+        place = self._slots.primaries.get(shard)
         if place is None:
             self.doubt()
             raise LogUnavailable(f"no node of the cluster at {self.address} has the slot")
@@ -262,7 +264,7 @@ class Cluster:
     # Where things are
 
     async def learn(self) -> None:
-        """See `Servers.learn`."""
+        """See `Backend.learn`."""
         if not self._slots.primaries:
             await self._ask_whose(self._asked)
 
@@ -347,13 +349,13 @@ class Cluster:
         return since is not None and trio.current_time() - since >= SLOW
 
     @trio.lowlevel.enable_ki_protection
-    async def _send_beside(self, part: str) -> None:
+    async def _send_best_effort(self, shard: str) -> None:
         """Send what was left for it, and what is left meanwhile."""
-        while commands := [*self._beside[part]]:
-            self._beside[part] = {}
+        while commands := [*self._beside[shard]]:
+            self._beside[shard] = {}
             with suppress(LogUnavailable):  # it was good to have, no more
                 await self.execute(commands)
-        del self._beside[part]
+        del self._beside[shard]
 
     # Sending
 
@@ -398,9 +400,9 @@ class Cluster:
         if node is None:
             self.doubt()
             await trio.lowlevel.checkpoint()
-            return [Silent(f"no node of the cluster at {self.address} has the slot")] * len(commands)
+            return [Unreachable(f"no node of the cluster at {self.address} has the slot")] * len(commands)
         sent = [each for command in commands for each in (("ASKING",), command)] if asking else commands
-        replies: Sequence[Any] = [LEFT] * len(commands)
+        replies: Sequence[Any] = [STALE_NODE] * len(commands)
         if self._nodes.get(node.client.address) is not node:  # its connections have been closed
             await trio.lowlevel.checkpoint()
             return replies
@@ -408,17 +410,17 @@ class Cluster:
             node.under_way[scope] = began = trio.current_time()
             away = True
             try:
-                replies = await node.client.replies(sent, kept=kept)
+                replies = await node.client.replies(sent, replicated=kept)
                 replies = replies[1::2] if asking else replies
                 away = False
             except LogUnavailable as error:
                 self.doubt()
-                replies = [Silent(str(error))] * len(commands)
+                replies = [Unreachable(str(error))] * len(commands)
             finally:
                 del node.under_way[scope]
-                if not away or replies[0] is not LEFT or trio.current_time() - began >= SLOW:
+                if not away or replies[0] is not STALE_NODE or trio.current_time() - began >= SLOW:
                     node.away = away
-        replies = [judged_at(reply, node.place, node.client.address) for reply in replies]
+        replies = [classify_at(reply, node.place, node.client.address) for reply in replies]
         if any(map(is_away, replies)):
             self.doubt()
         return replies
@@ -445,6 +447,6 @@ async def open_cluster(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Clu
                 yield cluster
                 cluster.nursery.cancel_scope.cancel(reason="the cluster is left")
         except BaseExceptionGroup as group:
-            raise_bare(group, trio.Cancelled)  # the nursery is nothing that a caller should see
+            raise_single(group, trio.Cancelled)  # the nursery is nothing that a caller should see
         finally:
             await cluster.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)

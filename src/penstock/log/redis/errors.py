@@ -37,7 +37,7 @@ def is_away(reply: object) -> bool:
     return isinstance(reply, LogUnavailable) and not isinstance(reply, LogFull)
 
 
-def judged(error: exceptions.ResponseError, address: str) -> Exception:
+def classify(error: exceptions.ResponseError, address: str) -> Exception:
     """The reply to a command that was refused: `LogFull`, or the refusal as it came.
 
     Raises:

@@ -20,7 +20,7 @@ from penstock.log.redis.slots import slot_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from penstock.log.redis.backend import Servers
+    from penstock.log.redis.backend import Backend
     from penstock.log.redis.schema import Keys
 
 NUMBERS: Final = (18, 249, 72, 223, 105, 2, 95, 235, 265, 34, 413, 155, 273, 363, 405, 48)
@@ -28,7 +28,7 @@ NUMBERS: Final = (18, 249, 72, 223, 105, 2, 95, 235, 265, 34, 413, 155, 273, 363
 each of up to so many primaries has a list if their slots are even."""
 
 
-class Lists:
+class RunIndexes:
     """The lists of one log.
 
     Args:
@@ -36,7 +36,7 @@ class Lists:
         servers: where keys are.
     """
 
-    def __init__(self, keys: Keys, servers: Servers) -> None:
+    def __init__(self, keys: Keys, servers: Backend) -> None:
         self._keys = keys
         self._servers = servers
         self._numbers: Sequence[int | None] = NUMBERS if servers.clustered else [None]
@@ -68,27 +68,29 @@ class Lists:
         """All lists by age."""
         return [self._keys.runs(number) for number in self._numbers]
 
-    def live(self, part: str) -> list[str]:
+    def live(self, shard: str) -> list[str]:
         """The lists by lease on one part."""
-        return [self._keys.live(number) for number in self._numbers_on(part)]
+        return [self._keys.live(number) for number in self._numbers_on(shard)]
 
-    def probe(self, part: str) -> str:
+    def probe(self, shard: str) -> str:
         """A key of this part which may be touched: one of its lists, if it has any."""
-        if part not in self._probes:
-            numbers = self._numbers_on(part) or (_names() if self._servers.clustered else [None])
+        if shard not in self._probes:
+            numbers = self._numbers_on(shard) or (_names() if self._servers.clustered else [None])
             names = (self._keys.live(number) for number in numbers)
-            found = next((name for name in names if self._servers.part(name) == part), None)
-            self._probes[part] = found or self._keys.live(self._numbers[0])
-        return self._probes[part]
+            found = next((name for name in names if self._servers.shard(name) == shard), None)
+            self._probes[shard] = found or self._keys.live(self._numbers[0])
+        return self._probes[shard]
 
     def _number(self, run_id: str) -> int | None:
-        there = self._numbers_on(self._servers.part(self._keys.record(run_id))) or self._numbers
+        there = self._numbers_on(self._servers.shard(self._keys.record(run_id))) or self._numbers
         return there[crc32(run_id.encode(errors="replace")) % len(there)]
 
-    def _numbers_on(self, part: str) -> list[int | None]:
-        if part not in self._on:
-            self._on[part] = [number for number in self._numbers if self._servers.part(self._keys.live(number)) == part]
-        return self._on[part]
+    def _numbers_on(self, shard: str) -> list[int | None]:
+        if shard not in self._on:
+            self._on[shard] = [
+                number for number in self._numbers if self._servers.shard(self._keys.live(number)) == shard
+            ]
+        return self._on[shard]
 
 
 @cache

@@ -21,11 +21,11 @@ import trio
 from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
-from penstock.log.redis.backend import Requests
+from penstock.log.redis.backend import RequestLimiter
 from penstock.log.redis.client import call
 from penstock.log.redis.errors import is_away
-from penstock.log.redis.indexes import Lists
-from penstock.log.redis.notifications import RedisWakeups, open_wakeups
+from penstock.log.redis.indexes import RunIndexes
+from penstock.log.redis.notifications import RedisNotifications, open_wakeups
 from penstock.log.redis.reap import Reaper
 from penstock.log.redis.schema import (
     LOST,
@@ -42,14 +42,14 @@ from penstock.log.redis.schema import (
     text_of,
     touch,
 )
-from penstock.log.redis.start import Starting
+from penstock.log.redis.start import RunStarter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from penstock.log import Appended, Batch, Idempotency, Lease, Obituary, Page, Started
-    from penstock.log.redis.backend import Command, Servers
+    from penstock.log import Appended, Batch, Idempotency, Lease, LostEnding, Page, Started
+    from penstock.log.redis.backend import Backend, Command
     from penstock.runs import Run, RunStatus
 
 REQUESTS_AT_ONCE: Final = 8
@@ -78,7 +78,7 @@ class RedisLog:
     """
 
     def __init__(
-        self, servers: Servers, *, ttl: float = 10_800.0, max_entries: int = 10_000, prefix: str = "sse:run:"
+        self, servers: Backend, *, ttl: float = 10_800.0, max_entries: int = 10_000, prefix: str = "sse:run:"
     ) -> None:
         if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0.001 <= ttl < 2**53 / 1000:  # noqa: PLR2004
             raise ConfigurationError(f"ttl is a number of seconds above 0, not {ttl!r}")
@@ -89,9 +89,9 @@ class RedisLog:
         self._ttl = ms(ttl)
         self._max_entries = max_entries
         self._keys = Keys(prefix)
-        self._lists = Lists(self._keys, servers)
-        self._requests = Requests(servers, REQUESTS_AT_ONCE)
-        self._starting = Starting(servers, self._requests, self._keys, self._lists, self._ttl)
+        self._lists = RunIndexes(self._keys, servers)
+        self._requests = RequestLimiter(servers, REQUESTS_AT_ONCE)
+        self._starting = RunStarter(servers, self._requests, self._keys, self._lists, self._ttl)
         self._reaper = Reaper(servers, self._keys, self._lists, self._starting, publish=self._publish, ttl=self._ttl)
         self._heard: dict[str, dict[str, str | None]] = {}
         """For each owner, the cancel requests that came with a renewal, because the inbox may have missed them."""
@@ -125,7 +125,7 @@ class RedisLog:
         Raises:
             LogUnavailable: Redis cannot be reached, or takes no writes; any of the batches may be stored.
         """
-        replies = await self._servers.execute([self._append(batch) for batch in batches], kept=True)
+        replies = await self._servers.execute([self._append(batch) for batch in batches], replicated=True)
         appended = [appended_of(reply) for reply in replies]
         settled = [(batch, reply.status) for batch, reply in zip(batches, appended, strict=True)]
         over = [batch.run_id for batch, status in settled if batch.ending is not None and status is AppendStatus.OK]
@@ -143,7 +143,7 @@ class RedisLog:
             moving = [pair for pair in appended if self._servers.is_moving(self._keys.record(pair[0].run_id))]
             if moving:
                 wake = [(self._publish, self._keys.wake(batch.run_id), reply.seq) for batch, reply in moving]
-                await self._servers.beside(wake)
+                await self._servers.best_effort(wake)
 
     def _append(self, batch: Batch) -> Command:
         ending = fields_of_ending(batch.ending)
@@ -233,7 +233,7 @@ class RedisLog:
                     gone.append(("ZREM", key, run_id))
             start, end = end, 2 * end
         if gone:
-            await self._servers.beside(gone)
+            await self._servers.best_effort(gone)
         return [*runs.values()][:limit]
 
     async def _newest(self, start: int, end: int) -> Sequence[tuple[str, float, str]]:
@@ -264,7 +264,7 @@ class RedisLog:
         words = ("1", reason) if reason is not None else ("", "")
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
         command = call(scripts.CANCEL, keys, secrets.token_hex(8), self._ttl, *words)
-        what, flat = await self._requests.ask(*command, kept=True)
+        what, flat = await self._requests.ask(*command, replicated=True)
         if what == b"GONE":
             raise RunNotFound(run_id)
         record = record_of(flat)
@@ -280,7 +280,7 @@ class RedisLog:
                 run_id,
                 words_on_record,
             )
-            await self._servers.beside([post])
+            await self._servers.best_effort([post])
         return CancelReply(status, run_of(run_id, record))
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
@@ -331,7 +331,7 @@ class RedisLog:
         if self._servers.clustered:  # a renewal is of one key there, so that none waits for a move of the other
             kept = max(self._ttl, 4 * ms(seconds))
             streams = [("PEXPIRE", self._keys.stream(run_id), kept) for run_id in alive]
-        await self._servers.beside([*hints, *streams, *self._starting.keep(alive)])
+        await self._servers.best_effort([*hints, *streams, *self._starting.keep(alive)])
         return replies
 
     def _renew(self, piece: Sequence[str], epochs: Mapping[str, str], lease: int) -> Command:
@@ -341,50 +341,50 @@ class RedisLog:
 
     async def reap(
         self,
-        obituary: Callable[[], Obituary],
+        obituary: Callable[[], LostEnding],
         *,
-        part: str | None = None,
-        ready: Callable[[str], bool] = lambda part: True,  # noqa: ARG005
+        shard: str | None = None,
+        ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
     ) -> Sequence[str]:
         """End the runs whose lease has run out by Redis' clock, `REAPED_AT_ONCE` in one round trip. A checkpoint.
 
         Raises:
             LogUnavailable: the part, or one of them, cannot be reached; some may have been reaped.
         """
-        parts = self._servers.parts() if part is None else [part]
-        return [run_id for each in parts for run_id in await self._reaper.reap(each, obituary, ready)]
+        shards = self._servers.shards() if shard is None else [shard]
+        return [run_id for each in shards for run_id in await self._reaper.reap(each, obituary, ready)]
 
     # The rest
 
-    def wakeups(self, owner: str) -> AbstractAsyncContextManager[RedisWakeups]:
+    def wakeups(self, owner: str) -> AbstractAsyncContextManager[RedisNotifications]:
         """The wake-ups of the supervisor named `owner`."""
         return open_wakeups(self._servers, self._keys, self.check, owner)
 
-    def part(self, run_id: str) -> str:
+    def shard(self, run_id: str) -> str:
         """The node of a cluster that has the run; "" if there is no cluster. Never blocks."""
-        return self._servers.part(self._keys.record(run_id))
+        return self._servers.shard(self._keys.record(run_id))
 
-    def parts(self) -> Collection[str]:
+    def shards(self) -> Collection[str]:
         """The nodes of a cluster that have runs; "" if there is no cluster. Never blocks."""
-        return self._servers.parts()
+        return self._servers.shards()
 
-    async def check(self, part: str | None = None) -> None:
+    async def check(self, shard: str | None = None) -> None:
         """Return if Redis (this part of it; None: any) can be reached and takes writes. A checkpoint.
 
         Raises:
             LogUnavailable: it cannot, or does not.
         """
-        if part is not None:
-            await self._servers.ask(*touch(self._lists.probe(part)), kept=True)
+        if shard is not None:
+            await self._servers.ask(*touch(self._lists.probe(shard)), replicated=True)
         else:
             await self._check_any()
 
     async def _check_any(self) -> None:
         await self._servers.learn()
         trouble = LogUnavailable("there is no Redis")
-        for each in self._servers.parts():
+        for each in self._servers.shards():
             try:
-                with trio.fail_after(ANY_TIMEOUT if len(self._servers.parts()) > 1 else inf):
+                with trio.fail_after(ANY_TIMEOUT if len(self._servers.shards()) > 1 else inf):
                     await self.check(each)
             except LogUnavailable as error:
                 trouble = error

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 from redis.exceptions import ClusterDownError, MovedError
 
-from penstock.backoff import SHORTEST_PAUSE, patiently
+from penstock.backoff import SHORTEST_PAUSE, retry_while_unavailable
 from penstock.errors import LogUnavailable
-from penstock.exception_groups import raise_bare
-from penstock.log import News
+from penstock.exception_groups import raise_single
+from penstock.log import Notification
 from penstock.log.redis.client import ANSWER_TIMEOUT
 from penstock.log.redis.slots import slot_of
 from penstock.observer import logger
@@ -37,7 +37,7 @@ from penstock.observer import logger
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from penstock.log.redis.backend import Servers
+    from penstock.log.redis.backend import Backend
     from penstock.log.redis.client import Subscription
     from penstock.log.redis.schema import Keys
 
@@ -51,10 +51,10 @@ CHANNELS_PER_COMMAND: Final = 500
 """The most channels in one SUBSCRIBE or UNSUBSCRIBE."""
 
 
-class Told(Protocol):
+class NotificationSink(Protocol):
     """Whoever is told what a listener hears. What is synchronous never blocks."""
 
-    def heard(self, channel: str, data: bytes) -> bool:
+    def on_message(self, channel: str, data: bytes) -> bool:
         """A message has come; whether it was one of a run's."""
 
     def is_run(self, channel: str) -> bool:
@@ -71,7 +71,7 @@ class Told(Protocol):
         """
 
 
-class Listener:
+class NodeSubscription:
     """What one part of Redis tells, over one connection at a time.
 
     Args:
@@ -80,8 +80,8 @@ class Listener:
         told: told what is heard.
     """
 
-    def __init__(self, servers: Servers, part: str, told: Told) -> None:
-        self.part = part
+    def __init__(self, servers: Backend, shard: str, told: NotificationSink) -> None:
+        self.shard = shard
         self.channels: dict[str, trio.Event] = {}
         """The channels that are wanted; the event is set while Redis has confirmed that they are listened to."""
         self.failing = False
@@ -96,7 +96,7 @@ class Listener:
         """How many of its requests for a channel this connection has not confirmed yet."""
         self._arrived: set[str] = set()
         """Channels that have come from another part: messages may have been lost on the way."""
-        self._astray: set[str] = set()
+        self._misrouted: set[str] = set()
         """Channels whose slot the node gave away, or has not: they are looked for, and asked for again."""
         self._poke = trio.Event()
         self._pong_due = False
@@ -111,7 +111,7 @@ class Listener:
     @property
     def address(self) -> str:
         """Where it listens."""
-        return self.part or self._servers.address
+        return self.shard or self._servers.address
 
     def want(self, channel: str) -> None:
         """Listen to this channel. Never blocks."""
@@ -157,14 +157,14 @@ class Listener:
                 while not self.channels:
                     self._poke = trio.Event()
                     await self._poke.wait()
-                await patiently(self._session, what="listen to Redis", on_warning=logger.warning)
+                await retry_while_unavailable(self._session, what="listen to Redis", on_warning=logger.warning)
                 await trio.sleep(SHORTEST_PAUSE)
 
     async def _session(self) -> None:
         """One connection, to its end: returns if it was of use, else raises `LogUnavailable`."""
         self._sent.clear()
         self._unconfirmed.clear()
-        self._astray.clear()
+        self._misrouted.clear()
         self._pong_due = False
         for channel, confirmed in self.channels.items():
             if confirmed.is_set():
@@ -172,7 +172,7 @@ class Listener:
         self._proven = False
         broken = ""
         try:
-            async with self._servers.subscription(self.part) as subscription:
+            async with self._servers.subscription(self.shard) as subscription:
                 await self._send(subscription)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._pump, subscription)
@@ -216,8 +216,8 @@ class Listener:
             with trio.move_on_at(due):
                 await self._poke.wait()
             self._poke = trio.Event()
-            if self._astray:
-                await self._look_for_the_astray()
+            if self._misrouted:
+                await self._look_up_misrouted()
             await self._send(subscription)
             if arrived := [each for each in self._arrived if each in self.channels and self.channels[each].is_set()]:
                 self._arrived.difference_update(arrived)
@@ -231,9 +231,9 @@ class Listener:
             await subscription.ping()
             await self._told.look_up(self._to_check())
 
-    async def _look_for_the_astray(self) -> None:
+    async def _look_up_misrouted(self) -> None:
         """Find out where they are. Those that are here after all are asked for again."""
-        astray, self._astray = self._astray, set()
+        astray, self._misrouted = self._misrouted, set()
         with trio.move_on_after(FAILING_TIMEOUT), suppress(LogUnavailable):  # it is not this node that is away
             await self._told.look_up([*astray])
         await trio.sleep(SHORTEST_PAUSE)
@@ -253,13 +253,13 @@ class Listener:
     def _take(self, kind: str, channel: str, data: bytes) -> None:
         """A message has come."""
         if kind == "message":
-            if channel in self.channels and self._told.heard(channel, data):
+            if channel in self.channels and self._told.on_message(channel, data):
                 self._stirred.add(channel)
         elif kind == "subscribe":
             self._confirm(channel)
         elif kind == "unsubscribe":
             if channel in self._sent and channel not in self._unconfirmed:  # nobody has asked for that
-                self._go_astray(channel)
+                self._mark_misrouted(channel)
         elif kind == "pong":
             self._pong_due = False
         self._lot.unpark_all()
@@ -272,12 +272,12 @@ class Listener:
         for channel in self._unconfirmed:
             if slot is None or slot_of(channel) == slot:
                 del self._unconfirmed[channel]
-                self._go_astray(channel)
+                self._mark_misrouted(channel)
                 self._lot.unpark_all()
                 return
 
-    def _go_astray(self, channel: str) -> None:
-        self._astray.add(channel)
+    def _mark_misrouted(self, channel: str) -> None:
+        self._misrouted.add(channel)
         self._servers.doubt()
         self._poke.set()
 
@@ -306,16 +306,16 @@ MAX_SEQ_DIGITS: Final = 16
 """The most digits of a seq; what else is published on a run's channel is none of ours."""
 
 
-class RedisWakeups:
+class RedisNotifications:
     """The wake-ups of one supervisor. Made by `open_wakeups`."""
 
-    def __init__(self, servers: Servers, keys: Keys, owner: str, nursery: trio.Nursery) -> None:
+    def __init__(self, servers: Backend, keys: Keys, owner: str, nursery: trio.Nursery) -> None:
         self._servers = servers
         self._keys = keys
         self._process = keys.process(owner)
         self._nursery = nursery
-        self._listeners: dict[str, Listener] = {}
-        self._channels: dict[str, Listener] = {}
+        self._listeners: dict[str, NodeSubscription] = {}
+        self._channels: dict[str, NodeSubscription] = {}
         """The channels that are wanted, and who listens to them."""
         self._moved: dict[str, int] = {}
         self._cancel = False
@@ -337,7 +337,7 @@ class RedisWakeups:
             LogUnavailable: Redis has not confirmed it in time; it goes on trying, and that may be good enough.
         """
         if channel not in self._channels:
-            listener = self._channels[channel] = self._listener(self._servers.part(channel))
+            listener = self._channels[channel] = self._listener(self._servers.shard(channel))
             listener.want(channel)
         try:
             await self._channels[channel].confirmed(channel)
@@ -353,36 +353,36 @@ class RedisWakeups:
             listener.leave(channel)
             self._moved.pop(run_id, None)
 
-    async def wait(self) -> News:
+    async def wait(self) -> Notification:
         """All that there is to tell, as soon as there is anything. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while not (self._moved or self._cancel or self._reconnected):
             await self._lot.park()
-        news = News(self._moved, self._cancel, self._reconnected)
+        news = Notification(self._moved, self._cancel, self._reconnected)
         self._moved, self._cancel, self._reconnected = {}, False, False
         return news
 
-    def _listener(self, part: str) -> Listener:
-        if part not in self._listeners:
-            listener = self._listeners[part] = Listener(self._servers, part, self)
+    def _listener(self, shard: str) -> NodeSubscription:
+        if shard not in self._listeners:
+            listener = self._listeners[shard] = NodeSubscription(self._servers, shard, self)
             self._nursery.start_soon(listener.run)
-        return self._listeners[part]
+        return self._listeners[shard]
 
     def rearrange(self) -> None:
         """Keys have come to other parts: listen to their channels there."""
         for channel, listener in self._channels.items():
-            part = self._servers.part(channel)
-            if part != listener.part and (confirmed := listener.leave(channel)) is not None:
-                self._channels[channel] = self._listener(part)
+            shard = self._servers.shard(channel)
+            if shard != listener.shard and (confirmed := listener.leave(channel)) is not None:
+                self._channels[channel] = self._listener(shard)
                 self._channels[channel].adopt(channel, confirmed)
-        for part, listener in [*self._listeners.items()]:
-            if not listener.channels and part not in self._servers.parts():
-                del self._listeners[part]
+        for shard, listener in [*self._listeners.items()]:
+            if not listener.channels and shard not in self._servers.shards():
+                del self._listeners[shard]
                 listener.scope.cancel(reason="the node is no primary any more")
 
     # What a listener tells
 
-    def heard(self, channel: str, data: bytes) -> bool:
+    def on_message(self, channel: str, data: bytes) -> bool:
         """A message has come; whether it was one of a run's."""
         if channel == self._process:
             self._cancel = True
@@ -422,8 +422,8 @@ class RedisWakeups:
 
 @asynccontextmanager
 async def open_wakeups(
-    servers: Servers, keys: Keys, check: Callable[[], Awaitable[None]], owner: str
-) -> AsyncIterator[RedisWakeups]:
+    servers: Backend, keys: Keys, check: Callable[[], Awaitable[None]], owner: str
+) -> AsyncIterator[RedisNotifications]:
     """The wake-ups of the supervisor named `owner`, for as long as the block lasts.
 
     Raises:
@@ -433,7 +433,7 @@ async def open_wakeups(
     await check()
     try:
         async with trio.open_nursery() as nursery:
-            wakeups = RedisWakeups(servers, keys, owner, nursery)
+            wakeups = RedisNotifications(servers, keys, owner, nursery)
             unwatch = servers.watch(wakeups.rearrange)
             try:
                 await wakeups.listen(keys.process(owner), may_fail=servers.clustered)
@@ -442,4 +442,4 @@ async def open_wakeups(
                 unwatch()
             nursery.cancel_scope.cancel(reason="the supervisor has ended")
     except BaseExceptionGroup as group:
-        raise_bare(group, trio.Cancelled)
+        raise_single(group, trio.Cancelled)

@@ -21,11 +21,11 @@ from penstock.log.redis.schema import checked, fields_of_ending, ms, touch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from penstock.log import Obituary
-    from penstock.log.redis.backend import Command, Servers
-    from penstock.log.redis.indexes import Lists
+    from penstock.log import LostEnding
+    from penstock.log.redis.backend import Backend, Command
+    from penstock.log.redis.indexes import RunIndexes
     from penstock.log.redis.schema import Keys
-    from penstock.log.redis.start import Starting
+    from penstock.log.redis.start import RunStarter
 
 REAPED_AT_ONCE: Final = 100
 """The most runs of one list that are reaped in one round trip."""
@@ -50,7 +50,7 @@ class Reaper:
     """
 
     def __init__(
-        self, servers: Servers, keys: Keys, lists: Lists, starting: Starting, *, publish: str, ttl: int
+        self, servers: Backend, keys: Keys, lists: RunIndexes, starting: RunStarter, *, publish: str, ttl: int
     ) -> None:
         self._servers = servers
         self._keys = keys
@@ -61,18 +61,18 @@ class Reaper:
         self._clocks: dict[str, tuple[bytes, float]] = {}
         """What each part's clock (ms) and this process's said at the last look there."""
 
-    async def reap(self, part: str, obituary: Callable[[], Obituary], ready: Callable[[str], bool]) -> Sequence[str]:
+    async def reap(self, shard: str, obituary: Callable[[], LostEnding], ready: Callable[[str], bool]) -> Sequence[str]:
         """Look through the lists of one part; the runs that were ended. See `RedisLog.reap`."""
         reaped: list[str] = []
-        starts = dict.fromkeys(self._lists.live(part) or [self._lists.probe(part)], 0)
+        starts = dict.fromkeys(self._lists.live(shard) or [self._lists.probe(shard)], 0)
         while starts:
-            due = await self._due(part, starts)
+            due = await self._due(shard, starts)
             full = [key for key, (_, dead) in due.items() if len(dead) == REAPED_AT_ONCE]
             left = {key: await self._reap_all(key, *due[key], obituary, ready, reaped) for key in due if due[key][1]}
             starts = {key: starts[key] + left[key] for key in full}
         return reaped
 
-    async def _due(self, part: str, starts: dict[str, int]) -> dict[str, tuple[bytes, Sequence[str]]]:
+    async def _due(self, shard: str, starts: dict[str, int]) -> dict[str, tuple[bytes, Sequence[str]]]:
         """The time, and the runs whose lease may be over by these lists, from a place in each on.
 
         Raises:
@@ -80,13 +80,13 @@ class Reaper:
         """
         began = trio.current_time()
         looks = [call(scripts.DUE, [key], start, REAPED_AT_ONCE) for key, start in starts.items()]
-        touched, *replies = await self._servers.execute([touch(self._lists.probe(part)), *looks], kept=True)
+        touched, *replies = await self._servers.execute([touch(self._lists.probe(shard)), *looks], replicated=True)
         checked(touched)
         due: dict[str, tuple[bytes, Sequence[str]]] = {}
         odd: list[Command] = []
         for key, reply in zip(starts, replies, strict=True):
             now, ids = checked(reply)
-            last, self._clocks[part] = self._clocks.get(part), (now, began)
+            last, self._clocks[shard] = self._clocks.get(shard), (now, began)
             if last is not None and (int(now) - int(last[0])) / 1000 > trio.current_time() - last[1] + CLOCK_TOLERANCE:
                 raise LogUnavailable("the clock of Redis has been set forward")
             due[key] = (now, [each.decode(errors="replace") for each in ids])
@@ -101,12 +101,12 @@ class Reaper:
         key: str,
         now: bytes,
         dead: Sequence[str],
-        obituary: Callable[[], Obituary],
+        obituary: Callable[[], LostEnding],
         ready: Callable[[str], bool],
         reaped: list[str],
     ) -> int:
         """Reap what was due by this list, and note it in `reaped`; how many stay on the list for now."""
-        doomed = [run_id for run_id in dead if ready(self._servers.part(self._keys.record(run_id)))]
+        doomed = [run_id for run_id in dead if ready(self._servers.shard(self._keys.record(run_id)))]
         nows = await self._nows(doomed, now)
         reaps = [self._reap(run_id, nows[run_id], obituary()) for run_id in nows]
         try:
@@ -129,7 +129,7 @@ class Reaper:
             if status == b"FENCED":
                 reaped.append(run_id)
         await self._servers.execute([*alive, ("ZREM", key, *over)] if over else alive)
-        await self._servers.beside(self._starting.keep(over))
+        await self._servers.best_effort(self._starting.keep(over))
         self._starting.drop(over)
         return len(dead) - len(over) - len(alive)
 
@@ -143,7 +143,7 @@ class Reaper:
             return {run_id: reply for run_id, reply in zip(runs, replies, strict=True) if isinstance(reply, bytes)}
         return {}
 
-    def _reap(self, run_id: str, now: bytes, words: Obituary) -> Command:
+    def _reap(self, run_id: str, now: bytes, words: LostEnding) -> Command:
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
         ending = fields_of_ending(words.ending)
         here = min(trio.current_time() - self._servers.here_since(keys[1]), _LONG)

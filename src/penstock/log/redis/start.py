@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from penstock.log import Appended, Idempotency, Lease
-    from penstock.log.redis.backend import Command, Requests, Servers
-    from penstock.log.redis.indexes import Lists
+    from penstock.log.redis.backend import Backend, Command, RequestLimiter
+    from penstock.log.redis.indexes import RunIndexes
     from penstock.log.redis.schema import Keys
     from penstock.runs import Run
 
@@ -52,7 +52,7 @@ class _Kept:
     at: float
 
 
-class Starting:
+class RunStarter:
     """How the runs of this process come to be in Redis.
 
     Args:
@@ -63,7 +63,7 @@ class Starting:
         ttl: how long a run is kept after its end, in milliseconds.
     """
 
-    def __init__(self, servers: Servers, requests: Requests, keys: Keys, lists: Lists, ttl: int) -> None:
+    def __init__(self, servers: Backend, requests: RequestLimiter, keys: Keys, lists: RunIndexes, ttl: int) -> None:
         self._servers = servers
         self._requests = requests
         self._keys = keys
@@ -98,7 +98,7 @@ class Starting:
         keys = self._keys
         record = [keys.stream(run.id), keys.record(run.id)]
         fields = fields_of(run, lease.owner, idempotency)
-        async with self._requests.turn(keys.record(run.id)) as servers:
+        async with self._requests.slot(keys.record(run.id)) as servers:
             listing = self._lists.runs_of(run.id)
             hint = call(scripts.ENLIST, [self._lists.live_of(run.id)], ms(lease.seconds), "1", run.id)
             start = [
@@ -107,7 +107,7 @@ class Starting:
                 call(scripts.START, record, lease.epoch, self._ttl, ms(lease.seconds), *fields),
             ]
             try:
-                enlisted, listed, *_, reply = await servers.in_turn([hint], start)
+                enlisted, listed, *_, reply = await servers.in_stages([hint], start)
                 mine, flat = checked(reply)
                 checked(enlisted)
                 if mine == b"1" and not listed:  # by an older run with this id
@@ -119,7 +119,7 @@ class Starting:
                 await self._make_known(servers, run.id)
         return mine == b"1", record_of(flat)
 
-    async def _make_known(self, servers: Servers, run_id: str) -> None:
+    async def _make_known(self, servers: Backend, run_id: str) -> None:
         """Say that the run's starter knows of it, even if it is cancelled: from here on there is nothing to take back.
 
         If nobody hears that, a repeated start may take the run over while it is still without an entry.
@@ -135,7 +135,7 @@ class Starting:
         key = self._keys.idempotency(idempotency.key)
         value = json.dumps([idempotency.fingerprint, run.id])
         commands = [("SET", key, value, "NX", "PX", ttl), ("GET", key)]
-        taken, there = await self._requests.execute(commands, kept=True)
+        taken, there = await self._requests.execute(commands, replicated=True)
         if checked(taken):
             return run.id
         fingerprint, known = json.loads(checked(there) or value)
@@ -163,7 +163,7 @@ class Starting:
                 return record
             await trio.sleep(PENDING_PAUSE)
 
-    async def _forget(self, servers: Servers, run_id: str, epoch: str) -> None:
+    async def _forget(self, servers: Backend, run_id: str, epoch: str) -> None:
         """Take back a start of which nobody will know, if Redis can be reached; if not, it ends with its lease."""
         with trio.move_on_after(FORGETTING, shield=True):
             try:
@@ -182,12 +182,12 @@ class Starting:
         if kept is not None:
             value = json.dumps([kept.idempotency.fingerprint, run.id])
             key = keys.idempotency(kept.idempotency.key)
-            await self._servers.beside([("SET", key, value, "NX", "PX", kept.ttl)])
-        async with self._requests.turn(keys.record(run.id)) as servers:
+            await self._servers.best_effort([("SET", key, value, "NX", "PX", kept.ttl)])
+        async with self._requests.slot(keys.record(run.id)) as servers:
             hint = call(scripts.ENLIST, [self._lists.live_of(run.id)], ms(lease.seconds), "1", run.id)
             restore = call(scripts.RESTORE, record, lease.epoch, self._ttl, ms(lease.seconds), oldest, *fields)
             listing = ("ZADD", self._lists.runs_of(run.id), repr(run.created_at), run.id)
-            restored = appended_of((await servers.in_turn([hint], [listing, restore]))[-1])
+            restored = appended_of((await servers.in_stages([hint], [listing, restore]))[-1])
         if restored.status in LOST:
             self.drop([run.id])
         return restored
@@ -209,7 +209,7 @@ class Starting:
         """
         if runs:
             gone = [("ZREM", live, *ended) for live, ended in self._lists.by_live(runs).items()]
-            await self._servers.beside([*gone, *self.keep(runs)])
+            await self._servers.best_effort([*gone, *self.keep(runs)])
             self.drop(runs)
 
     def _kept(self, lease: Lease) -> int:

@@ -3,28 +3,28 @@
 | piece | Hypercorn 0.18.0, trio worker | here |
 |---|---|---|
 | `time_out_stalled` | a client that stops reading pins its connection for ever | TCP gives it up |
-| `BoundedBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
-| `Streams` | HTTP/2 responses outlive their clients, and are cut off at a shutdown | they end, and whole |
+| `PatchedStreamBuffer` | all that an HTTP/2 stream without a window is sent is taken into memory | `send` waits |
+| `PatchedH2` | HTTP/2 responses outlive their clients, and are cut off at a shutdown | they end, and whole |
 | `Requests` | the upgrade to HTTP/2 in clear text can end the server, or stay for ever | is not taken up |
-| `Requests._create_stream`, `Streams` | headers above the limit pass if they come quickly | do not |
-| `Requests.handle`, `Streams` | a refused WebSocket keeps its connection for ever | does not |
-| `Requests._close_stream`, `Streams` | a response that takes no more of a body holds up its connection | for a second |
-| `Connection.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
-| `Connection._at_once` | every send takes a round of the scheduler, also if the system takes it at once | every 32nd |
+| `Requests._create_stream`, `PatchedH2` | headers above the limit pass if they come quickly | do not |
+| `Requests.handle`, `PatchedH2` | a refused WebSocket keeps its connection for ever | does not |
+| `Requests._close_stream`, `PatchedH2` | a response that takes no more of a body holds up its connection | for a second |
+| `PatchedTCPServer.protocol_send` | a send is shielded without a deadline: a slow client outlasts a shutdown | has one |
+| `PatchedTCPServer._at_once` | every send takes a round of the scheduler, also if the system takes it at once | every 32nd |
 | `Requests.stream_send` | each chunk of a body goes through all of h11 | the first |
-| `Connection.lose` | of several responses on a connection that breaks, some are never told | all are |
-| `Connection._initiate_server_close` | the last bytes to an HTTP/2 client may be lost | the client closes first |
-| `Connection._read_data` | a second request that came early keeps its connection for ever | ends with the client |
-| `Pause` | ... and nobody notices that the client has gone | is noticed |
-| `Connection.run` | an error in one connection's protocol ends the server, for everybody | ends that connection |
+| `PatchedTCPServer.lose` | of several responses on a connection that breaks, some are never told | all are |
+| `PatchedTCPServer._initiate_server_close` | the last bytes to an HTTP/2 client may be lost | the client closes first |
+| `PatchedTCPServer._read_data` | a second request that came early keeps its connection for ever | ends with the client |
+| `ReadWhilePipelined` | ... and nobody notices that the client has gone | is noticed |
+| `PatchedTCPServer.run` | an error in one connection's protocol ends the server, for everybody | ends that connection |
 | `keep_alive_max_requests` | after 1,000 requests on an HTTP/2 connection its streams fall silent | no such limit |
 
 The first is an option of the listening sockets, which any version passes on. The others replace classes in Hypercorn's
 modules when a server first asks for it. Connections of servers that did not ask are Hypercorn's own still, but for
-`BoundedBuffer`, which has no way to tell. On a version that is not in `KNOWN` nothing is
+`PatchedStreamBuffer`, which has no way to tell. On a version that is not in `VERSIONS` nothing is
 replaced, and a warning says so: what it does now is for somebody to look at. Each piece has a test against the real
 server, with it and without. Those of one protocol are in `http1.py` and `http2.py`.
-"""
+"""  # noqa: E501  (a table's rows are lines)
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 
 from penstock.errors import single_error
-from penstock.exception_groups import parted, raise_unchanged
-from penstock.server.hypercorn_fixes.http1 import Requests
-from penstock.server.hypercorn_fixes.http2 import BoundedBuffer, Streams
+from penstock.exception_groups import reraise, split_cancelled
+from penstock.server.hypercorn_fixes.http1 import PatchedH11
+from penstock.server.hypercorn_fixes.http2 import PatchedH2, PatchedStreamBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from hypercorn.trio.worker_context import WorkerContext
     from hypercorn.typing import AppWrapper, ConnectionState
 
-KNOWN: Final = ("0.18.0",)
+VERSIONS: Final = ("0.18.0",)
 """The versions of Hypercorn whose faults these are."""
 MAX_USER_TIMEOUT: Final = (2**31 - 1) / 1000
 """The longest TCP user timeout that a socket takes, in seconds: milliseconds in 31 bits."""
@@ -107,7 +107,7 @@ def time_out_stalled(sockets: Iterable[socket.socket], seconds: float) -> bool:
     return True
 
 
-class Sends:
+class SendDeadline:
     """The sends of one server's connections that are under way, and when they must be over."""
 
     def __init__(self) -> None:
@@ -132,12 +132,12 @@ class Sends:
                 self._scopes.discard(scope)
 
 
-def _sends_of(config: Config) -> Sends | None:
+def _sends_of(config: Config) -> SendDeadline | None:
     """Those of the server with this configuration, if it asked for corrections."""
     return getattr(config, _SENDS, None)
 
 
-class Connection(TCPServer):
+class PatchedTCPServer(TCPServer):
     """A connection that ends: with its client, with the server, and alone if something in it fails."""
 
     def __init__(
@@ -149,7 +149,7 @@ class Connection(TCPServer):
         stream: trio.SSLStream[trio.SocketStream],
     ) -> None:
         super().__init__(app, config, context, state, stream)
-        self._sends = _sends_of(config) or Sends()
+        self._sends = _sends_of(config) or SendDeadline()
         self._last_sent = -math.inf
         self._reading = trio.CancelScope()
         self._read = trio.Event()
@@ -266,13 +266,13 @@ class Connection(TCPServer):
         try:
             await super().run()
         except (Exception, BaseExceptionGroup) as error:
-            cancellation, other = parted(error, trio.Cancelled)
+            cancellation, other = split_cancelled(error, trio.Cancelled)
             if not isinstance(other, Exception | None):
                 raise
             if other is not None:
                 await self.config.log.warning("a connection ended with an error of its protocol: %s", _in_short(other))
             if cancellation is not None:
-                raise_unchanged(cancellation)
+                reraise(cancellation)
 
 
 def _if_asked(corrected: type[Any], original: type[Any]) -> Callable[..., Any]:
@@ -284,7 +284,7 @@ def _if_asked(corrected: type[Any], original: type[Any]) -> Callable[..., Any]:
     return make
 
 
-class Replacement(NamedTuple):
+class Patch(NamedTuple):
     """A class of Hypercorn's, by the name under which its users look it up, and what takes its place."""
 
     module: ModuleType
@@ -293,20 +293,20 @@ class Replacement(NamedTuple):
     corrected: Callable[..., Any]
 
 
-REPLACEMENTS: Final = (
-    Replacement(hypercorn.protocol.h2, "StreamBuffer", StreamBuffer, BoundedBuffer),
-    Replacement(hypercorn.protocol, "H2Protocol", H2Protocol, _if_asked(Streams, H2Protocol)),
-    Replacement(hypercorn.protocol, "H11Protocol", H11Protocol, _if_asked(Requests, H11Protocol)),
-    Replacement(hypercorn.trio.run, "TCPServer", TCPServer, _if_asked(Connection, TCPServer)),
+PATCHES: Final = (
+    Patch(hypercorn.protocol.h2, "StreamBuffer", StreamBuffer, PatchedStreamBuffer),
+    Patch(hypercorn.protocol, "H2Protocol", H2Protocol, _if_asked(PatchedH2, H2Protocol)),
+    Patch(hypercorn.protocol, "H11Protocol", H11Protocol, _if_asked(PatchedH11, H11Protocol)),
+    Patch(hypercorn.trio.run, "TCPServer", TCPServer, _if_asked(PatchedTCPServer, TCPServer)),
 )
 
 
 def are_known() -> bool:
     """Whether the faults of the Hypercorn that is installed are known here, and so are corrected."""
-    return version("hypercorn") in KNOWN
+    return version("hypercorn") in VERSIONS
 
 
-def correct(config: Config, warn: Callable[[str], None]) -> Sends:
+def apply(config: Config, warn: Callable[[str], None]) -> SendDeadline:
     """Put the corrections in place for the connections of the server that has this configuration.
 
     Args:
@@ -314,19 +314,19 @@ def correct(config: Config, warn: Callable[[str], None]) -> Sends:
         warn: is told what was not corrected, and why.
 
     Returns:
-        The server's sends; nothing is ever in there if `Connection` is not in place.
+        The server's sends; nothing is ever in there if `PatchedTCPServer` is not in place.
     """
-    sends = Sends()
+    sends = SendDeadline()
     if not are_known():
         warn(
-            f"Hypercorn {version('hypercorn')} is not a version whose faults are known here ({', '.join(KNOWN)} is), "
+            f"Hypercorn {version('hypercorn')} is no version whose faults are known here ({', '.join(VERSIONS)} is), "
             "so none of them is corrected: a client that reads slowly may hold up a shutdown, HTTP/2 may take memory "
             "without a limit, and an error in one connection may end the server"
         )
         return sends
     setattr(config, _SENDS, sends)
     config.keep_alive_max_requests = sys.maxsize
-    for module, name, original, corrected in REPLACEMENTS:
+    for module, name, original, corrected in PATCHES:
         if getattr(module, name) is original:
             setattr(module, name, corrected)
         elif getattr(module, name) is not corrected:

@@ -31,7 +31,7 @@ class Readable(Protocol):
         """The client is gone."""
 
 
-class Pause:
+class ReadWhilePipelined:
     """Where the reading of an HTTP/1.1 connection waits when a second request comes before the first is answered.
 
     Hypercorn 0.18.0 reads no further then, so it does not see the end of a connection either: a byte too many, and a
@@ -39,7 +39,7 @@ class Pause:
     a request's headers; a client that sends more than that has itself to blame.
     """
 
-    def __init__(self, requests: Requests, connection: Readable, limit: int) -> None:
+    def __init__(self, requests: PatchedH11, connection: Readable, limit: int) -> None:
         self._requests = requests
         self._connection = connection
         self._limit = limit
@@ -78,7 +78,7 @@ class Pause:
         self._connection.lose()
 
 
-class Requests(H11Protocol):
+class PatchedH11(H11Protocol):
     """An HTTP/1.1 connection that stays one: HTTP/2 begins with its own preface, or is agreed on in TLS.
 
     The upgrade from HTTP/1.1 is deprecated (RFC 9113, 3.1). In Hypercorn 0.18.0 its header is decoded outside of
@@ -91,7 +91,7 @@ class Requests(H11Protocol):
         """Begin."""
         await super().initiate()
         if isinstance(connection := getattr(self.send, "__self__", None), Readable):
-            self.can_read = Pause(self, connection, self.config.h11_max_incomplete_size)
+            self.can_read = ReadWhilePipelined(self, connection, self.config.h11_max_incomplete_size)
 
     async def handle(self, event: Event) -> None:
         """Take in what happened on the connection."""

@@ -28,7 +28,7 @@ LAST_WORDS: Final = 1.0
 """Seconds that responses have for their last sends once Hypercorn has cancelled them."""
 
 
-class BoundedBuffer(StreamBuffer):
+class PatchedStreamBuffer(StreamBuffer):
     """What the application has sent on an HTTP/2 stream and the client's window has not taken yet.
 
     Hypercorn 0.18.0 lets a waiting `push` go on whenever less than the low-water mark was *popped*; an exhausted window
@@ -72,7 +72,7 @@ class BoundedBuffer(StreamBuffer):
         return data
 
 
-class Streams(H2Protocol):
+class PatchedH2(H2Protocol):
     """An HTTP/2 connection whose streams end whole, or visibly not, and leave nothing behind.
 
     Hypercorn 0.18.0 leaves these ends open:
@@ -112,7 +112,7 @@ class Streams(H2Protocol):
     async def stream_send(self, event: StreamEvent) -> None:
         """Send for a response; a stream is over when the client has been told so."""
         if isinstance(event, StreamClosed) and isinstance(
-            buffer := self.stream_buffers.get(event.stream_id), BoundedBuffer
+            buffer := self.stream_buffers.get(event.stream_id), PatchedStreamBuffer
         ):
             if buffer.ended:
                 await buffer.gone.wait()
@@ -137,7 +137,7 @@ class Streams(H2Protocol):
     async def _send_data(self, stream_id: int) -> None:
         buffer = self.stream_buffers.get(stream_id)
         await super()._send_data(stream_id)
-        if isinstance(buffer, BoundedBuffer) and stream_id not in self.stream_buffers:
+        if isinstance(buffer, PatchedStreamBuffer) and stream_id not in self.stream_buffers:
             await buffer.gone.set()
         if self._leaving and not self.stream_buffers:
             self.closed = True  # which ends the task
