@@ -91,7 +91,7 @@ async def test_the_pauses_grow_from_the_shortest_first_ones_to_the_longest(autoj
     assert min(columns[-1]) < 0.15 * LONGEST_PAUSE
     means = [sum(nth) / len(nth) for nth in columns]
     assert means[1] < means[3] < means[5]
-    assert sum(means[:3]) < 3 * FIRST_PAUSE  # an outage of a moment is over soon
+    assert sum(means[:3]) < 5 * FIRST_PAUSE  # an outage of a moment is over soon
 
 
 async def test_no_two_processes_share_their_pauses(autojump_clock: MockClock) -> None:

@@ -1,16 +1,46 @@
-"""Leaving a nursery with one exception as if there had been no nursery.
+"""Exception groups: a nursery that raises its single exception bare, and what of an error is a cancellation.
 
-A nursery raises an `ExceptionGroup` whatever happened in it. Where it is a detail of how something is made, as in
-`keepalive`, its caller should not have to know: an `except ValueError` around the block must catch the block's
-`ValueError`.
+A nursery raises an `ExceptionGroup` whatever happened in it. Where the nursery is a detail of how something is made, as
+in `keepalive`, its caller should not have to know: an `except ValueError` around the block must catch the block's
+`ValueError`. `open_nursery` takes off the nursery's own layer, and no other: a group that a body raised itself stays
+one, and several exceptions stay together.
 
-Only the nursery's own layer is taken off. A group that a body raised itself stays one, and several exceptions stay
-together.
+The functions take the class that the event loop cancels with, so that they serve anyio's task groups, too.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import trio
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class open_nursery:  # noqa: N801  (used as trio.open_nursery is)
+    """A nursery whose single exception leaves the block bare, as if there had been no nursery.
+
+    Used as `trio.open_nursery`. Cancellations beside another exception are left aside; see `raise_single`.
+    """
+
+    # A class, not an @asynccontextmanager: Ctrl-C must not arrive in a generator between trio's two halves.
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> trio.Nursery:
+        self._manager = trio.open_nursery()
+        return await self._manager.__aenter__()
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            return bool(await self._manager.__aexit__(exc_type, exc, traceback))
+        except BaseExceptionGroup as group:
+            raise_single(group, trio.Cancelled)
+        finally:
+            del self._manager, exc, traceback
 
 
 def raise_single(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:

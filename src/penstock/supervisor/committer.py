@@ -2,8 +2,9 @@
 
 Each run of this process has a `WriteBuffer`, in which entries get their seq and wait. A lane takes what is pending in
 all of its buffers, hands it to the log in one append, and, once the log has acknowledged it, adds it to the
-runs' tails, where readers see it. It commits at once when it is idle; after a commit of many entries it waits until `commit_spacing`
-is over, and after one of few for a part of that, so that load turns into larger batches instead of more round trips.
+runs' tails, where readers see it. It commits at once when it is idle; after a commit of many entries it waits until
+`commit_spacing` is over, and after one of few for a part of that, so that load turns into larger batches instead of
+more round trips.
 
     write ──▶ WriteBuffer: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
                  ▲                                                 │
