@@ -54,7 +54,7 @@ class PenstockError(Exception):
         return {}
 
 
-class StreamRejected(Exception):  # noqa: N818  (it is a refusal, and the name is public)
+class StreamRejected(Exception):
     """Raised by a source before its first chunk: the response becomes this status with this code and message.
 
     Args:
@@ -88,7 +88,7 @@ class PublicError(Exception):
         self.code = code
 
 
-class RunNotFound(PenstockError):  # noqa: N818
+class RunNotFound(PenstockError):
     """The log has no such run: it was never started, or its history has expired."""
 
     code = "RUN_NOT_FOUND"
@@ -99,7 +99,7 @@ class RunNotFound(PenstockError):  # noqa: N818
         self.run_id = run_id
 
 
-class RunExists(PenstockError):  # noqa: N818
+class RunExists(PenstockError):
     """The run id is in use; `run` is the record of the run that has it."""
 
     code = "RUN_EXISTS"
@@ -114,7 +114,7 @@ class RunExists(PenstockError):  # noqa: N818
         return {"run": self.run.to_json()}
 
 
-class RunEnded(PenstockError):  # noqa: N818
+class RunEnded(PenstockError):
     """The run has ended, so it takes no entries and no cancel; `run` is its record, where that is known."""
 
     code = "RUN_ENDED"
@@ -131,7 +131,7 @@ class RunEnded(PenstockError):  # noqa: N818
         return {} if self.run is None else {"run": self.run.to_json()}
 
 
-class RunCancelled(PenstockError):  # noqa: N818
+class RunCancelled(PenstockError):
     """A body was cut short because its run was cancelled.
 
     Raised by `cancel_when` when it cut the body short; a source may also raise it itself, to end a run as cancelled.
@@ -151,7 +151,7 @@ class RunCancelled(PenstockError):  # noqa: N818
         self.reason = reason
 
 
-class IdempotencyConflict(PenstockError):  # noqa: N818
+class IdempotencyConflict(PenstockError):
     """The idempotency key was used before, with another request."""
 
     code = "IDEMPOTENCY_CONFLICT"
@@ -163,7 +163,7 @@ class IdempotencyConflict(PenstockError):  # noqa: N818
         self.run_id = run_id
 
 
-class CursorExpired(PenstockError):  # noqa: N818
+class CursorExpired(PenstockError):
     """What follows the cursor has been trimmed; `oldest_seq` is the oldest entry there is."""
 
     code = "CURSOR_EXPIRED"
@@ -183,7 +183,7 @@ class CursorExpired(PenstockError):  # noqa: N818
         return {"oldest_seq": self.oldest_seq}
 
 
-class ReaderReleased(PenstockError):  # noqa: N818
+class ReaderReleased(PenstockError):
     """This process serves this reader no longer, although the run goes on: come back with the cursor."""
 
     code = "READER_RELEASED"
@@ -191,7 +191,7 @@ class ReaderReleased(PenstockError):  # noqa: N818
     public = "this server serves the stream no longer; come back with the cursor"
 
 
-class Draining(PenstockError):  # noqa: N818
+class Draining(PenstockError):
     """This process is shutting down and starts no more runs: ask another, or again later."""
 
     code = "DRAINING"
@@ -199,7 +199,7 @@ class Draining(PenstockError):  # noqa: N818
     public = "this server is shutting down and starts no more runs; ask another, or again later"
 
 
-class LogUnavailable(PenstockError):  # noqa: N818
+class LogUnavailable(PenstockError):
     """The event log cannot be reached at the moment."""
 
     code = "LOG_UNAVAILABLE"
@@ -214,7 +214,7 @@ class LogFull(LogUnavailable):
     public = "the event log is full; try again later"
 
 
-class SupervisorFailed(PenstockError):  # noqa: N818
+class SupervisorFailed(PenstockError):
     """A service of the supervisor died; its runs were cancelled, and nothing can be started or followed through it."""
 
     code = "SUPERVISOR_FAILED"
@@ -222,35 +222,35 @@ class SupervisorFailed(PenstockError):  # noqa: N818
     public = "a part of this server has died; ask another, or again later"
 
 
-class NotAuthenticated(PenstockError):  # noqa: N818
+class NotAuthenticated(PenstockError):
     """Nobody knows who is asking: no credential came with the request, or none that counts (RFC 6750)."""
 
     code = "NOT_AUTHENTICATED"
     status = 401
 
 
-class NotAllowed(PenstockError):  # noqa: N818
+class NotAllowed(PenstockError):
     """Whoever is asking may not do this."""
 
     code = "NOT_ALLOWED"
     status = 403
 
 
-class MetadataTooLarge(PenstockError, ValueError):  # noqa: N818
+class MetadataTooLarge(PenstockError, ValueError):
     """A run's metadata is larger, as JSON, than the limit `max_metadata_bytes`."""
 
     code = "METADATA_TOO_LARGE"
     status = 413
 
 
-class DurationTooLong(PenstockError, ValueError):  # noqa: N818
+class DurationTooLong(PenstockError, ValueError):
     """A run's timeout is longer than the limit `max_duration`."""
 
     code = "DURATION_TOO_LONG"
     status = 400
 
 
-class TooManyRuns(PenstockError):  # noqa: N818
+class TooManyRuns(PenstockError):
     """This process has as many runs as the limit `max_runs` allows: ask another, or again later."""
 
     code = "TOO_MANY_RUNS"
@@ -258,7 +258,7 @@ class TooManyRuns(PenstockError):  # noqa: N818
     public = "this server has as many runs as it may; ask another, or again later"
 
 
-class TooManyReaders(PenstockError):  # noqa: N818
+class TooManyReaders(PenstockError):
     """This process has as many readers as the limit `max_readers` allows: ask another, or again later."""
 
     code = "TOO_MANY_READERS"
@@ -279,7 +279,7 @@ class ConfigurationError(PenstockError, ValueError):
     code = "CONFIGURATION"
 
 
-class InvalidChunk(ValueError):  # noqa: N818
+class InvalidChunk(ValueError):
     """What a producer yielded is not a chunk; the message says what is wrong with it, and what to yield instead."""
 
     code = "INVALID_CHUNK"
@@ -291,7 +291,7 @@ class EventTooLarge(InvalidChunk):
     code = "EVENT_TOO_LARGE"
 
 
-class StreamInterrupted(Exception):  # noqa: N818
+class StreamInterrupted(Exception):
     """A stream was cut short by a cancellation that nobody asked for here, such as the server's shutdown.
 
     Only ever handed to `Observer.on_error`: it takes the place of no `Cancelled`.

@@ -308,7 +308,7 @@ async def test_cancelling_a_step_of_the_iterator_loses_no_chunk(autojump_clock: 
 
 
 async def test_no_garbage_is_left_for_the_cycle_collector(autojump_clock: MockClock) -> None:
-    class Noted(Exception):  # noqa: N818
+    class Noted(Exception):
         pass
 
     async def failing() -> AsyncIterator[int]:

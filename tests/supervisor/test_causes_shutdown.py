@@ -67,7 +67,7 @@ async def test_draining_interrupts_what_goes_on_and_keeps_only_its_own_readers(a
         await other.cancel(theirs.id)
 
 
-class OfTheBody(Exception):  # noqa: N818
+class OfTheBody(Exception):
     pass
 
 

@@ -177,7 +177,7 @@ def test_clients_see_the_words_of_an_exception_only_if_it_is_public_or_errors_ar
     assert end(RunFacts(error), expose_errors=True)[1].error == shown(*exposed)
 
 
-class Wordless(Exception):  # noqa: N818
+class Wordless(Exception):
     def __str__(self) -> str:
         raise RuntimeError("has no words")
 

@@ -42,7 +42,7 @@ INTERRUPTED = ["first", "error INTERRUPTED", "[DONE]"]
 # The order of leaving
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     pass
 
 

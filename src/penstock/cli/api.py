@@ -42,11 +42,11 @@ _NEVER: Final = frozenset({501, 505})
 _SECONDS: Final = re.compile(r"[0-9]{1,9}")
 
 
-class CommandFailed(Exception):  # noqa: N818  (it is what the command comes to)
+class CommandFailed(Exception):
     """The command cannot go on; the words are its last line."""
 
 
-class ConnectionFailed(Exception):  # noqa: N818
+class ConnectionFailed(Exception):
     """There was no answer, or not all of it.
 
     Attributes:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType, TracebackType
 
 
-class ModuleFailed(Exception):  # noqa: N818  (it is the module that failed)
+class ModuleFailed(Exception):
     """The module raised while it was imported.
 
     Attributes:
