@@ -124,7 +124,7 @@ async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_
             for run in runs[1:]:
                 await supervisor.wait(run.id)
             await supervisor.wait(runs[0].id)
-            assert len(services.tails) == 1  # the slow reader's, and nothing else
+            assert len(services.tails.all()) == 1  # the slow reader's, and nothing else
             assert services.tails.size <= 3_000
             with pytest.raises(CursorExpired):
                 [entry async for entry in slow_reader]

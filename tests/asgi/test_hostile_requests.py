@@ -244,7 +244,7 @@ def without_errors() -> Iterator[None]:
 def kept(server: Server) -> tuple[int, int, int]:
     """What a server has to do: tasks of connections, readers, and tails of runs."""
     services = server.service.supervisor._services
-    return server.tasks(), services.readers.live, len(services.tails) - len(services.live)
+    return server.tasks(), services.readers.live, len(services.tails.all()) - len(services.live)
 
 
 @asynccontextmanager

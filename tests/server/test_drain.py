@@ -399,7 +399,7 @@ async def test_whoever_waits_for_the_end_of_a_lost_run_is_told_when_its_id_is_st
 
 def tell(supervisor: Supervisor, run_id: str, seq: int) -> None:
     """A wake-up that says how far the run is."""
-    wakeups: Any = supervisor._services.fetcher._wakeups
+    wakeups: Any = supervisor._services.fetcher._notifications
     wakeups.moved(run_id, seq)
 
 

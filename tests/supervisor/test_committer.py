@@ -77,7 +77,7 @@ async def test_one_append_is_under_way_at_a_time(autojump_clock: MockClock) -> N
 
 
 async def test_an_idle_committer_commits_at_once(autojump_clock: MockClock) -> None:
-    async with committing(spacing=5.0) as works:
+    async with committing(commit_spacing=5.0) as works:
         buffer = await works.run()
         await trio.sleep(100)
         works.put(buffer)
@@ -87,7 +87,7 @@ async def test_an_idle_committer_commits_at_once(autojump_clock: MockClock) -> N
 
 
 async def test_the_first_commit_of_all_waits_for_nothing(autojump_clock: MockClock) -> None:
-    async with committing(spacing=5.0) as works:
+    async with committing(commit_spacing=5.0) as works:
         buffer = await works.run()
         works.put(buffer)
         await wait_all_tasks_blocked()
@@ -96,7 +96,7 @@ async def test_the_first_commit_of_all_waits_for_nothing(autojump_clock: MockClo
 
 @pytest.mark.parametrize("spacing", [0.002, 1.0])
 async def test_under_load_commits_start_at_least_the_spacing_apart(autojump_clock: MockClock, spacing: float) -> None:
-    async with committing(spacing=spacing) as works:
+    async with committing(commit_spacing=spacing) as works:
         buffer = await works.run()
         for _ in range(50):
             works.put(buffer, LOADED)
@@ -112,7 +112,7 @@ async def test_under_load_commits_start_at_least_the_spacing_apart(autojump_cloc
 async def test_a_commit_is_followed_by_the_part_of_the_spacing_that_its_entries_make(
     autojump_clock: MockClock, entries: int
 ) -> None:
-    async with committing(spacing=1.0) as works:
+    async with committing(commit_spacing=1.0) as works:
         first, second = await works.run("first"), await works.run("second")
         works.put(first, entries // 2)  # those of all runs count
         works.put(second, entries - entries // 2)
@@ -123,7 +123,7 @@ async def test_a_commit_is_followed_by_the_part_of_the_spacing_that_its_entries_
 
 
 async def test_a_slow_log_is_not_made_to_wait_for_the_spacing_as_well(autojump_clock: MockClock) -> None:
-    async with committing(spacing=1.0) as works:
+    async with committing(commit_spacing=1.0) as works:
         works.log.latency = 3.0
         buffer = await works.run()
         works.put(buffer)
@@ -134,7 +134,7 @@ async def test_a_slow_log_is_not_made_to_wait_for_the_spacing_as_well(autojump_c
 
 
 async def test_all_runs_go_in_one_append(autojump_clock: MockClock) -> None:
-    async with committing(spacing=1.0) as works:
+    async with committing(commit_spacing=1.0) as works:
         boxes = [await works.run(f"r{number}") for number in range(50)]
         for buffer in boxes:
             works.put(buffer, 2)
@@ -367,7 +367,7 @@ async def test_an_ending_of_many_bytes_after_entries_of_many_bytes_is_not_parted
 
 
 async def test_the_rest_of_a_large_run_waits_no_interval(autojump_clock: MockClock) -> None:
-    async with committing(flush_interval=60, flush_size=3 * APPEND_ENTRIES + 1, spacing=0.002) as works:
+    async with committing(flush_interval=60, flush_size=3 * APPEND_ENTRIES + 1, commit_spacing=0.002) as works:
         buffer = await works.run()
         works.put(buffer, 3 * APPEND_ENTRIES)
         await trio.sleep(61)

@@ -15,7 +15,7 @@ from penstock.errors import LogUnavailable
 from penstock.log import Appended, AppendStatus
 from penstock.runs import RunStatus
 from penstock.supervisor.committer import FULL_PAUSE
-from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
+from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
 from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, Unreliable, in_virtual_time, seqs
 
@@ -83,7 +83,7 @@ async def nothing_is_left(works: Works) -> None:
     """Nothing is pending, and nothing is asked of the log any more."""
     committer = works.committer
     await trio.sleep(1)
-    assert committer.waiting == []
+    assert all(worker.idle for worker in committer.shards)
     assert committer.pending_bytes == 0
     for owner in works.owners.values():
         assert (owner.buffer.size, owner.buffer.entries) == (0, [])
@@ -173,7 +173,7 @@ async def test_what_is_lost_between_two_batches_is_given_again_before_the_rest(
         assert log_of(works).replies[1] == [AppendStatus.OK] * (kth - 1) + [status] * (BATCHES - kth + 1)
         again = 1 if loss == "all" else before - 30 + 1
         assert works.sent()[2][0][0] == again
-        assert works.warnings == [f"the log had lost a part of run r; going on from entry {again}"]
+        assert works.warnings == [f"the log had lost entries of run r; going on from entry {again}"]
         await end(works)
         assert works.owners["r"].told == ["settled"]
         await nothing_is_left(works)
@@ -244,7 +244,7 @@ async def test_a_run_whose_nth_batch_is_refused_is_given_up_after_what_is_stored
             assert works.owners[run_id].told == ["settled"]
         assert works.owners["r"].told == [told]
         buffer = boxes[1]
-        assert (buffer.abandoned, buffer.finishing, buffer.settled) == (True, True, False)
+        assert buffer.state is BufferState.ABANDONED
         stored = list(range(1, (kth - 1) * BATCH_ENTRIES + 1))
         assert seqs(works.log._runs["r"].ring.after(0, max_entries=100_000, max_bytes=2**40)) == stored
         assert (seqs(shown(buffer.tail)) if stored else list(shown(buffer.tail))) == stored
@@ -395,7 +395,7 @@ async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_t
         buffer, owner = await works.run(), works.owners["r"]
 
         def end_it(reason: str | None) -> None:
-            if not buffer.finishing:
+            if buffer.state is BufferState.OPEN:
                 owner.note(f"cancel: {reason}")
                 works.committer.close(buffer, [DONE], CANCELLED)
 

@@ -16,7 +16,7 @@ from penstock.backoff import LONGEST_PAUSE, WARNING_INTERVAL
 from penstock.errors import RunEnded
 from penstock.log import AppendStatus
 from penstock.runs import RunStatus
-from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES
+from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import Works, committing, shown
 from tests.support.logs import COMPLETED, DONE, FAILED, OBITUARY, Unreliable, batch, in_virtual_time, seqs
 
@@ -158,7 +158,7 @@ async def test_d30_one_runs_refusal_harms_no_other(autojump_clock: MockClock, re
         for buffer in good:
             await works.settled(buffer.run_id)
         assert works.owners["bad"].told == ["lost"]
-        assert (bad.abandoned, bad.finishing, bad.size, list(bad.entries)) == (True, True, 0, [])
+        assert (bad.state, bad.size, bad.entries) == (BufferState.ABANDONED, 0, [])
         assert works.committer.pending_bytes == 0
         assert list(shown(bad.tail)) == []
 
@@ -297,7 +297,7 @@ def test_d28_whatever_happens_each_run_is_stored_once_whole_and_in_order(
                 works.log.away = False
                 works.log.lost_replies = 0
                 for buffer in boxes:
-                    if not buffer.finishing:
+                    if buffer.state is BufferState.OPEN:
                         works.committer.close(buffer, [DONE], COMPLETED)
                 for buffer in boxes:
                     await works.settled(buffer.run_id)
@@ -329,7 +329,7 @@ async def take(works: Works, nursery: trio.Nursery, step: str, which: int, amoun
         await log.request_cancel(buffer.run_id, "stop")
     elif step == "flush":
         nursery.start_soon(works.committer.flush, buffer)
-    elif buffer.finishing:
+    elif buffer.state is not BufferState.OPEN:
         pass
     elif step == "end":
         works.committer.close(buffer, [DONE], COMPLETED)

@@ -14,7 +14,7 @@ from penstock.runs import RunStatus
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
 from penstock.supervisor.committer import FULL_PAUSE
-from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES
+from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import Works, committing, forget, shown
 from tests.support.logs import COMPLETED, DONE, FAILED, Unreliable, seqs
 from tests.support.supervising import (
@@ -360,7 +360,7 @@ async def test_a_run_that_the_log_cannot_hold_is_given_up_alone(autojump_clock: 
             await works.committer.flush(buffer)
             assert await works.stored(buffer.run_id) == list(range(1, 53))
         assert works.owners["r1"].told == ["cannot be stored"]
-        assert (boxes[1].abandoned, boxes[1].size, boxes[1].entries) == (True, 0, [])
+        assert (boxes[1].state, boxes[1].size, boxes[1].entries) == (BufferState.ABANDONED, 0, [])
         assert works.warnings == ["cannot store run r1: the key holds something else"]
         assert works.committer.pending_bytes == 0
 

@@ -16,7 +16,7 @@ from penstock.log import Appended, AppendStatus
 from penstock.runs import RunStatus
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
-from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
+from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
 from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, Unreliable, batch, entries, in_virtual_time, record, seqs
 from tests.support.supervising import (
@@ -84,7 +84,7 @@ async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
         works.put(buffer, after)
         await works.committer.flush(buffer)
         assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, before + after + 1))
-        assert works.warnings == ["the log had lost a part of run r; going on from entry 1"]
+        assert works.warnings == ["the log had lost entries of run r; going on from entry 1"]
         await finish(works)
 
 
@@ -103,7 +103,7 @@ async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
         await works.committer.flush(buffer)
         assert await works.stored() == list(range(1, before + 6))
         assert works.log._runs["r"].ring.after(0, max_entries=before, max_bytes=ALL) == kept
-        assert works.warnings == [f"the log had lost a part of run r; going on from entry {before - lost + 1}"]
+        assert works.warnings == [f"the log had lost entries of run r; going on from entry {before - lost + 1}"]
         await finish(works)
 
 
@@ -452,9 +452,9 @@ async def test_what_is_pending_again_is_what_the_log_had_acknowledged_once_and_i
     buffer.stored, buffer.seq = 6, 12
     buffer.entries = entries(7, 12, 50)
     buffer.size = 6 * 50
-    added = buffer.rewind(seq, buffer.acknowledged())
+    buffer.rewind(seq, buffer.acknowledged())
     stands_at = min(seq, 6)
-    assert (buffer.stored, added) == (stands_at, (6 - stands_at) * 50)
+    assert buffer.stored == stands_at
     assert seqs(buffer.entries) == list(range(stands_at + 1, 13))
     assert buffer.size == 50 * len(buffer.entries)
 
@@ -481,7 +481,7 @@ async def test_a_run_that_is_anothers_or_over_by_then_is_given_up_as_fenced(
         works.put(buffer, 3, 100)
         works.put(other, 3)
         await works.settled(told="lost")
-        assert (buffer.abandoned, buffer.size, buffer.entries) == (True, 0, [])
+        assert (buffer.state, buffer.size, buffer.entries) == (BufferState.ABANDONED, 0, [])
         assert works.owners["r"].told == ["lost"]
         assert works.log._runs["r"].ring.last == there
         await finish(works, "other")
@@ -611,7 +611,7 @@ def test_whatever_is_lost_each_run_is_in_the_log_once_whole_and_in_order(
             log.away = False
             log.lost_replies = 0
             for buffer in boxes:
-                if not buffer.finishing:
+                if buffer.state is BufferState.OPEN:
                     works.committer.close(buffer, [DONE], COMPLETED)
             for buffer in boxes:
                 await works.settled(buffer.run_id)
@@ -641,7 +641,7 @@ async def take(works: Works, step: str, run_id: str, amount: int) -> None:
     elif step in {"forget", "lose", "find"}:
         if "settled" not in works.owners[run_id].told:
             lose(works, step, run_id, amount)
-    elif not buffer.finishing:
+    elif buffer.state is BufferState.OPEN:
         if step == "end":
             works.committer.close(buffer, [DONE], COMPLETED)
         else:

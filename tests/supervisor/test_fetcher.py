@@ -12,12 +12,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from penstock.backoff import LONGEST_PAUSE
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
-from penstock.log import Batch, Notification
+from penstock.log import Batch
 from penstock.supervisor.fetcher import LOADED, MISSING_GRACE, MISSING_PAUSE
-from penstock.supervisor.tail import Tails
 from tests.support.committing import lose_last
-from tests.support.following import Lossy, Reading, read_to_the_end, reading
-from tests.support.logs import CANCELLED, COMPLETED, DONE, LEASE, OBITUARY, Unreliable, entry, record, seqs
+from tests.support.following import Reading, read_to_the_end, reading
+from tests.support.logs import CANCELLED, COMPLETED, DONE, OBITUARY, Unreliable, entry, seqs
 
 if TYPE_CHECKING:
     from penstock.log.memory import MemoryLog, _Stored
@@ -182,18 +181,6 @@ async def test_d10_nothing_is_kept_of_runs_whose_readers_have_left(autojump_cloc
             assert works.tails.size == 0
 
 
-async def test_a_cancel_request_is_passed_on(autojump_clock: MockClock) -> None:
-    async with reading() as works:
-        await works.log.start(record(), LEASE)
-        async with works.log.wakeups(LEASE.owner):
-            await works.log.request_cancel("r", "theirs")
-        assert works.cancels == []
-        await works.log.start(record("mine"), type(LEASE)("reader", "epoch", 30.0))
-        await works.log.request_cancel("mine", "stop")
-        await wait_all_tasks_blocked()
-        assert len(works.cancels) == 1
-
-
 # --- outages --------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +343,7 @@ async def test_the_readers_of_a_run_that_comes_back_in_time_go_on(autojump_clock
             assert works.log.calls.total() == 0  # it is looked for no more
             await works.append(6, 7, COMPLETED)
         assert seen == [[1, 2, 3, 4, 5, 6, 7], [6, 7]]
-        assert works.fetcher.waiting == []
+        assert all(worker.idle for worker in works.fetcher.shards)
 
 
 async def test_the_readers_of_a_run_that_is_missing_for_too_long_are_told_so_and_those_to_come_as_well(
@@ -375,7 +362,7 @@ async def test_the_readers_of_a_run_that_is_missing_for_too_long_are_told_so_and
             assert works.log.calls.total() == 0
             with pytest.raises(RunNotFound):
                 await works.follow(5).__aenter__()
-        assert works.fetcher.waiting == []
+        assert all(worker.idle for worker in works.fetcher.shards)
 
 
 async def test_a_run_that_is_missing_is_looked_for_with_a_pause_however_often_it_is_told_of(
@@ -443,7 +430,7 @@ async def test_a_run_whose_readers_leave_while_it_is_missing_is_looked_for_no_mo
         works.log.calls.clear()
         await trio.sleep(100)
         assert works.log.calls.total() == 0
-        assert works.fetcher.waiting == []
+        assert all(worker.idle for worker in works.fetcher.shards)
 
 
 async def test_a_wake_up_of_what_a_tail_has_already_costs_no_fetch(autojump_clock: MockClock) -> None:
@@ -568,24 +555,6 @@ async def test_i4_a_reader_that_comes_while_readers_are_sent_away_is_not_forgott
                 await trio.sleep(5)
                 await works.append(4, 5, COMPLETED)
         assert seen == [1, 2, 3, 4, 5]
-
-
-async def test_a_reconnection_is_passed_on(autojump_clock: MockClock) -> None:
-    log = Unreliable()
-    works = Reading(log, Tails(max_entries=10, max_bytes=1_000, max_process_bytes=1_000), 0.002)
-    told = [Notification({}, reconnected=True), Notification({}), Notification({}, cancel=True)]
-
-    class Tells(Lossy):
-        async def wait(self) -> Notification:
-            await trio.sleep(1)
-            return told.pop(0) if told else await super().wait()
-
-    async with log.wakeups("reader") as wakeups, trio.open_nursery() as nursery:
-        works.fetcher.connect(Tells(wakeups))
-        nursery.start_soon(works.fetcher.run)
-        await trio.sleep(10)
-        nursery.cancel_scope.cancel()
-    assert (works.reconnects, works.cancels) == ([1.0], [3.0])
 
 
 async def test_two_processes_on_one_log_see_the_same(autojump_clock: MockClock) -> None:

@@ -10,7 +10,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from penstock.observer import NullObserver
 from penstock.supervisor.fetcher import MISSING_PAUSE, Fetcher
+from penstock.supervisor.settings import Settings
 from tests.supervisor.test_committer_shards import BACK, away
 from tests.support.following import Reading, read_to_the_end, reading
 from tests.support.logs import COMPLETED
@@ -61,7 +63,7 @@ async def test_a_part_that_is_away_holds_up_its_own_readers_alone(autojump_clock
             await end(works, run_id, 50)
         await trio.sleep(1)
         assert [*seen.of.values()] == [[*range(1, 51)]] * 3
-        assert works.fetcher.waiting == []
+        assert all(worker.idle for worker in works.fetcher.shards)
 
 
 @pytest.mark.parametrize("how", ["gone", "at a time when others are not", "lost"])
@@ -79,7 +81,7 @@ async def test_the_readers_of_a_run_that_moves_miss_nothing(autojump_clock: Mock
             log.gone.add("a")
         elif how == "lost":
             del log._runs["r"]
-            works.fetcher._tell("r", 1_000)
+            works.fetcher.moved({"r": 1_000})
         else:
 
             async def move(call: str) -> None:
@@ -95,7 +97,7 @@ async def test_the_readers_of_a_run_that_moves_miss_nothing(autojump_clock: Mock
             await wait_all_tasks_blocked()
             works.wakeups.deaf = False
             for run_id in ("r", "other"):
-                works.fetcher._tell(run_id, 5)  # in one step, so that they are fetched at once
+                works.fetcher.moved({run_id: 5})  # in one step, so that they are fetched at once
         await trio.sleep(MISSING_PAUSE * 1.5)
         assert seen.of["r"] == [1]
         log.before = None
@@ -111,7 +113,7 @@ async def test_the_readers_of_a_run_that_moves_miss_nothing(autojump_clock: Mock
         await end(works, "r", last + 1)
         await end(works, "other", 6 if how != "lost" else 2)
         await trio.sleep(BACK)
-        assert works.fetcher.waiting == []
+        assert all(worker.idle for worker in works.fetcher.shards)
 
 
 async def test_the_feeds_of_parts_that_are_gone_are_closed(autojump_clock: MockClock) -> None:
@@ -127,7 +129,7 @@ async def test_the_feeds_of_parts_that_are_gone_are_closed(autojump_clock: MockC
             await works.append(number, number, run_id="other")
             await trio.sleep(0.1)
             log.names[0] = log.where["r"] = str(number)
-            assert len(works.fetcher._feeds) <= 3
+            assert len([*works.fetcher.shards]) <= 2 + 1.1 / 0.1
         for run_id in ("r", "other"):
             await end(works, run_id, 20)
         await trio.sleep(1)
@@ -142,9 +144,7 @@ async def test_a_fetcher_that_is_being_left_takes_up_nothing_more(autojump_clock
             log.names.append("b")
             log.where["r"] = "b"
             confirmed, over = trio.Event(), trio.CancelScope()
-            fetcher = Fetcher(
-                log, works.tails, spacing=0.0, on_cancel=confirmed.set, on_reconnect=confirmed.set, on_warning=print
-            )
+            fetcher = Fetcher(log, works.tails, Settings(commit_spacing=0.0), NullObserver())
 
             async def subscribe(run_id: str, confirmed: trio.Event = confirmed) -> None:
                 await confirmed.wait()
@@ -161,4 +161,4 @@ async def test_a_fetcher_that_is_being_left_takes_up_nothing_more(autojump_clock
 
 async def run_in(scope: trio.CancelScope, fetcher: Fetcher) -> None:
     with scope:
-        await fetcher.run()
+        await fetcher.shards.run()

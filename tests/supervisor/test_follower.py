@@ -101,7 +101,7 @@ async def test_a_run_of_this_process_is_followed_from_its_own_tail(autojump_cloc
     async with committing() as works:
         buffer = await works.run()
         async with reading(works.log) as elsewhere:
-            elsewhere.fetcher._tails = works.tails
+            elsewhere.fetcher.tails = works.tails
             works.put(buffer, 3)
             await works.committer.flush(buffer)
             seen: list[int] = []

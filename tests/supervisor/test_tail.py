@@ -145,7 +145,7 @@ async def test_a_thousand_readers_are_woken_and_none_is_lost(autojump_clock: Moc
         lambda tail: tail.extend(entries(1, 1)),
         lambda tail: tail.advance(3, ended=False),
         lambda tail: tail.advance(0, ended=True),
-        lambda tail: tail.release(ReaderReleased("go")),
+        lambda tail: tail.evict_readers(ReaderReleased("go")),
     ],
     ids=["extend", "advance", "ended", "release"],
 )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from penstock.log.ring import Ring
+from penstock.observer import NullObserver
 from penstock.runs import Ending, RunError, RunStatus
 from penstock.supervisor.committer import Committer
+from penstock.supervisor.settings import Settings
 from penstock.supervisor.tail import Tails
-from penstock.supervisor.write_buffer import WriteBuffer
+from penstock.supervisor.write_buffer import BufferState, WriteBuffer
 from tests.support.logs import CANCELLED, DONE, LEASE, Unreliable, record, seqs
 
 if TYPE_CHECKING:
@@ -58,35 +60,30 @@ class Owner:
 
     def on_diverged(self) -> None:
         self.note("diverged")
-        if not self.buffer.finishing:
+        if self.buffer.state is BufferState.OPEN:
             self.works.committer.close(self.buffer, [b"event: error\ndata: LOG_DIVERGED\n\n", DONE], DIVERGED)
 
     def on_rejected(self) -> None:
         self.note("cannot be stored")
 
 
-class Works:
+class Works(NullObserver):
     """A committer, its log, its tails, and the runs that write to it."""
 
-    def __init__(self, log: Unreliable, **knobs: float) -> None:
+    def __init__(self, log: Unreliable, *, tail_entries: int = 100_000, **settings: Any) -> None:
         self.log = log
-        self.tails = Tails(
-            max_entries=int(knobs.get("tail_entries", 100_000)), max_bytes=100 * MIB, max_process_bytes=1000 * MIB
-        )
+        self.tails = Tails(max_entries=tail_entries, max_bytes=100 * MIB, max_process_bytes=1000 * MIB)
         self.warnings: list[str] = []
         self.commits: list[Commit] = []
         self.owners: dict[str, Owner] = {}
-        self.committer = Committer(
-            log,
-            flush_interval=knobs.get("flush_interval", 0.0),
-            flush_size=int(knobs.get("flush_size", 512)),
-            spacing=knobs.get("spacing", 0.002),
-            max_pending_bytes=int(knobs.get("max_pending_bytes", MIB)),
-            max_process_pending_bytes=int(knobs.get("max_process_pending_bytes", 64 * MIB)),
-            on_warning=self.warnings.append,
-            on_commit=self.commits.append,
-        )
+        self.committer = Committer(log, Settings.of(settings), self)
         self.start = trio.current_time()
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def committed(self, commit: Commit) -> None:
+        self.commits.append(commit)
 
     async def run(self, run_id: str = "r", epoch: str = LEASE.epoch) -> WriteBuffer:
         """A run that this committer owns."""
@@ -169,11 +166,11 @@ def lose_last(log: MemoryLog, run_id: str, count: int) -> None:
 
 
 @asynccontextmanager
-async def committing(log: Unreliable | None = None, **knobs: float) -> AsyncIterator[Works]:
+async def committing(log: Unreliable | None = None, **settings: Any) -> AsyncIterator[Works]:
     """A committer that runs as long as the block."""
-    works = Works(Unreliable() if log is None else log, **knobs)
+    works = Works(Unreliable() if log is None else log, **settings)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(works.committer.run)
+        nursery.start_soon(works.committer.shards.run)
         with trio.fail_after(GUARD):  # noqa: ASYNC100  (the test's own checkpoints)
             yield works
         nursery.cancel_scope.cancel()

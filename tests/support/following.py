@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from penstock.log import AppendStatus, Notification
+from penstock.observer import NullObserver
 from penstock.sse import Decoder
 from penstock.supervisor.fetcher import Fetcher
 from penstock.supervisor.follower import Follower, Readers
+from penstock.supervisor.settings import Settings
 from penstock.supervisor.tail import Tails
 from tests.support.logs import LEASE, Unreliable, batch, record
 
@@ -48,25 +50,23 @@ class Lossy:
                 return told
 
 
-class Reading:
+class Reading(NullObserver):
     """One process that reads what others write."""
 
     def __init__(self, log: Unreliable, tails: Tails, spacing: float) -> None:
         self.log = log
         self.tails = tails
         self.warnings: list[str] = []
-        self.cancels: list[float] = []
-        self.reconnects: list[float] = []
         self.wakeups: Lossy
         self.readers = Readers(most=10_000, most_of_a_run=10_000)
-        self.fetcher = Fetcher(
-            log,
-            tails,
-            spacing=spacing,
-            on_cancel=lambda: self.cancels.append(trio.current_time()),
-            on_reconnect=lambda: self.reconnects.append(trio.current_time()),
-            on_warning=self.warnings.append,
-        )
+        self.fetcher = Fetcher(log, tails, Settings(commit_spacing=spacing), self)
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+    async def dispatch(self) -> None:
+        while True:
+            self.fetcher.moved((await self.wakeups.wait()).moved)
 
     async def run(self, last: int = 0, ending: Ending | None = None, *, run_id: str = "r", size: int = 0) -> None:
         """A run with entries 1 to `last`; ended, if an ending is given."""
@@ -104,7 +104,8 @@ async def reading(
     async with works.log.wakeups("reader") as wakeups, trio.open_nursery() as nursery:
         works.wakeups = Lossy(wakeups)
         works.fetcher.connect(works.wakeups)
-        nursery.start_soon(works.fetcher.run)
+        nursery.start_soon(works.fetcher.shards.run)
+        nursery.start_soon(works.dispatch)
         yield works
         assert works.left_behind() == []
         assert tails.size == 0

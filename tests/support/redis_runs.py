@@ -196,15 +196,15 @@ def counted(record: Mapping[str, str], ticks: Ticks) -> None:
 def left_over(supervisor: Supervisor) -> dict[str, Any]:
     """What a supervisor keeps of runs and their readers."""
     services = supervisor._services
-    committer, wakeups = services.committer, cast("RedisNotifications", services.fetcher._wakeups)
+    committer, wakeups = services.committer, cast("RedisNotifications", services.fetcher._notifications)
     kept = {
         "live": services.live,
-        "tails": len(services.tails),
+        "tails": services.tails.all(),
         "bytes": services.tails.size + committer.pending_bytes,
-        "buffers": committer.waiting,
+        "buffers": [worker for worker in committer.shards if not worker.idle],
         "channels": wakeups._channels.keys() - {wakeups._process},
         "moved": wakeups._moved,
-        "missing": services.fetcher.waiting,
+        "missing": [worker for worker in services.fetcher.shards if not worker.idle],
     }
     return {name: what for name, what in kept.items() if what}
 

@@ -369,9 +369,9 @@ def assert_nothing_is_left(supervisor: Supervisor) -> None:
     services = supervisor._services
     assert not services.live
     assert supervisor.live_runs == 0
-    assert len(services.tails) == services.tails.size == 0
+    assert not services.tails.all()
+    assert services.tails.size == 0
     assert services.committer.pending_bytes == 0
-    assert not services.committer.waiting
     assert not [timer for timer in services.timers._heap if timer.callback is not None]
-    wakeups: Any = services.fetcher._wakeups
+    wakeups: Any = services.fetcher._notifications
     assert not (wakeups.wakeups if isinstance(wakeups, _Told) else wakeups)._subscribed

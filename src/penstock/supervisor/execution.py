@@ -32,7 +32,7 @@ from penstock.observer import new_error_id, notify
 from penstock.runs import CAUSES, Cause, RunStatus
 from penstock.sse.chunks import blocks_of, held_across_a_yield, opened, status_of
 from penstock.supervisor.outcome import RunFacts, decide
-from penstock.supervisor.write_buffer import WriteBuffer
+from penstock.supervisor.write_buffer import BufferState, WriteBuffer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -241,8 +241,8 @@ class Execution:
         self._waiting_since = trio.current_time()
         if self.ended:
             raise RunEnded(self.run.id)
-        if self.cause is not None or buffer.finishing:
-            return not buffer.finishing
+        if self.cause is not None or buffer.state is not BufferState.OPEN:
+            return buffer.state is BufferState.OPEN
         chunk, refusal = status_of(chunk)
         if refusal is not None:
             self._reported, self._untold = refusal, True

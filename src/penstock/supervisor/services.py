@@ -39,7 +39,7 @@ from penstock.supervisor.timers import Timers
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from penstock.log import EventLog
+    from penstock.log import EventLog, Notifications
     from penstock.observer import Observer
     from penstock.runs import Run
     from penstock.supervisor.settings import Settings
@@ -83,16 +83,7 @@ class Services:
             max_bytes=settings.tail_bytes,
             max_process_bytes=settings.max_process_tail_bytes,
         )
-        self.committer = Committer(
-            log,
-            flush_interval=settings.flush_interval,
-            flush_size=settings.flush_size,
-            spacing=settings.commit_spacing,
-            max_pending_bytes=settings.max_pending_bytes,
-            max_process_pending_bytes=settings.max_process_pending_bytes,
-            on_warning=self._warn,
-            on_commit=lambda commit: notify(observer.committed, commit),
-        )
+        self.committer = Committer(log, settings, observer)
         self.readers = Readers(most=settings.max_readers, most_of_a_run=settings.max_readers_per_run)
         self._told = (0, 0)
         """The readers' entries and bytes that the observer has been told of."""
@@ -101,18 +92,12 @@ class Services:
         office = Office(self.committer, self.timers, settings, dialect, observer, self._execution_changed)
         self._office = office
         self._watch = LeaseKeeper(log, self.owner, self.live, office, self._deliver, self._outage)
-        self.fetcher = Fetcher(
-            log,
-            self.tails,
-            spacing=settings.commit_spacing,
-            on_cancel=self._watch.wake,
-            on_reconnect=self._watch.renew_now,
-            on_warning=self._warn,
-        )
+        self.fetcher = Fetcher(log, self.tails, settings, observer)
         self._log = log
         self._settings = settings
         self._observer = observer
         self._scope = trio.CancelScope()
+        self._notifications: Notifications
         self._nursery: trio.Nursery | None = None
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -235,17 +220,18 @@ class Services:
         Until they have started this can be cancelled from outside, and raises what keeps them from starting.
         """
         services = (
-            self.committer.run,
+            self.committer.shards.run,
             self.timers.run,
             self._watch.cancels,
             self._watch.run,
-            self.fetcher.run,
+            self.fetcher.shards.run,
+            self._dispatch,
             self._pulse,
         )
         try:
             with self._scope:
-                async with self._log.wakeups(self.owner) as wakeups:
-                    self.fetcher.connect(wakeups)
+                async with self._log.wakeups(self.owner) as self._notifications:
+                    self.fetcher.connect(self._notifications)
                     # `started` leaves a cancelled task where it is, and under the shield it would stay there for ever.
                     await trio.lowlevel.checkpoint()
                     self._scope.shield = True
@@ -292,6 +278,15 @@ class Services:
             bytes_out=self._told[1] - before[1],
         )
         notify(self._observer.figures, figures)
+
+    async def _dispatch(self) -> None:
+        while True:
+            notification = await self._notifications.wait()
+            if notification.cancel:
+                self._watch.wake()
+            if notification.reconnected:
+                self._watch.renew_now()
+            self.fetcher.moved(notification.moved)
 
     async def _pulse(self) -> None:
         while True:

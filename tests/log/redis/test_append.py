@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -487,13 +486,11 @@ async def test_a_run_with_many_batches_goes_on_when_a_full_server_has_room(versi
             await server.command("CONFIG SET", "maxmemory", 1)
             told = trio.Event()
 
-            def tell(words: str) -> None:
-                works.warnings.append(words)
+            def warning(message: str) -> None:
+                works.warnings.append(message)
                 told.set()
 
-            works.committer._commits = replace(works.committer._commits, on_warning=tell)
-            for lane in works.committer._lanes.values():
-                lane._commits = works.committer._commits
+            works.warning = warning
             works.put(buffer, BATCHES * BATCH_ENTRIES + 5)
             with trio.fail_after(20 * FULL_PAUSE):
                 await told.wait()

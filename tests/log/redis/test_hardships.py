@@ -153,7 +153,7 @@ async def test_a_run_that_cannot_be_read_harms_no_reader_of_another(server: Endp
             await until(lambda: min(map(last_seq, [harmed, *following])) >= 1)
             await spoil(server, spoiled.id)
             await server.command("PUBLISH", KEYS.wake(spoiled.id), "999999999")
-            await until(lambda: spoiled.id in other._services.fetcher.waiting)
+            await until(lambda: not all(worker.idle for worker in other._services.fetcher.shards))
             seen = min(map(last_seq, following))
             await until(lambda: min(map(last_seq, following)) >= seen + 200)
             harmed.leave()

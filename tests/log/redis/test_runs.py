@@ -273,7 +273,7 @@ async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_c
             spent = commands(await server.stats()) - commands(stats)
             assert spent / (trio.current_time() - began) < most
             assert len([each for each in await server.clients() if each["name"] == "readers"]) <= 12
-            assert len(there._services.tails) == runs
+            assert len(there._services.tails.all()) == runs
             for reader in following[:500]:
                 reader.leave()
             let_go.set()  # for the others it goes on, however long they were idle
@@ -330,7 +330,7 @@ async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server
             await until(lambda: min(map(last_seq, following)) == 1)
             fetcher, fetch = there._services.fetcher, there.log.fetch
             busy, gate = trio.Event(), trio.Event()
-            wakeups: Any = fetcher._wakeups
+            wakeups: Any = fetcher._notifications
 
             async def held(positions: Any) -> Any:
                 busy.set()
@@ -341,7 +341,7 @@ async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server
             taps[0].set()
             await busy.wait()
             taps[1].set()
-            await until(lambda: fetcher._feeds[""]._moved.get(other.id) == 2)
+            await until(lambda: fetcher.shards.of(other.id)._moved.get(other.id) == 2)
             wakeups._moved[other.id] = 1  # the reply to a look-up that was asked before the append
             wakeups._lot.unpark_all()
             await until(lambda: not wakeups._moved)
