@@ -63,7 +63,7 @@ def settings() -> str:
     ]
     for knob in fields(Settings):
         unit = knob.metadata.get("unit", "")
-        lines.append(f"| `{knob.name}` | {knob.default} | {unit} | {knob.metadata['says']} |")
+        lines.append(f"| `{knob.name}` | {knob.default} | {unit} | {knob.metadata['help']} |")
     lines.append("")
     return "\n".join(lines)
 

@@ -295,4 +295,4 @@ async def test_of_a_run_that_has_ended_the_rest_can_be_read_when_the_supervisor_
     assert await read_to_the_end(follower) == list(range(seen + 1, 13))
     await follower.__aexit__(None, None, None)
     tails: Any = supervisor._services.tails
-    assert len(tails) == tails.size == 0
+    assert (tails.all(), tails.size) == ([], 0)

@@ -98,7 +98,7 @@ async def test_a_timer_that_was_cancelled_does_not_call_back(autojump_clock: Moc
         first.cancel()
         await trio.sleep(3)
         assert calls.seen == [("second", 2)]
-        assert len(timers) == 0
+        assert len(timers._heap) == 0
 
 
 async def test_cancelling_a_timer_that_has_called_back_does_nothing(autojump_clock: MockClock) -> None:
@@ -130,7 +130,7 @@ async def test_a_callback_may_set_and_cancel_timers(autojump_clock: MockClock) -
         doomed += [timers.at(calls.start + when, partial(calls.note, "doomed")) for when in (1.5, 2.5, 9)]
         await trio.sleep(20)
         assert calls.seen == [("again 2", 1), ("again 1", 2), ("again 0", 3)]
-        assert len(timers) == 0
+        assert len(timers._heap) == 0
 
 
 async def test_a_callback_may_cancel_so_many_that_the_heap_is_swept_under_it(autojump_clock: MockClock) -> None:
@@ -167,7 +167,7 @@ async def test_cancelled_timers_do_not_pile_up(autojump_clock: MockClock) -> Non
             timers.at(now + 1_000, nothing)
         for _ in range(10_000):
             timers.at(now + 10_000, nothing).cancel()
-            assert len(timers) <= 10 + 2 * (SWEEP_AT_LEAST + 1)
+            assert len(timers._heap) <= 10 + 2 * (SWEEP_AT_LEAST + 1)
 
 
 async def test_a_sweep_comes_when_more_than_half_are_cancelled_and_not_before(autojump_clock: MockClock) -> None:
@@ -175,9 +175,9 @@ async def test_a_sweep_comes_when_more_than_half_are_cancelled_and_not_before(au
     some = [timers.at(1_000.0 + number, nothing) for number in range(1_000)]
     for timer in some[:500]:
         timer.cancel()
-    assert len(timers) == 1_000
+    assert len(timers._heap) == 1_000
     some[500].cancel()
-    assert len(timers) == 499
+    assert len(timers._heap) == 499
 
 
 async def test_the_order_survives_a_sweep(autojump_clock: MockClock) -> None:
@@ -186,7 +186,7 @@ async def test_the_order_survives_a_sweep(autojump_clock: MockClock) -> None:
         some = [timers.at(calls.start + 1 + 7 * n % 400, partial(calls.note, str(7 * n % 400))) for n in range(400)]
         for timer in some[:300]:
             timer.cancel()
-        assert len(timers) < 200
+        assert len(timers._heap) < 200
         await trio.sleep(500)
         expected = sorted(7 * n % 400 for n in range(300, 400))
         assert calls.seen == [(str(number), number + 1) for number in expected]
@@ -197,11 +197,11 @@ async def test_cancelled_timers_whose_time_has_come_count_for_no_sweep(autojump_
         for _ in range(SWEEP_AT_LEAST):
             timers.at(trio.current_time() + 1, nothing).cancel()
         await trio.sleep(2)
-        assert len(timers) == 0
+        assert len(timers._heap) == 0
         some = [timers.at(1_000_000.0 + number, nothing) for number in range(1_000)]
         for timer in some[:500]:
             timer.cancel()
-        assert len(timers) == 1_000
+        assert len(timers._heap) == 1_000
 
 
 async def test_a_few_cancelled_timers_are_not_worth_a_sweep(autojump_clock: MockClock) -> None:
@@ -209,9 +209,9 @@ async def test_a_few_cancelled_timers_are_not_worth_a_sweep(autojump_clock: Mock
     some = [timers.at(1_000.0 + number, nothing) for number in range(SWEEP_AT_LEAST + 1)]
     for timer in some[:SWEEP_AT_LEAST]:
         timer.cancel()
-    assert len(timers) == SWEEP_AT_LEAST + 1
+    assert len(timers._heap) == SWEEP_AT_LEAST + 1
     some[-1].cancel()
-    assert len(timers) == 0
+    assert len(timers._heap) == 0
 
 
 @pytest.mark.parametrize("fate", ["cancelled", "called"])
@@ -269,6 +269,6 @@ def test_each_timer_calls_back_once_at_its_time_unless_it_was_cancelled_before(s
                     made[number][0].cancel()
             await trio.sleep(start + 100_000 - trio.current_time())
             assert called == {number: when for number, (_, when) in enumerate(made) if number not in cancelled}
-            assert len(timers) == 0
+            assert len(timers._heap) == 0
 
     in_virtual_time(main)

@@ -76,19 +76,19 @@ def settings_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def _setting_option(knob: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     name = "--" + knob.name.replace("_", "-")
-    says: str = knob.metadata["says"]
+    text: str = knob.metadata["help"]
     default: Any = knob.default
     details: dict[str, Any] = {
         "default": default,
-        "help": says[0].upper() + says[1:] + ".",
+        "help": text[0].upper() + text[1:] + ".",
     }
     if knob.name == "dialect":
         details["type"] = click.Choice(sorted(DIALECTS))
     elif isinstance(default, bool):
         details["is_flag"] = True
-    elif "least" in knob.metadata:
+    elif "min" in knob.metadata:
         numbers = click.IntRange if isinstance(default, int) else click.FloatRange
-        details["type"] = numbers(min=knob.metadata["least"], min_open=knob.metadata["above"])
+        details["type"] = numbers(min=knob.metadata["min"], min_open=knob.metadata["exclusive_min"])
         if knob.metadata["unit"] == "bytes":
             details["show_default"] = binary(default)
         details["metavar"] = UNITS.get(knob.metadata["unit"], knob.metadata["unit"].upper())

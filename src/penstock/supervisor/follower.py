@@ -1,14 +1,13 @@
-"""The readers of one process: how many there may be, and what they have been handed. Synchronous, and a few numbers.
-
-The follower: one reader of one run, replay and live without a seam.
+"""The follower: one reader of one run, replay and live without a seam.
 
 A follower is a cursor. It takes what follows the cursor from the run's tail; if the tail does not reach back that far
-it reads a page from the log; if there is nothing yet it waits at the tail. It ends with the terminal entry, and
-whatever else keeps it from going on is an exception that says so: no reader waits for what cannot come.
+it reads a page from the log; if there is nothing yet it waits at the tail. It ends with the terminal entry; anything
+else that ends it is an exception. No reader waits for what cannot come.
 
-It holds no cancel scope and no nursery, so it may be entered in one task and left in another, and cancelling it at any
-point loses
-nothing: the cursor moves only in the step that hands the entries over.
+A follower holds no cancel scope and no nursery, so it may be entered in one task and left in another. Cancelling it at
+any point loses nothing: the cursor moves only in the step that returns the entries.
+
+`Readers` counts the followers of one process, and what they have returned.
 """
 
 from __future__ import annotations
@@ -30,68 +29,69 @@ if TYPE_CHECKING:
 
 
 class Readers:
-    """Counts the readers, and refuses one too many.
+    """Counts the readers of one process, and limits their number.
 
     Args:
-        most: how many there may be.
-        most_of_a_run: how many of them may read the same run.
+        most: the most readers.
+        most_of_a_run: the most readers of the same run.
     """
 
     def __init__(self, *, most: int, most_of_a_run: int) -> None:
         self.entries = 0
-        """The entries that they have been handed, since the start."""
+        """The entries that readers have got since the start."""
         self.bytes = 0
         """The bytes of these entries, as they go on the wire."""
         self._most = most
         self._most_of_a_run = most_of_a_run
         self._of_runs: Counter[str] = Counter()
-        self._live = 0
-
-    @property
-    def live(self) -> int:
-        """How many there are."""
-        return self._live
+        self.live = 0
+        """The readers there are now."""
 
     def come(self, run_id: str) -> None:
-        """One reader more.
+        """Count a new reader.
 
         Raises:
-            TooManyReaders: there are as many as there may be, or as many of this run (`TooManyReadersOfRun`).
+            TooManyReaders: there is no room for it, or not for one of this run (`TooManyReadersOfRun`).
         """
-        if self._live >= self._most:
-            raise TooManyReaders(f"this process has {self._live} readers, as many as max_readers allows")
+        if self.live >= self._most:
+            raise TooManyReaders(f"this process has {self.live} readers, as many as max_readers allows")
         if self._of_runs[run_id] >= self._most_of_a_run:
             raise TooManyReadersOfRun(
                 f"run {run_id!r} has {self._of_runs[run_id]} readers here, as many as there may be; come back later"
             )
-        self._live += 1
+        self.live += 1
         self._of_runs[run_id] += 1
 
     def go(self, run_id: str) -> None:
-        """One reader less."""
-        self._live -= 1
+        self.live -= 1
         self._of_runs[run_id] -= 1
         if not self._of_runs[run_id]:
             del self._of_runs[run_id]
 
 
 RESTORING_PAUSE: Final = 0.5
-"""Seconds between two looks at a log that has lost entries."""
+"""Seconds after which a reader looks again at a log that has lost entries."""
 BODY_BYTES: Final = 64 * 1024
 """The default limit of `next_body`."""
 
 
 class Follower:
-    """A reader of a run: an async context manager, and then an async iterator of `Entry`.
+    """A reader of a run: an async context manager, and inside its block an async iterator of `Entry`.
 
-    Made by `Supervisor.follow`. Entering it is a checkpoint, and looks the run up. Iterating it is a checkpoint at
-    least once in every page; cancelling it loses no entry.
+    Made by `Supervisor.follow`. Entering it looks up the run, and is a checkpoint. Iterating it is a checkpoint at
+    least once in every page; cancelling it loses no entry. Leaving it never blocks. The block may be entered in one
+    task and left in another.
+
+    Attributes:
+        run_id: the run.
+        cursor: the seq of the last entry that was returned.
+        at_end: known after entering: the run has ended, and the cursor is at or past its end, so nothing follows.
 
     Raises:
         RunNotFound: on entering: there is no such run; later: its history has expired.
-        TooManyReaders: on entering: this process has as many readers as it may, or as many of this run.
-        CursorExpired: what follows the cursor has been trimmed, on entering or later.
-        ReaderReleased: this process serves readers of this run no longer.
+        TooManyReaders: on entering: this process has `max_readers` readers, or `max_readers_per_run` of this run.
+        CursorExpired: the entries after the cursor have been trimmed, on entering or later.
+        ReaderReleased: this process no longer serves readers of this run.
         SupervisorFailed: a service of the supervisor died.
         LogUnavailable: on entering: the log cannot be reached. Later on a reader waits for it.
         RuntimeError: it is iterated before it was entered, or after it was left.
@@ -113,11 +113,9 @@ class Follower:
             raise ValueError(f"the last N entries: N is a whole number from 0, not {last!r}")
         self.run_id = run_id
         self.cursor = after
-        """The seq of the entry that was handed over last."""
         self.at_end = False
-        """After entering: the run has ended, and the cursor is at or past its end, so there is nothing to iterate."""
         self.clock = clock
-        """Where whoever passes the entries on can have itself called at a time, without a task of its own."""
+        """The supervisor's timers: a response that sends the entries needs no task of its own to send pings."""
         self._last = last
         self._fetcher = fetcher
         self._readers = readers
@@ -131,13 +129,13 @@ class Follower:
             raise RuntimeError("this follower has been entered already")
         self._readers.come(self.run_id)
         try:
-            self._tail = await self._take_up()
+            self._tail = await self._acquire()
         except BaseException:
             self._readers.go(self.run_id)
             raise
         return self
 
-    async def _take_up(self) -> Tail:
+    async def _acquire(self) -> Tail:
         tail = await self._fetcher.acquire(self.run_id)
         try:
             await self._look_up(tail)
@@ -177,27 +175,31 @@ class Follower:
         if self._next >= len(self._page):
             raise StopAsyncIteration
         entry = self._page[self._next]
-        self._next += 1
-        self.cursor = entry.seq
-        self._readers.entries += 1
-        self._readers.bytes += len(entry.wire)
+        self._hand_over(1, len(entry.wire))
         return entry
 
+    def _hand_over(self, entries: int, size: int) -> None:
+        """Move the cursor past the next entries of the page, and count them."""
+        self._next += entries
+        self.cursor = self._page[self._next - 1].seq
+        self._readers.entries += entries
+        self._readers.bytes += size
+
     async def next_body(self, limit: int = BODY_BYTES) -> bytes:
-        """All that is ready, joined as it goes on the wire; `b""` at the end.
+        """The entries that are ready, joined as they go on the wire. A checkpoint at least once in every page.
 
         Args:
             limit: the most bytes; a single entry that is larger comes alone, and whole.
+
+        Returns:
+            At least one entry; `b""` at the end of the run. What iterating raises, this raises, too.
         """
         if self._next >= len(self._page):
             await self._fill(limit)
         if len(self._page) == self._next + 1:  # one event at a time is the common case of a live reader
-            entry = self._page[self._next]
-            self._next += 1
-            self.cursor = entry.seq
-            self._readers.entries += 1
-            self._readers.bytes += len(entry.wire)
-            return entry.wire
+            wire = self._page[self._next].wire
+            self._hand_over(1, len(wire))
+            return wire
         taken: list[bytes] = []
         size = 0
         index = self._next
@@ -210,20 +212,17 @@ class Follower:
             index += 1
         body = b"".join(taken)
         if taken:
-            self.cursor = self._page[index - 1].seq
-            self._next = index
-            self._readers.entries += len(taken)
-            self._readers.bytes += len(body)
+            self._hand_over(len(taken), len(body))
         return body
 
     async def _fill(self, max_bytes: int = PAGE_BYTES) -> None:
-        """Get the next page: from the tail, else from the log, else by waiting. It stays empty at the end."""
+        """Get the next page from the tail, or from the log, or wait for it. At the end of the run it stays empty."""
         tail = self._tail
         if tail is None:
             raise RuntimeError("a follower is iterated inside its own `async with` block")
         self._page, self._next = [], 0
         if self.cursor < tail.last or tail.ended or tail.released is not None:
-            await trio.lowlevel.checkpoint()  # who finds nothing passes one by waiting
+            await trio.lowlevel.checkpoint()  # else waiting is one
         while True:
             taken = tail.take(self.cursor, max_entries=PAGE_ENTRIES, max_bytes=max_bytes)
             if taken is None:
@@ -238,13 +237,13 @@ class Follower:
             if self.cursor >= tail.last:
                 await tail.wait()
                 continue
-            # A tail that is further than the log is that of a run which the log is being given again, and it may be
-            # told of nothing when that is done.
+            # The tail is further than the log: the log has lost entries, which the run's owner puts back. The
+            # notifications of that may say nothing new.
             with trio.move_on_after(RESTORING_PAUSE):
                 await tail.wait()
 
     async def _read(self, tail: Tail) -> list[Entry]:
-        """A page from the log. If another one follows, that is read while this one is used."""
+        """A page from the log. If another one follows, it is read while this one is used."""
         ahead, self._ahead = self._ahead, None
         page = await ahead.page() if ahead is not None and ahead.after == self.cursor else None
         if page is None or not page.entries:  # the log may have lost them for a moment

@@ -1,7 +1,7 @@
-"""The supervisor's knobs: each with its name, default, unit and limits, in one table.
+"""The supervisor's settings: each with its name, default, unit and limits, in one table.
 
 `open_supervisor` takes them as keyword arguments, `create_app` passes them on, and the command line makes an option and
-an environment variable of each. A value that a knob cannot have is refused by name, before anything starts.
+an environment variable of each. An invalid value is refused by name, before anything starts.
 """
 
 from __future__ import annotations
@@ -19,93 +19,84 @@ if TYPE_CHECKING:
 MIB = 1024 * 1024
 
 
-def _setting(default: float, says: str, *, least: float, unit: str, above: bool = False) -> Any:
-    """A numeric field; `least` is allowed itself unless the value must be `above` it."""
-    return field(default=default, metadata={"says": says, "least": least, "above": above, "unit": unit})
+def _number(default: float, unit: str, help: str, *, min: float = 1, exclusive_min: bool = False) -> Any:  # noqa: A002
+    """A numeric setting of at least `min`, or above it if that is exclusive; a whole number if the default is one."""
+    return field(default=default, metadata={"unit": unit, "help": help, "min": min, "exclusive_min": exclusive_min})
+
+
+def _above_0(default: float, help: str) -> Any:  # noqa: A002
+    return _number(default, "s", help, min=0, exclusive_min=True)
+
+
+def _from_0(default: float, help: str) -> Any:  # noqa: A002
+    return _number(default, "s", help, min=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The knobs of one supervisor.
+    """The settings of one supervisor; every one has a default.
+
+    The page "Settings" of the documentation lists them with their units. Durations are in seconds, sizes in bytes.
 
     Raises:
-        ConfigurationError: a knob has a value that it cannot have.
+        ConfigurationError: a value is of the wrong type, or outside of its limits.
     """
 
-    lease: float = _setting(
-        30.0, "how long a silent owner keeps its runs before they count as lost", least=0, above=True, unit="s"
+    lease: float = _above_0(30.0, "how long a silent owner keeps its runs before they count as lost")
+    dialect: str = field(default="plain", metadata={"help": "how control events are spelled: plain or letta"})
+    expose_errors: bool = field(default=False, metadata={"help": "show clients the text of every exception"})
+    flush_interval: float = _from_0(0.0, "how long a commit waits for more entries to join it")
+    flush_size: int = _number(512, "entries", "the number of entries that ends that wait")
+    commit_spacing: float = _from_0(
+        0.002, "the most that a commit is held back after the start of the one before; under little load it is less"
     )
-    dialect: str = field(default="plain", metadata={"says": "how control events are spelled: plain or letta"})
-    expose_errors: bool = field(default=False, metadata={"says": "show clients the words of every exception"})
-    flush_interval: float = _setting(0.0, "how long a commit waits for more entries to join it", least=0, unit="s")
-    flush_size: int = _setting(512, "the number of entries that ends that wait", least=1, unit="entries")
-    commit_spacing: float = _setting(
-        0.002,
-        "the most that a commit is held back after the start of the one before; under little load it is less",
-        least=0,
-        unit="s",
+    max_runs: int = _number(10_000, "runs", "the most runs of one process that have not ended")
+    max_duration: float = _from_0(86_400.0, "the longest that a run may take; 0 = no limit")
+    max_metadata_bytes: int = _number(16 * 1024, "bytes", "the largest metadata of a run, as JSON", min=2)
+    max_readers: int = _number(10_000, "readers", "the most readers of one process")
+    max_readers_per_run: int = _number(5_000, "readers", "the most of them that read the same run")
+    max_event_bytes: int = _number(MIB, "bytes", "the largest encoded event")
+    max_pending_bytes: int = _number(MIB, "bytes", "what one run may have uncommitted before its producer waits")
+    max_process_pending_bytes: int = _number(64 * MIB, "bytes", "the same for all runs together")
+    tail_entries: int = _number(1000, "entries", "the recent entries of a run that are kept in memory")
+    tail_bytes: int = _number(256 * 1024, "bytes", "their size")
+    max_process_tail_bytes: int = _number(256 * MIB, "bytes", "the same for all runs together")
+    cancel_check_interval: float = _above_0(0.5, "how often cancel requests are looked for, besides notifications")
+    cancel_grace: float = _from_0(10.0, "how long a cancelled producer may take before its run ends without it")
+    finalize_timeout: float = _above_0(5.0, "how long storing a terminal entry may take")
+    outage_limit: float = _above_0(
+        30.0, "how long the log may be out of reach before runs are given up and readers released"
     )
-    max_runs: int = _setting(10_000, "the most runs of one process that have not ended", least=1, unit="runs")
-    max_duration: float = _setting(
-        86_400.0, "the longest that a run may take; 0 = as long as it likes", least=0, unit="s"
-    )
-    max_metadata_bytes: int = _setting(16 * 1024, "the largest metadata of a run, as JSON", least=2, unit="bytes")
-    max_readers: int = _setting(10_000, "the most readers of one process", least=1, unit="readers")
-    max_readers_per_run: int = _setting(5_000, "the most of them that read the same run", least=1, unit="readers")
-    max_event_bytes: int = _setting(MIB, "the largest encoded event", least=1, unit="bytes")
-    max_pending_bytes: int = _setting(
-        MIB, "what one run may have uncommitted before its producer waits", least=1, unit="bytes"
-    )
-    max_process_pending_bytes: int = _setting(64 * MIB, "the same for all runs together", least=1, unit="bytes")
-    tail_entries: int = _setting(1000, "the recent entries of a run that are kept at hand", least=1, unit="entries")
-    tail_bytes: int = _setting(256 * 1024, "their size", least=1, unit="bytes")
-    max_process_tail_bytes: int = _setting(256 * MIB, "the same for all runs together", least=1, unit="bytes")
-    cancel_check_interval: float = _setting(
-        0.5, "how often cancel requests are looked for, besides the wake-up", least=0, above=True, unit="s"
-    )
-    cancel_grace: float = _setting(
-        10.0, "how long a cancelled producer may take before its run ends without it", least=0, unit="s"
-    )
-    finalize_timeout: float = _setting(5.0, "how long storing a terminal entry may take", least=0, above=True, unit="s")
-    outage_limit: float = _setting(
-        30.0,
-        "how long the log may be out of reach before runs are given up and readers sent away",
-        least=0,
-        above=True,
-        unit="s",
-    )
-    drain_timeout: float = _setting(10.0, "how long runs may go on after shutdown was asked for", least=0, unit="s")
+    drain_timeout: float = _from_0(10.0, "how long runs may go on after a shutdown was requested")
 
     def __post_init__(self) -> None:
         dialect_named(self.dialect)
         if not isinstance(self.expose_errors, bool):  # "false" would count as True, and show what must be hidden
             raise ConfigurationError(f"expose_errors is True or False, not {self.expose_errors!r}")
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            least = knob.metadata.get("least")
-            if least is None:
+        for setting in fields(self):
+            if "min" not in setting.metadata:
                 continue
-            whole = isinstance(knob.default, int)
+            value, least = getattr(self, setting.name), setting.metadata["min"]
+            exclusive = setting.metadata["exclusive_min"]
+            whole = isinstance(setting.default, int)
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise ConfigurationError(f"{knob.name} is a {'whole ' if whole else ''}number, not {value!r}")
-            above = knob.metadata["above"]
-            if not least <= value <= sys.float_info.max or (above and value == least):
-                raise ConfigurationError(
-                    f"{knob.name} is {'above' if above else 'at least'} {least} {knob.metadata['unit']}, not {value!r}"
-                )
+                raise ConfigurationError(f"{setting.name} is a {'whole ' if whole else ''}number, not {value!r}")
+            if not least <= value <= sys.float_info.max or (exclusive and value == least):
+                limit = f"{'above' if exclusive else 'at least'} {least} {setting.metadata['unit']}"
+                raise ConfigurationError(f"{setting.name} is {limit}, not {value!r}")
 
     @classmethod
-    def of(cls, knobs: Mapping[str, Any]) -> Settings:
-        """The settings with these knobs.
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings with these values, by name.
 
         Raises:
-            ConfigurationError: a knob is unknown, or has a value that it cannot have.
+            ConfigurationError: there is no such setting, or it cannot have this value.
         """
-        known = [knob.name for knob in fields(cls)]
-        for name in knobs:
+        known = [setting.name for setting in fields(cls)]
+        for name in values:
             if name not in known:
-                raise ConfigurationError(f"there is no knob {name!r}; there are {', '.join(known)}")
-        return cls(**knobs)
+                raise ConfigurationError(f"there is no setting {name!r}; there are {', '.join(known)}")
+        return cls(**values)
 
 
 def check_duration(name: str, seconds: float | None, *, zero: bool = False) -> None:

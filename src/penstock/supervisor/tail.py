@@ -1,14 +1,14 @@
 """The tail: the recent entries of a run that this process keeps, and the place where its readers wait.
 
-A reader is nothing but a cursor into a tail: it waits until the tail's last seq has passed its cursor, with no
-checkpoint between looking and parking, and then takes all that is there. So there is no queue for a reader to fill, and
-nothing that one reader does or leaves undone is felt by another.
+A reader is a cursor into a tail: it waits until the tail's last seq has passed its cursor, with no checkpoint between
+looking and parking, and then takes all that is there. So there is no queue for a reader to fill, and no reader can slow
+down another.
 
-A tail knows three more things: that the run has *ended* (nothing follows `last`), that its readers are *released* (an
-error that says why this process serves them no longer), and how far it reaches back (`first`): a reader whose cursor
-has fallen off reads from the log again. Only what the log has acknowledged is ever added to a tail.
+A tail also knows that the run has *ended* (nothing follows `last`), that its readers are *released* (with the error
+that says why this process serves them no longer), and how far it reaches back: a reader whose cursor is older reads
+from the log again. Only what the log has acknowledged is ever added to a tail.
 
-`Tails` holds the tails of one process, counts who uses them, and shares out the memory between them.
+`Tails` holds the tails of one process, counts their users, and divides the memory between them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tail:
         self.ended = False
         """True once nothing follows `last`."""
         self.released: PenstockError | None = None
-        """Why readers must go, if they must."""
+        """The error that readers get, once they have been evicted."""
         self.fed = False
         """True while the run's own committer adds its entries; else the fetcher does."""
         self.users = 0
@@ -50,13 +50,8 @@ class Tail:
         """The highest seq that the log is known to have."""
         return self._ring.last
 
-    @property
-    def readers(self) -> int:
-        """The number of readers parked here."""
-        return len(self._lot)
-
     def extend(self, entries: Sequence[Entry]) -> None:
-        """Add acknowledged entries, and wake every reader."""
+        """Add acknowledged entries, and wake the readers."""
         ring = self._ring
         before = ring.size
         ring.extend(entries)
@@ -67,11 +62,11 @@ class Tail:
         self._lot.unpark_all()
 
     def trim(self, max_bytes: int) -> None:
-        """Give up the oldest entries beyond `max_bytes`."""
+        """Drop the oldest entries beyond `max_bytes`."""
         self._tails.size -= self._ring.trim(self._tails.max_entries, max_bytes)
 
     def advance(self, last: int, *, ended: bool) -> None:
-        """Take note of how far the log is, without its entries; a tail that is fed knows it better."""
+        """Take note of how far the log is, without its entries. Ignored by a tail that is fed."""
         if self.fed or (last <= self._ring.last and (self.ended or not ended)):
             return
         if last > self._ring.last:
@@ -82,7 +77,7 @@ class Tail:
         self._lot.unpark_all()
 
     def evict_readers(self, error: PenstockError) -> None:
-        """Send every reader away with `error`, those to come as well. The first error stays."""
+        """Release the readers, and those to come, with `error`. The first error stays."""
         self.released = self.released or error
         self._lot.unpark_all()
 
@@ -95,7 +90,7 @@ class Tail:
         return self._ring.after(cursor, max_entries=max_entries, max_bytes=max_bytes)
 
     def recent(self) -> list[Entry]:
-        """All entries that are at hand, up to `last`."""
+        """All entries that the tail holds."""
         return self._ring.after(self._ring.first - 1, max_entries=len(self._ring), max_bytes=self._ring.size)
 
     async def wait(self) -> None:
@@ -103,7 +98,7 @@ class Tail:
         await self._lot.park()
 
     def drop(self) -> None:
-        """Give up the entries, when nobody uses the tail any more."""
+        """Drop the entries. Called when the tail has no users any more."""
         self._tails.size -= self._ring.size
         self._ring.clear()
 
@@ -114,7 +109,7 @@ class Tails:
     Args:
         max_entries: the entries of one tail.
         max_bytes: the bytes of one tail.
-        max_process_bytes: the bytes of all: each tail has an equal share of them, if that is less than `max_bytes`.
+        max_process_bytes: the bytes of all tails: each has an equal share of them, if that is less than `max_bytes`.
     """
 
     def __init__(self, *, max_entries: int, max_bytes: int, max_process_bytes: int) -> None:
@@ -125,42 +120,37 @@ class Tails:
         """The bytes of all tails."""
         self._tails: dict[str, Tail] = {}
 
-    def __len__(self) -> int:
-        return len(self._tails)
-
     def share(self) -> int:
         """The bytes that one tail may have now."""
         return min(self.max_bytes, self.max_process_bytes // max(len(self._tails), 1))
 
     def keep_to_limit(self) -> None:
-        """See to it that tails which were filled when there were fewer of them go back to their share.
-
-        Afterwards all of them keep to it, so this costs one round for every tail that was added, and only at the limit.
-        """
+        """Trim tails that grew when there were fewer of them to their share."""
+        # Afterwards all keep to it, so this costs one round for every tail that was added, and only at the limit.
         if self.size > self.max_process_bytes:
             share = self.share()
             for tail in self._tails.values():
                 tail.trim(share)
 
     def get(self, run_id: str) -> Tail | None:
-        """The tail of a run that somebody uses."""
+        """The tail of a run, if it has users."""
         return self._tails.get(run_id)
 
     def all(self) -> list[Tail]:
-        """Every tail that somebody uses."""
+        """All tails that have users."""
         return list(self._tails.values())
 
     def acquire(self, run_id: str, *, new: bool = False) -> Tail:
-        """The tail of a run, for one more user, who gives it back with `give_back`.
+        """The tail of a run, for one more user; see `release`.
 
         Args:
             run_id: the run.
-            new: it has just been started. A tail that knows more is that of an older run, which has expired and whose
-                id is used again; its readers are sent away.
+            new: the run has just been started. A tail that has entries already is that of an expired run, whose id is
+                used again; its readers are released.
         """
         tail = self._tails.get(run_id)
         if tail is not None and new and (tail.last or tail.ended or tail.released is not None):
-            tail.evict_readers(RunNotFound(run_id))  # nobody feeds it any more
+            tail.evict_readers(RunNotFound(run_id))  # it is not fed any more
             tail = None
         if tail is None:
             tail = self._tails[run_id] = Tail(run_id, self)
@@ -168,13 +158,13 @@ class Tails:
         return tail
 
     def evict(self, error: PenstockError) -> None:
-        """Leave the tails whose readers were released by `error` to those who have them still: others get new ones."""
+        """Forget the tails whose readers were released by `error`. Their users keep them; others get new ones."""
         for tail in self.all():
             if tail.released is error:
                 del self._tails[tail.run_id]
 
     def release(self, tail: Tail) -> bool:
-        """One user less; True if that was the last one, and the tail is gone."""
+        """Count one user less; True if that was the last one, and the tail is gone."""
         tail.users -= 1
         if tail.users:
             return False

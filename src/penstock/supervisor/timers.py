@@ -1,10 +1,10 @@
-"""Deadlines as callbacks: one task for all the clocks of all runs.
+"""Callbacks at a time: one task for all deadlines of all runs.
 
 A run's timeout, its limit of silence and the grace after a cancel each need something to happen *at a time*, and first
 a cause to be recorded. A deadline of a cancel scope cannot do that, and a sleeping task for each would double the
 number of tasks; so there is one heap, and one task that sleeps until its top. A timer that is cancelled lets go of its
-callback at once, and the heap is swept when more than half of it is cancelled: nothing of a run that is over stays here
-for long.
+callback at once, and the heap is swept when more than half of it is cancelled, so that nothing of an ended run stays
+here for long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SWEEP_AT_LEAST: Final = 64
-"""The number of cancelled timers below which no sweep pays."""
+"""With no more cancelled timers than this, a sweep costs more than it frees."""
 
 
 @dataclass(slots=True, order=True)
@@ -32,10 +32,10 @@ class Timer:
     timers: Timers = field(compare=False, repr=False)
 
     def cancel(self) -> None:
-        """Do not call back. Harmless when it has been done already."""
+        """Do not call back. Does nothing after the callback."""
         if self.callback is not None:
             self.callback = None
-            self.timers.one_cancelled()
+            self.timers.sweep()
 
 
 class Timers:
@@ -46,9 +46,6 @@ class Timers:
         self._cancelled = 0
         self._sooner = trio.Event()
 
-    def __len__(self) -> int:
-        return len(self._heap)
-
     def at(self, when: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` at `when`."""
         timer = Timer(when, callback, self)
@@ -57,8 +54,8 @@ class Timers:
             self._sooner.set()
         return timer
 
-    def one_cancelled(self) -> None:
-        """Take note that one of the timers was cancelled."""
+    def sweep(self) -> None:
+        """Count one more cancelled timer, and drop all of them once they are more than half."""
         self._cancelled += 1
         if self._cancelled > max(len(self._heap) // 2, SWEEP_AT_LEAST):
             self._heap = [timer for timer in self._heap if timer.callback is not None]
@@ -66,7 +63,7 @@ class Timers:
             self._cancelled = 0
 
     async def run(self) -> None:
-        """Do it, until cancelled."""
+        """Call back until cancelled."""
         while True:
             self._sooner = trio.Event()
             with trio.move_on_at(self._heap[0].when if self._heap else inf):
