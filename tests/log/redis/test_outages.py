@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "agent.py"
-RESTARTS = 10
+RESTARTS = 4
 BIG = 16 * 1024 * 1024
 
 
@@ -70,9 +70,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis counts as out of reach after half a second."""
-    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
-    monkeypatch.setattr("penstock.log.redis.notifications.ANSWER_TIMEOUT", 0.5)
 
 
 # Killed
@@ -80,7 +78,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "with its data"])
-async def test_a_server_that_is_killed_ten_times_costs_no_run_an_entry(empty: bool) -> None:
+async def test_a_server_that_is_killed_again_and_again_costs_no_run_an_entry(empty: bool) -> None:
     async with (
         redis_server(persistent=not empty) as server,
         supervisors(server.url, server.url, tail_entries=100_000) as (one, other),
@@ -168,13 +166,8 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
 # Standing still
 
 
-@pytest.mark.parametrize("timeout", [5.0, 0.7])
-async def test_a_server_that_stands_still_for_two_leases_loses_no_run(
-    monkeypatch: pytest.MonkeyPatch, timeout: float
-) -> None:
-    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", timeout)
-    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", timeout)
-    monkeypatch.setattr("penstock.log.redis.notifications.ANSWER_TIMEOUT", timeout)
+async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.7)
     lease, notes = 1.0, Notes()
     async with (
         redis_server() as server,
@@ -465,10 +458,9 @@ async def test_serve_does_not_start_on_a_read_only_replica(shared: Endpoint) -> 
         assert "it is a read-only replica; name its primary in the URL; not started" in words
 
 
-@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:{}", "redis://me:hunter2@127.0.0.1:{}/0?x=hunter2"])
-async def test_a_wrong_password_is_refused_and_shown_nowhere(url: str) -> None:
+async def test_a_wrong_password_is_refused_and_shown_nowhere() -> None:
     async with redis_server(requirepass="sesame") as server:
-        wrong = url.partition("?")[0].format(server.port)
+        wrong = f"redis://:hunter2@127.0.0.1:{server.port}"
         with pytest.raises(LogUnavailable, match="refuses the user or the password") as refused:
             async with supervisor_at(wrong):
                 raise AssertionError("it opened")
@@ -492,15 +484,6 @@ async def test_a_server_that_is_not_there_is_refused_and_no_password_shown() -> 
     words = await serve_refuses(url)
     assert "not started" in words
     assert "hunter2" not in words
-
-
-@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0?nonsense=1", "redis://:hunter2@host:port"])
-async def test_a_url_that_is_none_is_refused_and_no_password_shown(url: str) -> None:
-    serve = ("serve", "--producers", f"{EXAMPLE}:producers", "--bind", "127.0.0.1:0")
-    async with penstock(*serve, PENSTOCK_LOG=url) as program:
-        assert await program.end() == 2, program.words
-    assert "hunter2" not in program.words
-    assert "Traceback" not in program.words
 
 
 async def test_serve_and_its_runs_over_a_password_show_it_nowhere() -> None:
