@@ -9,12 +9,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from penstock.sse import Event
 from penstock.supervisor import open_supervisor
 from tests.support.supervising import FIRST, View, count, ended, gists, read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from penstock.sse import Event
 
 INTERRUPTED = ["first", "error INTERRUPTED", "[DONE]"]
 

@@ -28,7 +28,7 @@ from penstock.log.redis.log import REQUESTS_AT_ONCE
 from penstock.log.redis.slots import call
 from penstock.runs import RunStatus
 from tests.support.logs import LEASE, batch, record, seqs
-from tests.support.redis_servers import Endpoint, _free_port, redis_server
+from tests.support.redis_servers import Endpoint, _free_port, redis_server, redis_servers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -317,9 +317,10 @@ async def no_answers(client: Client, first: int) -> None:
         began = trio.current_time()
         with pytest.raises(LogUnavailable, match=f"has not answered for {SHORT} s"):
             await client.execute([("ECHO", n)] * (1 + n % 3))
-        assert SHORT <= trio.current_time() - began < SHORT + 2
+        assert trio.current_time() - began >= SHORT
 
-    with trio.fail_after(GUARD):
+    with pytest.MonkeyPatch.context() as patch, trio.fail_after(GUARD):
+        patch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", SHORT)
         async with trio.open_nursery() as nursery:
             for n in range(first, first + 6):
                 nursery.start_soon(ask, n)
@@ -337,7 +338,6 @@ async def right_answers(client: Client, first: int) -> None:
                 nursery.start_soon(ask, n)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_server_that_does_not_answer_is_out_of_reach_and_answers_nobody_else_later() -> None:
     async with redis_server() as server, open_client(server.url) as client:
         await right_answers(client, 100)
@@ -349,7 +349,6 @@ async def test_a_server_that_does_not_answer_is_out_of_reach_and_answers_nobody_
         assert len(await server.clients()) <= 12
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_network_that_stalls_is_out_of_reach_and_answers_nobody_else_later(
     client: Client, between: Proxy
 ) -> None:
@@ -361,7 +360,6 @@ async def test_a_network_that_stalls_is_out_of_reach_and_answers_nobody_else_lat
         await right_answers(client, n + 100)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_answers_that_come_too_late_are_nobody_elses(client: Client, between: Proxy) -> None:
     await right_answers(client, 100)
     between.delay(2 * SHORT)

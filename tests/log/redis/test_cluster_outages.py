@@ -1,4 +1,4 @@
-"""A node of a real cluster that stands still, is dead or takes no writes: its own runs wait for it, and no others do."""
+"""A node of a real cluster that stands still, is dead or takes no writes holds up its own runs, and no others."""
 
 from __future__ import annotations
 

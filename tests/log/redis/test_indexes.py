@@ -13,6 +13,7 @@ from penstock.log.redis.cluster import open_cluster
 from penstock.log.redis.indexes import NUMBERS, RunIndexes
 from penstock.log.redis.schema import Keys
 from penstock.log.redis.slots import Slots
+from tests.support.clustered import shares_a_cluster
 from tests.support.redis_clusters import shared_cluster
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ def test_a_node_that_is_none_has_no_lists_and_its_probe_is_a_list_all_the_same()
     assert lists.probe("nobody:1") in by_lease(lists)
 
 
+@shares_a_cluster
 async def test_the_lists_of_a_real_cluster_are_on_the_nodes_that_it_says() -> None:
     shared = shared_cluster()
     shared.flushall()

@@ -15,7 +15,7 @@ from hypothesis import Phase, settings
 from penstock.log.open import open_log
 from penstock.log.redis.log import RedisLog
 from tests.log.test_log_machine import MAX_ENTRIES, TTL, LogMachine, Model
-from tests.support.clustered import CLUSTER, PREFIXES, clustered, in_order
+from tests.support.clustered import CLUSTER, PREFIXES, clustered, in_order, shares_a_cluster
 from tests.support.redis_servers import let_pass, redis_servers, shared_server
 
 if TYPE_CHECKING:
@@ -94,4 +94,4 @@ SETTINGS = settings(max_examples=10, stateful_step_count=30, deadline=None, phas
 RedisLogMachine.TestCase.settings = SETTINGS
 ClusterLogMachine.TestCase.settings = settings(SETTINGS, max_examples=5)  # each takes twice as long
 TestRedisLog = RedisLogMachine.TestCase
-TestClusterLog = ClusterLogMachine.TestCase
+TestClusterLog = shares_a_cluster(ClusterLogMachine.TestCase)

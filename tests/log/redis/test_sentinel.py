@@ -15,6 +15,7 @@ from penstock.log.redis import scripts
 from penstock.log.redis.client import Client, open_client
 from penstock.log.redis.slots import call
 from tests.log.redis.test_client import words_of
+from tests.support.clustered import shares_a_cluster
 from tests.support.logs import COMPLETED, LEASE, batch, record, seqs
 from tests.support.redis_clusters import shared_cluster
 from tests.support.redis_runs import until_it_is
@@ -215,6 +216,7 @@ async def test_a_write_counts_when_the_replicas_have_it_and_is_repeated_until_th
         assert seqs((await log.read("other", 0)).entries) == [1]
 
 
+@shares_a_cluster
 async def test_replicas_that_a_cluster_has_not_are_waited_for_on_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for_replicas(monkeypatch, 0.3)
     shared = shared_cluster()

@@ -18,6 +18,7 @@ from penstock.log.redis.cluster import Cluster
 from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
 from penstock.log.redis.slots import NO_SHARD, Slots, call, key_of
+from tests.support.clustered import shares_a_cluster
 from tests.support.logs import COMPLETED, LEASE, OBITUARY, batch, record
 from tests.support.redis_clusters import shared_cluster
 
@@ -233,6 +234,7 @@ async def beside_is_sent(log: RedisLog, sent: Sequence[Command]) -> None:
             await trio.sleep(0.01)
 
 
+@shares_a_cluster
 async def test_whatever_the_log_sends_to_a_cluster_has_its_keys_on_the_slot_by_which_it_goes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

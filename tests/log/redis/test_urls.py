@@ -22,6 +22,7 @@ from penstock.log.redis.client import Client
 from penstock.log.redis.cluster import Cluster
 from penstock.log.redis.log import RedisLog
 from tests.log.redis.test_client import until, words_of
+from tests.support.clustered import shares_a_cluster
 from tests.support.logs import LEASE, batch, record
 from tests.support.redis_clusters import cluster_server, redis_cluster, shared_cluster
 from tests.support.redis_servers import Endpoint, redis_server, redis_servers
@@ -278,6 +279,7 @@ async def test_the_url_of_a_cluster_with_a_server_that_is_no_node_says_what_to_w
             assert await unreachable(cluster_of(server)) == words
 
 
+@shares_a_cluster
 async def test_the_url_of_one_server_with_a_node_of_a_cluster_says_what_to_write() -> None:
     words = "it is a node of a cluster, and not the one for this key; write redis+cluster:// for it"
     said = [await unreachable(node.url) for node in shared_cluster().nodes if node is not await home_of("sse:live")]
