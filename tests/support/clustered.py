@@ -36,9 +36,13 @@ CLUSTER: Final = "redis cluster"
 """Stands for the shared cluster where a test is parametrised by the version of its server."""
 NODES: Final = 3
 
-everywhere = pytest.mark.parametrize("server", [*redis_servers(), CLUSTER], indirect=True)
+shares_a_cluster = pytest.mark.xdist_group("cluster")
+"""Tests with this mark run in one process, which starts the shared cluster once."""
+on_the_cluster = pytest.param(CLUSTER, marks=shares_a_cluster, id=CLUSTER)
+"""The shared cluster, where a test is parametrised by its server."""
+everywhere = pytest.mark.parametrize("server", [*redis_servers(), on_the_cluster], indirect=True)
 """For a test in a file whose `server` is of each version."""
-on_a_cluster = pytest.mark.parametrize("server", [None, CLUSTER], indirect=True, ids=["redis", CLUSTER])
+on_a_cluster = pytest.mark.parametrize("server", [pytest.param(None, id="redis"), on_the_cluster], indirect=True)
 """For a test whose `server` is that of `conftest.py`."""
 
 _TO_EACH: Final = {"SCRIPT", "KEYS", "DBSIZE", "PUBSUB"}
@@ -94,7 +98,7 @@ def clustered() -> ClusteredServer:
 def in_order(log: L) -> L:
     """The log: from now on each of its calls has had all of its effect when it returns."""
     if isinstance(log, RedisLog):
-        log._servers.best_effort = log._servers.execute  # type: ignore[assignment]  # what one server does anyway
+        log._backend.best_effort = log._backend.execute  # type: ignore[assignment]  # what one server does anyway
     return log
 
 

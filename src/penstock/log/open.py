@@ -10,10 +10,8 @@ from penstock.log.memory import MemoryLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
 
     from penstock.log import EventLog
-    from penstock.log.redis.backend import Backend
 
 REDIS: Final = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
@@ -60,17 +58,17 @@ async def open_log(
         if isinstance(wait_replicas, bool) or not isinstance(wait_replicas, int) or wait_replicas < 0:
             raise ConfigurationError(f"wait_replicas is a whole number, 0 or above, not {wait_replicas!r}")
         # Importing trio-asyncio gives the whole process other asyncio event loops, and slower ones.
+        from penstock.log.redis.backend import SingleServer  # noqa: PLC0415
         from penstock.log.redis.client import open_client  # noqa: PLC0415
         from penstock.log.redis.cluster import open_cluster  # noqa: PLC0415
         from penstock.log.redis.log import RedisLog  # noqa: PLC0415
 
-        servers: AbstractAsyncContextManager[Backend] = (
-            open_cluster(url, wait_replicas=wait_replicas)
-            if scheme.endswith("+cluster")
-            else open_client(url, wait_replicas=wait_replicas)
-        )
-        async with servers as opened:
-            yield RedisLog(opened, ttl=ttl, max_entries=max_entries, prefix=prefix)
+        if scheme.endswith("+cluster"):
+            async with open_cluster(url, wait_replicas=wait_replicas) as cluster:
+                yield RedisLog(cluster, cluster.topology, ttl=ttl, max_entries=max_entries, prefix=prefix)
+        else:
+            async with open_client(url, wait_replicas=wait_replicas) as client:
+                yield RedisLog(client, SingleServer(), ttl=ttl, max_entries=max_entries, prefix=prefix)
     else:
         raise ConfigurationError(
             f"there is no event log {_shown(url)}; there is memory://, redis://HOST:PORT/DB, rediss://..., unix:///PATH,"

@@ -1,4 +1,4 @@
-"""How entries get into Redis: all of an append as one word, and what lies there afterwards, to the byte."""
+"""How entries get into Redis: all of an append as one argument, and what Redis holds afterwards, to the byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import struct
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-import trio
 
 from penstock.log import PAGE_ENTRIES, Appended, AppendStatus, Batch, Entry
 from penstock.log.open import open_log
@@ -14,18 +13,16 @@ from penstock.log.redis import scripts
 from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
 from penstock.runs import RunStatus
-from penstock.supervisor.committer import FULL_PAUSE
 from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
-from tests.support.clustered import CLUSTER, clustered, everywhere
+from tests.support.clustered import on_a_cluster
 from tests.support.committing import committing, shown
-from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, batch, entries, record, seqs
+from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, batch, entries, record, seqs
 from tests.support.proxy import Reply, proxy
-from tests.support.redis_servers import Endpoint, redis_server, redis_servers, shared_server
+from tests.support.redis_servers import Endpoint, redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-VERSIONS = list(redis_servers())
 KEYS = Keys()
 MIB = 1024 * 1024
 OK, HOLE = AppendStatus.OK, AppendStatus.HOLE
@@ -33,23 +30,9 @@ NOW = 1_767_225_600_123
 """A time as it may be, in milliseconds."""
 
 
-@pytest.fixture(params=VERSIONS)
-def server(request: pytest.FixtureRequest) -> Endpoint:
-    server = clustered() if request.param == CLUSTER else shared_server(request.param)
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def log(server: Endpoint) -> AsyncIterator[RedisLog]:
-    async with open_log(server.url) as log:
-        assert isinstance(log, RedisLog)
-        yield log
-
-
 async def in_redis(log: RedisLog, run_id: str = "r") -> list[list[Any]]:
     """The entries of a run as they lie there: each its id, and its fields and values, in order."""
-    return cast("list[list[Any]]", await log._servers.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
+    return cast("list[list[Any]]", await log._backend.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
 
 
 def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
@@ -118,38 +101,24 @@ def text(size: int, alphabet: bytes) -> bytes:
     return (alphabet * (size // len(alphabet) + 1))[:size]
 
 
-@pytest.mark.parametrize("alphabet", [b"0123456789", bytes(range(256)), "\N{SNOWMAN}\U0001f6b0\u00e9a".encode(), b"\n"])
-@pytest.mark.parametrize("order", [1, -1])
-async def test_data_of_many_sizes_in_one_batch_are_each_kept_to_the_byte(
-    log: RedisLog, alphabet: bytes, order: int
-) -> None:
+@pytest.mark.parametrize("alphabet", [bytes(range(256)), "\N{SNOWMAN}\U0001f6b0\u00e9a".encode()])
+async def test_data_of_many_sizes_in_one_batch_are_each_kept_to_the_byte(log: RedisLog, alphabet: bytes) -> None:
     await log.start(record(), LEASE)
-    made = of_data(1, [text(size, alphabet) for size in SIZES[::order]], terminal=True)
-    assert await append(log, *made) == Appended(OK, len(SIZES))
+    made = of_data(1, [text(size, alphabet) for size in [*SIZES, *SIZES[::-1]]], terminal=True)
+    assert await append(log, *made) == Appended(OK, 2 * len(SIZES))
     await is_stored(log, made)
 
 
-@pytest.mark.parametrize("shift", range(3))
-async def test_odd_data_in_one_batch_are_each_kept_to_the_byte(log: RedisLog, shift: int) -> None:
+async def test_odd_data_in_one_batch_are_each_kept_to_the_byte(log: RedisLog) -> None:
     await log.start(record(), LEASE)
-    made = of_data(1, [*ODD[shift:], *ODD, *ODD[:shift]])
+    made = of_data(1, [*ODD[1:], *ODD, ODD[0]])
     assert await append(log, *made) == Appended(OK, 2 * len(ODD))
     await is_stored(log, made)
 
 
-async def test_a_batch_of_entries_without_data_is_kept(log: RedisLog) -> None:
-    await log.start(record(), LEASE)
-    made = of_data(1, [b""] * 12)
-    await append(log, *made)
-    await is_stored(log, made)
-
-
-@pytest.mark.parametrize("around", [9, 99, 999, 9_999, 2**31 - 1, 2**32 - 1, 10**14 - 1, 10**15 - 1])
-@pytest.mark.parametrize("before", [0, 1, 3])
-async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(
-    log: RedisLog, around: int, before: int
-) -> None:
-    first = around - before
+@pytest.mark.parametrize("around", [9, 9_999, 2**31 - 1, 2**32 - 1, 10**15 - 1])
+async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(log: RedisLog, around: int) -> None:
+    first = around - 3
     assert await log.restore(record(), LEASE, first) == Appended(HOLE, first - 1)
     made = of_data(first, [b"data: %d of it\n\n" % number for number in range(8)], terminal=True)
     assert await append(log, *made) == Appended(OK, first + 7)
@@ -166,8 +135,7 @@ async def test_a_batch_of_a_thousand_and_more_is_kept_to_the_byte(log: RedisLog)
     await is_stored(log, made)
 
 
-@pytest.mark.parametrize("first", [1, 3])
-@pytest.mark.parametrize("stored", [2, 3, 8, 9, 10, 11, 12, 13])
+@pytest.mark.parametrize("first, stored", [(1, 2), (3, 9), (1, 10), (3, 13)])
 async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
     server: Endpoint, log: RedisLog, stored: int, first: int
 ) -> None:
@@ -182,7 +150,7 @@ async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
     await is_stored(log, [*there, *again[stored - first + 1 :]])
 
 
-@pytest.mark.parametrize("stored", [0, 1, 9, 12])
+@pytest.mark.parametrize("stored", [0, 12])
 async def test_an_ending_that_is_sent_after_a_part_of_its_batch_is_there_marks_its_last_entry_alone(
     log: RedisLog, stored: int
 ) -> None:
@@ -199,37 +167,29 @@ async def test_an_ending_that_is_sent_after_a_part_of_its_batch_is_there_marks_i
 @pytest.mark.parametrize(
     "times",
     [
-        [NOW] * 5,
-        [NOW, NOW, NOW + 1, NOW + 1, NOW, NOW + 2],
         [0, 0, 1, 1, 0, 2**31, 2**31, 2**32, 2**41, 2**53 - 1, 2**53 - 1, 2**53 - 2],
-        [0],
         [10**14 - 1, 10**14, 10**15, 10**15 + 1],
     ],
 )
-@pytest.mark.parametrize("stored", [0, 1])
-async def test_each_entry_of_a_batch_keeps_its_own_time(log: RedisLog, times: list[int], stored: int) -> None:
+async def test_each_entry_of_a_batch_keeps_its_own_time(log: RedisLog, times: list[int]) -> None:
     await log.start(record(), LEASE)
     made = [Entry.of(seq, b"data\n\n", time) for seq, time in enumerate(times, 1)]
-    if stored:
-        await append(log, made[0])
+    await append(log, made[0])
     assert await append(log, *made) == Appended(OK, len(times))
     await is_stored(log, made)
 
 
-@pytest.mark.parametrize("size", [MIB - 1, MIB, MIB + 1])
-@pytest.mark.parametrize("place", [0, 2, 4])
-async def test_an_entry_of_a_mebibyte_among_small_ones_is_kept_to_the_byte(
-    log: RedisLog, place: int, size: int
-) -> None:
+@pytest.mark.parametrize("place", [0, 4])
+async def test_an_entry_of_a_mebibyte_among_small_ones_is_kept_to_the_byte(log: RedisLog, place: int) -> None:
     await log.start(record(), LEASE)
     data = [b"data: %d\n\n" % number for number in range(5)]
-    data[place] = text(size, bytes(range(251)))
+    data[place] = text(MIB, bytes(range(251)))
     made = of_data(1, data)
     assert await append(log, *made) == Appended(OK, 5)
     await is_stored(log, made)
 
 
-@pytest.mark.parametrize("ending", [None, COMPLETED, FAILED, CANCELLED])
+@pytest.mark.parametrize("ending", [None, FAILED])
 async def test_nothing_but_these_fields_lies_in_redis(log: RedisLog, ending: Any) -> None:
     await log.start(record(), LEASE)
     await log.append([batch(1, 2), batch(3, 4, ending)])
@@ -245,19 +205,18 @@ async def test_nothing_but_these_fields_lies_in_redis(log: RedisLog, ending: Any
     assert await in_redis(log) == lies
 
 
-@pytest.mark.parametrize("count", [1, 2, 200])
-@pytest.mark.parametrize("ending", [None, COMPLETED, FAILED])
-@everywhere
-async def test_an_append_has_as_many_words_however_many_entries_it_has(log: RedisLog, count: int, ending: Any) -> None:
-    command = log._append(batch(5, 4 + count, ending))
-    one = log._append(batch(1, 1, ending))
+@on_a_cluster
+async def test_an_append_has_as_many_arguments_however_many_entries_it_has(log: RedisLog) -> None:
+    count = 200
+    command = log._append(batch(5, 4 + count, FAILED))
+    one = log._append(batch(1, 1, FAILED))
     assert len(command) == len(one)
     made = entries(5, 4 + count)
     wire, lengths, times, channel, publish = command[-5:]
     assert wire == b"".join(each.wire for each in made)
     assert struct.unpack(f"<{count}I", lengths) == tuple(len(each.wire) for each in made)
     assert struct.unpack(f"<{count}d", times) == tuple(each.timestamp for each in made)
-    assert (channel, publish) == (KEYS.wake("r"), "SPUBLISH" if log._servers.clustered else "PUBLISH")
+    assert (channel, publish) == (KEYS.wake("r"), "SPUBLISH" if log._topology.is_cluster else "PUBLISH")
     assert command[3:5] == (KEYS.stream("r"), KEYS.record("r"))
 
 
@@ -283,7 +242,7 @@ async def test_several_batches_of_one_run_are_stored_in_order_in_one_round_trip(
         assert (await log.get("r")).status is RunStatus.COMPLETED
 
 
-@everywhere
+@on_a_cluster
 async def test_batches_of_many_runs_keep_the_order_of_each(log: RedisLog) -> None:
     runs = [f"r{number}" for number in range(40)]
     for run_id in runs:
@@ -298,7 +257,7 @@ async def test_batches_of_many_runs_keep_the_order_of_each(log: RedisLog) -> Non
         assert await in_redis(log, run_id) == as_it_lies(entries(1, 50, terminal=True))
 
 
-@everywhere
+@on_a_cluster
 async def test_batches_of_more_bytes_than_a_round_trip_takes_are_stored_in_order(log: RedisLog) -> None:
     await log.start(record(), LEASE)
     batches = [batch(n, n, size=MIB, ending=COMPLETED if n == 5 else None) for n in range(1, 6)]
@@ -306,8 +265,8 @@ async def test_batches_of_more_bytes_than_a_round_trip_takes_are_stored_in_order
     await is_stored(log, entries(1, 5, MIB, terminal=True))
 
 
-@pytest.mark.parametrize("missing", [1, 2, 3])
-@everywhere
+@pytest.mark.parametrize("missing", [1, 3])
+@on_a_cluster
 async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: RedisLog, missing: int) -> None:
     await log.start(record(), LEASE)
     batches = [batch(10 * n - 9, 10 * n) for n in range(1, 6) if n != missing]
@@ -319,7 +278,7 @@ async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: Redis
     await is_stored(log, entries(1, 50, terminal=True))
 
 
-@everywhere
+@on_a_cluster
 async def test_every_batch_of_a_run_that_is_anothers_over_or_gone_is_refused(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE)
     refused = [batch(1, 10, epoch="yours"), batch(11, 20, epoch="yours")]
@@ -346,7 +305,7 @@ async def test_a_cancel_on_record_comes_with_the_reply_to_the_first_and_refuses_
     await is_stored(log, entries(1, 20))
 
 
-@everywhere
+@on_a_cluster
 async def test_several_batches_for_a_server_that_has_forgotten_the_script_are_stored_in_order(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -357,7 +316,7 @@ async def test_several_batches_for_a_server_that_has_forgotten_the_script_are_st
     await is_stored(log, entries(1, 50, terminal=True))
 
 
-@pytest.mark.parametrize("kth", [1, 2, 3, 5])
+@pytest.mark.parametrize("kth", [2, 5])
 async def test_several_batches_of_which_the_nth_reply_is_lost_are_stored_once(server: Endpoint, kth: int) -> None:
     async with proxy(server.port) as between, open_log(between.url) as log:
         assert isinstance(log, RedisLog)
@@ -373,13 +332,8 @@ async def test_several_batches_of_which_the_nth_reply_is_lost_are_stored_once(se
         await is_stored(log, entries(1, 50, terminal=True))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-async def test_of_several_batches_a_full_server_takes_none_but_those_that_end_a_run(version: str) -> None:
-    executable = redis_servers()[version]
-    async with (
-        redis_server(executable=executable, maxmemory_policy="noeviction") as server,
-        open_log(server.url) as log,
-    ):
+async def test_of_several_batches_a_full_server_takes_none_but_those_that_end_a_run() -> None:
+    async with redis_server(maxmemory_policy="noeviction") as server, open_log(server.url) as log:
         assert isinstance(log, RedisLog)
         for run_id in ("goes-on", "ends"):
             await log.start(record(run_id), LEASE)
@@ -409,11 +363,9 @@ async def is_the_runs(log: RedisLog, tail: Sequence[Entry], run_id: str = "r") -
     assert await in_redis(log, run_id) == as_it_lies(tail)
 
 
-@pytest.mark.parametrize(
-    "count", [BATCHES * BATCH_ENTRIES - 1, BATCHES * BATCH_ENTRIES, 2 * BATCHES * BATCH_ENTRIES + 1]
-)
-@everywhere
-async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_order(log: RedisLog, count: int) -> None:
+@on_a_cluster
+async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_order(log: RedisLog) -> None:
+    count = 2 * BATCHES * BATCH_ENTRIES + 1
     async with to_redis(log) as works:
         boxes = [await works.run(run_id) for run_id in ("r", "other")]
         for buffer in boxes:
@@ -427,8 +379,8 @@ async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_or
         assert works.warnings == []
 
 
-@pytest.mark.parametrize("every", [2, 3, 7])
-async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost(server: Endpoint, every: int) -> None:
+async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost(server: Endpoint) -> None:
+    every = 3
     async with proxy(server.port) as between, open_log(between.url) as there, open_log(server.url) as log:
         assert isinstance(there, RedisLog)
         assert isinstance(log, RedisLog)
@@ -454,7 +406,7 @@ async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost
             await is_the_runs(log, list(shown(buffer.tail)))
 
 
-@everywhere
+@on_a_cluster
 async def test_what_redis_loses_of_a_run_with_many_batches_is_given_again_whole(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -469,37 +421,6 @@ async def test_what_redis_loses_of_a_run_with_many_batches_is_given_again_whole(
         assert works.owners["r"].told == ["settled"]
         assert len(shown(buffer.tail)) == 4 * BATCHES * BATCH_ENTRIES + 1
         await is_the_runs(log, list(shown(buffer.tail)))
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-async def test_a_run_with_many_batches_goes_on_when_a_full_server_has_room(version: str) -> None:
-    executable = redis_servers()[version]
-    async with (
-        redis_server(executable=executable, maxmemory_policy="noeviction") as server,
-        open_log(server.url) as log,
-    ):
-        assert isinstance(log, RedisLog)
-        async with to_redis(log) as works:
-            buffer = await works.run()
-            works.put(buffer, 1)
-            await works.committer.flush(buffer)
-            await server.command("CONFIG SET", "maxmemory", 1)
-            told = trio.Event()
-
-            def warning(message: str) -> None:
-                works.warnings.append(message)
-                told.set()
-
-            works.warning = warning
-            works.put(buffer, BATCHES * BATCH_ENTRIES + 5)
-            with trio.fail_after(20 * FULL_PAUSE):
-                await told.wait()
-            assert len(shown(buffer.tail)) == 1
-            await server.command("CONFIG SET", "maxmemory", 0)
-            await works.committer.flush(buffer)
-            assert len(shown(buffer.tail)) == BATCHES * BATCH_ENTRIES + 6
-            await is_the_runs(log, list(shown(buffer.tail)))
-            assert not [warning for warning in works.warnings if "lost" in warning]
 
 
 async def test_a_page_begins_where_the_one_before_it_ended_also_within_a_batch(log: RedisLog) -> None:

@@ -16,8 +16,9 @@ from redis.crc import key_slot
 from penstock.log import Lease
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
-from penstock.log.redis.client import call, open_client
+from penstock.log.redis.client import open_client
 from penstock.log.redis.schema import Keys, fields_of_ending
+from penstock.log.redis.slots import call
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
 from tests.support.clustered import ClusteredServer, in_order
@@ -165,11 +166,11 @@ async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_ot
 async def test_a_dead_run_whose_slot_is_half_moved_keeps_no_other_of_its_node_from_being_reaped() -> None:
     async with three_masters() as works, open_log(works.url) as log:
         await log.check()
-        first_list = redis(log)._lists.live(log.shard(works.run_on(works.first)))[0]
+        first_list = redis(log)._indexes.live(log.shard(works.run_on(works.first)))[0]
         ids = [works.run_on(works.first) for _ in range(12)]
-        stuck = next(run_id for run_id in ids if redis(log)._lists.live_of(run_id) == first_list)
+        stuck = next(run_id for run_id in ids if redis(log)._indexes.live_of(run_id) == first_list)
         others = sorted({*ids} - {stuck})
-        assert {redis(log)._lists.live_of(run_id) for run_id in others} - {first_list}
+        assert {redis(log)._indexes.live_of(run_id) for run_id in others} - {first_list}
         for run_id in ids:
             await in_order(log).start(record(run_id), Lease("dead", "epoch", 0.001))
         await works.begin(stuck, works.second)
@@ -251,7 +252,7 @@ async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_t
     async with three_masters() as works, open_log(works.url) as log:
         run_id = works.run_on(works.first)
         await in_order(log).start(record(run_id), Lease("owner", "epoch", LONG))
-        live = redis(log)._lists.live_of(run_id)
+        live = redis(log)._indexes.live_of(run_id)
         slot = works.cluster.slot(record_of(run_id))
         await works.cluster.move_slot(slot, works.second)
         await until_it_is(lambda: moved_to(log, run_id), works.second.url.split("/")[2])
@@ -350,10 +351,10 @@ async def test_when_a_slot_moves_a_supervisor_that_has_left_its_log_to_another_b
         async with open_supervisor(log, drain_timeout=0) as second:
             home = await works.cluster.node_of_slot(slot)
             to = next(node for node in works.cluster.nodes if node is not home)
-            before = redis(log)._servers.shard(channel)
+            before = redis(log)._topology.shard(channel)
             await works.cluster.move_slot(slot, to)
-            redis(log)._servers.doubt()
-            await until(lambda: redis(log)._servers.shard(channel) != before)
+            redis(log)._topology.doubt()
+            await until(lambda: redis(log)._topology.shard(channel) != before)
             for _ in range(5):
                 run = await second.start(count, 3)
                 assert len(await read(second, run.id)) == 4

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.log import Lease
 from penstock.log.open import open_log
-from tests.support.clustered import NODES, ClusteredServer, clustered, in_order, node_of
+from tests.support.clustered import NODES, ClusteredServer, clustered, in_order, node_of, shares_a_cluster
 from tests.support.logs import OBITUARY, record
 from tests.support.redis_clusters import redis_cluster
 from tests.support.redis_runs import (
@@ -40,6 +40,7 @@ def shared() -> ClusteredServer:
     return clustered()
 
 
+@shares_a_cluster
 async def test_the_runs_of_a_dead_owner_are_ended_on_every_node(shared: ClusteredServer) -> None:
     runs = [f"run-{number}" for number in range(24)]
     assert {node_of(record_of(run_id)) for run_id in runs} == {*range(NODES)}
@@ -54,6 +55,7 @@ async def test_the_runs_of_a_dead_owner_are_ended_on_every_node(shared: Clustere
         await nothing_is_left(other)
 
 
+@shares_a_cluster
 async def test_a_log_that_has_looked_at_nothing_yet_reaps_on_every_node(shared: ClusteredServer) -> None:
     runs = [f"run-{number}" for number in range(12)]
     async with open_log(shared.url) as log:
@@ -63,6 +65,7 @@ async def test_a_log_that_has_looked_at_nothing_yet_reaps_on_every_node(shared: 
         assert sorted(await log.reap(lambda: OBITUARY)) == sorted(runs)
 
 
+@shares_a_cluster
 async def test_a_run_that_stands_in_the_list_of_another_node_is_reaped_at_once(shared: ClusteredServer) -> None:
     for number in range(12):
         async with open_log(shared.url) as log:  # it does not know yet where the run is, when it notes its start

@@ -10,45 +10,30 @@ import pytest
 import trio
 
 from penstock.errors import ConfigurationError, IdempotencyConflict, LogUnavailable, RunExists, RunNotFound
-from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Entry, Idempotency, Lease, Notification, Started
+from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Idempotency, Lease, Notification, Started
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
-from penstock.log.redis.client import call
 from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
+from penstock.log.redis.slots import call
 from penstock.runs import Ending, RunError, RunStatus
-from tests.support.clustered import CLUSTER, clustered, everywhere, in_order
+from tests.support.clustered import in_order, on_a_cluster
 from tests.support.following import cancelling_at
-from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entry, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, FAILED, LEASE, OBITUARY, batch, entry, record, seqs
 from tests.support.proxy import Reply, proxy
 from tests.support.redis_runs import until_it_is
-from tests.support.redis_servers import Endpoint, let_pass, redis_server, redis_servers, shared_server
+from tests.support.redis_servers import Endpoint, let_pass, redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from penstock.log import EventLog
 
-VERSIONS = list(redis_servers())
 KEYS = Keys()
 STREAM, RECORD = KEYS.stream("r"), KEYS.record("r")
 KEY = Idempotency("key", "request")
 SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
-
-
-@pytest.fixture(params=VERSIONS)
-def server(request: pytest.FixtureRequest) -> Endpoint:
-    server = clustered() if request.param == CLUSTER else shared_server(request.param)
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def log(server: Endpoint) -> AsyncIterator[RedisLog]:
-    async with open_log(server.url) as log:
-        assert isinstance(log, RedisLog)
-        yield in_order(log)
 
 
 async def is_gone(log: EventLog, run_id: str = "r") -> bool:
@@ -76,9 +61,9 @@ async def test_a_key_is_taken_before_its_run_is_started(server: Endpoint) -> Non
     assert seen.index("SET") < seen.index("START")
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_whose_start_broke_off_is_started_again_under_its_first_id(log: RedisLog) -> None:
-    await log._servers.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
+    await log._backend.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
     started = await log.start(record("second"), LEASE, KEY)
     assert (started.created, started.run.id) == (True, "first")
     assert await is_gone(log, "second")
@@ -86,9 +71,9 @@ async def test_a_key_whose_start_broke_off_is_started_again_under_its_first_id(l
     assert again == Started(started.run, created=False)
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_whose_start_broke_off_is_free_for_another_request(log: RedisLog) -> None:
-    await log._servers.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
+    await log._backend.ask("SET", KEYS.idempotency("key"), json.dumps(["request", "first"]))
     started = await log.start(record("second"), LEASE, Idempotency("key", "other request"))
     assert (started.created, started.run.id) == (True, "second")
     with pytest.raises(IdempotencyConflict) as caught:
@@ -96,7 +81,7 @@ async def test_a_key_whose_start_broke_off_is_free_for_another_request(log: Redi
     assert caught.value.run_id == "second"
 
 
-@everywhere
+@on_a_cluster
 async def test_starts_under_one_key_at_the_same_time_are_one_run(server: Endpoint) -> None:
     started: list[Started] = []
     async with open_log(server.url) as one, open_log(server.url) as other, trio.open_nursery() as nursery:
@@ -111,7 +96,7 @@ async def test_starts_under_one_key_at_the_same_time_are_one_run(server: Endpoin
     assert len({each.run.id for each in started}) == 1
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_is_kept_as_long_as_its_run_whatever_the_ttl_is(server: Endpoint) -> None:
     async with open_log(server.url, ttl=2) as log:
         await log.start(record("first"), LEASE, KEY)
@@ -122,7 +107,7 @@ async def test_a_key_is_kept_as_long_as_its_run_whatever_the_ttl_is(server: Endp
         assert (again.created, again.run.id) == (False, "first")
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_is_kept_by_each_renewal_and_by_the_end(server: Endpoint) -> None:
     async with open_log(server.url, ttl=200) as log:
         await in_order(log).start(record(), LEASE, KEY)
@@ -136,7 +121,7 @@ async def test_a_key_is_kept_by_each_renewal_and_by_the_end(server: Endpoint) ->
         assert not (await log.start(record("second"), LEASE, KEY)).created
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_is_put_back_with_its_run(server: Endpoint, log: RedisLog) -> None:
     started = await log.start(record(), LEASE, KEY)
     server.flushall()
@@ -146,7 +131,7 @@ async def test_a_key_is_put_back_with_its_run(server: Endpoint, log: RedisLog) -
 
 
 @pytest.mark.parametrize("by", ["append", "restore", "renew"])
-@everywhere
+@on_a_cluster
 async def test_d10_no_key_is_remembered_of_a_run_that_another_has_ended(
     server: Endpoint, log: RedisLog, by: str
 ) -> None:
@@ -161,17 +146,17 @@ async def test_d10_no_key_is_remembered_of_a_run_that_another_has_ended(
     else:
         status = (await log.renew("owner", {"r": "epoch"}, 30.0))["r"]
     assert status is AppendStatus.FENCED
-    assert log._starting._idempotency == {}
+    assert log._idempotency_keys._kept == {}
 
 
-@everywhere
+@on_a_cluster
 async def test_d10_no_key_is_remembered_of_a_run_that_has_ended(log: RedisLog) -> None:
     await log.start(record(), LEASE, KEY)
     await log.append([batch(1, 1, COMPLETED)])
-    assert log._starting._idempotency == {}
+    assert log._idempotency_keys._kept == {}
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_that_was_used_for_a_run_id_in_use_is_free_for_a_request_for_another(log: RedisLog) -> None:
     await log.start(record("taken"), LEASE)
     for _ in range(2):
@@ -181,7 +166,7 @@ async def test_a_key_that_was_used_for_a_run_id_in_use_is_free_for_a_request_for
     assert (started.created, started.run.id) == (True, "free")
 
 
-@everywhere
+@on_a_cluster
 async def test_a_key_is_refused_to_another_request_even_after_its_mapping_is_lost(
     server: Endpoint, log: RedisLog
 ) -> None:
@@ -196,7 +181,7 @@ async def test_a_key_is_refused_to_another_request_even_after_its_mapping_is_los
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("warm", [False, True], ids=["with a first connection", "with connections"])
-@everywhere
+@on_a_cluster
 async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_run_that_nobody_knows(
     server: Endpoint, monkeypatch: pytest.MonkeyPatch, key: Idempotency | None, *, warm: bool
 ) -> None:
@@ -216,7 +201,7 @@ async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_run_that_nobody
             else:
                 cancelled += 1
                 assert await is_gone(log, "r")
-                assert log._starting._idempotency.keys() <= {"earlier"}
+                assert log._idempotency_keys._kept.keys() <= {"earlier"}
                 again = await log.start(record(), Lease("owner", "another epoch", 30.0), key)
                 assert (again.created, again.run.id) == (True, "r")
             if not scope.cancel_called:
@@ -257,7 +242,7 @@ async def test_a_start_that_is_cancelled_at_any_reply_leaves_no_run_that_nobody_
 async def test_a_start_that_cannot_be_taken_back_ends_with_its_lease(
     server: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.log.redis.start.FORGETTING", 0.01)
+    monkeypatch.setattr("penstock.log.redis.start.FORGET_TIMEOUT", 0.01)
     async with proxy(server.port) as between, open_log(between.url) as log:
         await log.start(record("earlier"), LEASE)
         with trio.CancelScope() as scope:
@@ -297,12 +282,12 @@ async def test_a_start_whose_replies_are_all_lost_is_taken_back(server: Endpoint
 async def cancel_without_post(log: RedisLog, words: str | None) -> None:
     """A cancel request that broke off before it reached the owner's inbox."""
     reason = ("", "") if words is None else ("1", words)
-    said, _ = await log._servers.ask(*call(scripts.CANCEL, [STREAM, RECORD], "token", 10_000_000, *reason))
+    said, _ = await log._backend.ask(*call(scripts.CANCEL, [STREAM, RECORD], "token", 10_000_000, *reason))
     assert said == b"REQUESTED"
 
 
-@pytest.mark.parametrize("words", ["why", "", None])
-@everywhere
+@pytest.mark.parametrize("words", ["", None])
+@on_a_cluster
 async def test_a_cancel_that_did_not_reach_the_inbox_is_heard_with_the_next_renewal(
     log: RedisLog, words: str | None
 ) -> None:
@@ -315,7 +300,7 @@ async def test_a_cancel_that_did_not_reach_the_inbox_is_heard_with_the_next_rene
     assert await log.cancel_requests("owner") == {}
 
 
-@everywhere
+@on_a_cluster
 async def test_no_cancel_is_heard_of_a_run_that_is_over_or_another_owners(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE)
     await cancel_without_post(log, "why")
@@ -326,8 +311,8 @@ async def test_no_cancel_is_heard_of_a_run_that_is_over_or_another_owners(server
     assert await log.cancel_requests("owner") == {}
 
 
-@pytest.mark.parametrize("words", ["why", "", None])
-@everywhere
+@pytest.mark.parametrize("words", ["", None])
+@on_a_cluster
 async def test_a_repeated_cancel_posts_again_what_is_on_record_and_wakes_the_owner(
     log: RedisLog, words: str | None
 ) -> None:
@@ -354,7 +339,7 @@ async def test_an_inbox_survives_a_reply_that_is_lost(server: Endpoint) -> None:
         assert await server.command("EXISTS", KEYS.inbox("owner")) == 0
 
 
-@everywhere
+@on_a_cluster
 async def test_an_inbox_survives_a_poll_that_is_cancelled_at_any_moment(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE)
     await log.request_cancel("r", "why")
@@ -376,7 +361,7 @@ async def test_an_inbox_is_gone_some_time_after_its_owner(server: Endpoint) -> N
         assert 90_000 < await server.command("PTTL", KEYS.inbox("owner")) <= 100_000
 
 
-@everywhere
+@on_a_cluster
 async def test_a_request_that_comes_while_others_are_taken_is_not_lost(log: RedisLog) -> None:
     for run_id in ("a", "b"):
         await log.start(record(run_id), LEASE)
@@ -402,8 +387,8 @@ async def test_a_request_that_was_taken_is_not_taken_again_because_a_poll_has_fa
 # --- reaping --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dead", [2, 3, 4, 9, 10])
-@everywhere
+@pytest.mark.parametrize("dead", [3, 4, 10])
+@on_a_cluster
 async def test_all_that_are_dead_are_reaped_however_many_there_are(
     server: Endpoint, log: RedisLog, monkeypatch: pytest.MonkeyPatch, dead: int
 ) -> None:
@@ -417,7 +402,7 @@ async def test_all_that_are_dead_are_reaped_however_many_there_are(
     assert await listed(server, all_live(log)) == ["alive"]
 
 
-@everywhere
+@on_a_cluster
 async def test_a_run_that_cannot_be_reaped_keeps_no_other_from_being_reaped(server: Endpoint, log: RedisLog) -> None:
     for run_id in ("a", "bad", "z"):
         await log.start(record(run_id), LEASE)
@@ -429,7 +414,7 @@ async def test_a_run_that_cannot_be_reaped_keeps_no_other_from_being_reaped(serv
 
 def all_live(log: RedisLog) -> list[str]:
     """The lists of live runs: one, or those of a cluster."""
-    return [KEYS.live(number) for number in log._lists._numbers]
+    return [KEYS.live(number) for number in log._indexes._numbers]
 
 
 async def listed(server: Endpoint, lists: list[str]) -> list[str]:
@@ -440,14 +425,14 @@ async def listed(server: Endpoint, lists: list[str]) -> list[str]:
 # --- list -----------------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@on_a_cluster
 async def test_the_list_drops_what_has_no_record(server: Endpoint, log: RedisLog) -> None:
     for number in range(6):
         await log.start(record(f"r{number}", created_at=float(number)), LEASE)
     for number in (0, 3, 5):
         await server.command("DEL", KEYS.record(f"r{number}"))
     assert [run.id for run in await log.list()] == ["r4", "r2", "r1"]
-    assert sorted(await listed(server, log._lists.runs())) == ["r1", "r2", "r4"]
+    assert sorted(await listed(server, log._indexes.runs())) == ["r1", "r2", "r4"]
 
 
 async def test_the_list_keeps_to_so_many_of_the_newest(
@@ -461,7 +446,7 @@ async def test_the_list_keeps_to_so_many_of_the_newest(
     assert (await log.get("r1")).id == "r1"
 
 
-@everywhere
+@on_a_cluster
 async def test_a_run_whose_id_was_that_of_an_older_one_is_listed_as_new(server: Endpoint, log: RedisLog) -> None:
     for run_id, created_at in (("r", 1.0), ("s", 2.0)):
         await log.start(record(run_id, created_at=created_at), LEASE)
@@ -470,8 +455,8 @@ async def test_a_run_whose_id_was_that_of_an_older_one_is_listed_as_new(server: 
     assert [run.id for run in await log.list()] == ["r", "s"]
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 7, 50])
-@everywhere
+@pytest.mark.parametrize("limit", [2, 3, 50])
+@on_a_cluster
 async def test_the_list_is_looked_up_in_pages_without_a_seam(
     server: Endpoint, log: RedisLog, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
@@ -490,7 +475,7 @@ async def test_the_list_is_looked_up_in_pages_without_a_seam(
 # --- prefix ---------------------------------------------------------------------------------------------------------
 
 
-@everywhere
+@on_a_cluster
 async def test_two_prefixes_on_one_server_know_nothing_of_each_other(server: Endpoint) -> None:
     async with open_log(server.url, prefix="a:run:") as a, open_log(server.url, prefix="b:run:") as b:
         assert (await a.start(record(), LEASE, KEY)).created
@@ -580,26 +565,8 @@ async def test_an_entry_after_small_ones_that_would_go_beyond_the_page_is_on_the
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        bytes(range(256)),
-        b"\x00",
-        b"\xff\xfe\r\n\r\n$5\r\n*3\r\n",
-        "data: \N{SNOWMAN} \U0001f6b0 \u2028 e\u0301\n\n".encode(),
-        b"",
-        b"-1",
-        b"\xc3",
-    ],
+    "words", ["", 'a\x00b\N{SNOWMAN}\U0001f6b0\r\n" ', "x" * 100_000], ids=["empty", "odd", "long"]
 )
-async def test_data_is_kept_to_the_byte_whatever_it_is(log: RedisLog, data: bytes) -> None:
-    made = [Entry.of(1, data, 0), Entry.of(2, data * 100, 2**40), Entry.of(3, DONE, 3, terminal=True)]
-    await log.start(record(), LEASE)
-    await log.append([Batch("r", "epoch", made, COMPLETED)])
-    assert list((await log.read("r", 0)).entries) == made
-
-
-@pytest.mark.parametrize("words", ["", "\x00", "a\x00b", "\N{SNOWMAN}\U0001f6b0", "\r\n", '"', "x" * 100_000, " "])
-@everywhere
 async def test_the_words_of_a_cancel_are_kept_wherever_they_go(log: RedisLog, words: str) -> None:
     await log.start(record(), LEASE)
     reply = await log.request_cancel("r", words)
@@ -614,10 +581,7 @@ async def test_the_words_of_a_cancel_are_kept_wherever_they_go(log: RedisLog, wo
     assert (await log.get("r")).cancel_reason == words
 
 
-@pytest.mark.parametrize(
-    "metadata", [{}, {"": ""}, {"\x00": ["\N{SNOWMAN}", None, 1.5, {"a": []}]}, {"half": "\ud800"}]
-)
-@everywhere
+@pytest.mark.parametrize("metadata", [{}, {"": "", "\x00": ["\N{SNOWMAN}", None, 1.5, {"a": []}], "half": "\ud800"}])
 async def test_the_rest_of_a_record_is_kept_as_it_is(log: RedisLog, metadata: dict[str, Any]) -> None:
     run = replace(record(), producer="\N{SNOWMAN}\x00", metadata=metadata, created_at=1234567890.123456)
     started = await log.start(run, LEASE)
@@ -630,7 +594,7 @@ async def test_the_rest_of_a_record_is_kept_as_it_is(log: RedisLog, metadata: di
     assert [ended] == await log.list()
 
 
-@pytest.mark.parametrize("after", [2**53 - 1, 2**53, 2**63, 2**64, 10**30])
+@pytest.mark.parametrize("after", [2**53, 10**30])
 async def test_a_cursor_far_beyond_the_end_is_at_the_end(log: RedisLog, after: int) -> None:
     await log.start(record(), LEASE)
     await log.append([batch(1, 2)])
@@ -712,16 +676,15 @@ async def enter_wakeups(log: RedisLog) -> None:
         pytest.fail("it cannot be reached")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     "password, words",
     [(f":{SECRET}@", "refuses the user or the password"), ("", "wants a password; name it in the URL")],
     ids=["wrong", "none"],
 )
 async def test_without_the_right_password_every_operation_says_so_and_nobody_repeats_it(
-    version: str, password: str, words: str
+    password: str, words: str
 ) -> None:
-    async with redis_server(executable=redis_servers()[version], requirepass="another") as server:
+    async with redis_server(requirepass="another") as server:
         async with open_log(f"redis://{password}127.0.0.1:{server.port}") as log:
             assert isinstance(log, RedisLog)
             for operation in each_operation(log):
@@ -733,12 +696,10 @@ async def test_without_the_right_password_every_operation_says_so_and_nobody_rep
             await log.check()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-async def test_a_read_only_replica_says_which_server_is_wanted(version: str) -> None:
-    executable = redis_servers()[version]
+async def test_a_read_only_replica_says_which_server_is_wanted() -> None:
     async with (
-        redis_server(executable=executable, repl_diskless_sync_delay=0) as primary,
-        redis_server(executable=executable, replicaof=("127.0.0.1", primary.port)) as replica,
+        redis_server(repl_diskless_sync_delay=0) as primary,
+        redis_server(replicaof=("127.0.0.1", primary.port)) as replica,
         open_log(replica.url) as log,
     ):
         assert isinstance(log, RedisLog)
@@ -787,11 +748,9 @@ async def test_a_database_can_be_named_in_the_url(server: Endpoint) -> None:
                 await log.get("r")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-async def test_a_unix_socket_can_be_named_in_the_url(version: str, tmp_path: Path) -> None:
+async def test_a_unix_socket_can_be_named_in_the_url(tmp_path: Path) -> None:
     path = tmp_path / "redis.sock"
-    executable = redis_servers()[version]
-    async with redis_server(executable=executable, unixsocket=str(path), requirepass=SECRET) as server:
+    async with redis_server(unixsocket=str(path), requirepass=SECRET) as server:
         async with open_log(f"{server.unix_url}?db=2") as log, log.wakeups("owner") as wakeups:
             await log.start(record(), LEASE)
             await wakeups.subscribe("r")

@@ -15,7 +15,7 @@ from hypothesis import Phase, settings
 from penstock.log.open import open_log
 from penstock.log.redis.log import RedisLog
 from tests.log.test_log_machine import MAX_ENTRIES, TTL, LogMachine, Model
-from tests.support.clustered import CLUSTER, PREFIXES, clustered, in_order
+from tests.support.clustered import CLUSTER, PREFIXES, clustered, in_order, shares_a_cluster
 from tests.support.redis_servers import let_pass, redis_servers, shared_server
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from penstock.log import EventLog
 
-VERSIONS = list(redis_servers())
+VERSION = next(iter(redis_servers()))
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 """To shrink an example would take minutes with a real server."""
 
@@ -31,7 +31,7 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 class RedisLogMachine(LogMachine):
     """The machine for a RedisLog that keeps few entries, on the first version."""
 
-    version = VERSIONS[0]
+    version = VERSION
     prefix = "sse:run:"
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class RedisLogMachine(LogMachine):
         """
         keep = [log._keys.idempotency(key) for key in self.world.keys]
         drop = [log._keys.idempotency(key) for key in {"k1", "k2"} - self.world.keys.keys()]
-        await log._servers.execute([*(("PERSIST", key) for key in keep), *(("DEL", key) for key in drop)])
+        await log._backend.execute([*(("PERSIST", key) for key in keep), *(("DEL", key) for key in drop)])
 
     def make_clock(self) -> None:
         return None
@@ -83,12 +83,6 @@ class RedisLogMachine(LogMachine):
         return model.last if model.last >= model.first else 0
 
 
-class OtherRedisLogMachine(RedisLogMachine):
-    """The same on the last version."""
-
-    version = VERSIONS[-1]
-
-
 class ClusterLogMachine(RedisLogMachine):
     """The same on a cluster, in which each of the runs is on another node."""
 
@@ -97,8 +91,7 @@ class ClusterLogMachine(RedisLogMachine):
 
 
 SETTINGS = settings(max_examples=10, stateful_step_count=30, deadline=None, phases=PHASES)
-RedisLogMachine.TestCase.settings = OtherRedisLogMachine.TestCase.settings = SETTINGS
+RedisLogMachine.TestCase.settings = SETTINGS
 ClusterLogMachine.TestCase.settings = settings(SETTINGS, max_examples=5)  # each takes twice as long
 TestRedisLog = RedisLogMachine.TestCase
-TestOtherRedisLog = OtherRedisLogMachine.TestCase
-TestClusterLog = ClusterLogMachine.TestCase
+TestClusterLog = shares_a_cluster(ClusterLogMachine.TestCase)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.support.proxy import Proxy
 
 GUARD = 15
-PING = 0.3
+PING = 0.6
 """Seconds between two pings where a test waits for some."""
 KEYS = Keys()
 LONG = 3600.0
@@ -62,9 +62,7 @@ def _soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.3)
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.3)
-    monkeypatch.setattr("penstock.log.redis.notifications.ANSWER_TIMEOUT", 0.3)
 
 
 class Listener:
@@ -192,7 +190,7 @@ async def test_what_is_appended_right_after_subscribing_is_told(
         assert listener.reconnections == listener.cancels == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 async def test_what_is_appended_after_any_flicker_of_subscriptions_is_told(
     between: Proxy, log: EventLog, pace: Callable[[float, float], None], seed: int
 ) -> None:
@@ -340,7 +338,7 @@ async def test_the_late_confirmation_of_a_subscription_given_up_confirms_no_late
             await wakeups.subscribe("r")
         wakeups.unsubscribe("r")
         await given_up.wait()
-        assert wakeups._listeners[""]._unconfirmed.total() == 1
+        assert wakeups._subscriptions[""]._unconfirmed.total() == 1
         subscribed = trio.Event()
 
         async def subscribe_again() -> None:
@@ -349,11 +347,11 @@ async def test_the_late_confirmation_of_a_subscription_given_up_confirms_no_late
 
         nursery.start_soon(subscribe_again)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        assert wakeups._listeners[""]._unconfirmed.total() == (2 if sending else 1)
+        assert wakeups._subscriptions[""]._unconfirmed.total() == (2 if sending else 1)
 
         async def confirmed() -> bool:
             await trio.testing.wait_all_tasks_blocked()
-            return wakeups._listeners[""]._unconfirmed.total() <= int(sending)
+            return wakeups._subscriptions[""]._unconfirmed.total() <= int(sending)
 
         await until(confirmed)
         assert not subscribed.is_set()
@@ -713,14 +711,14 @@ async def test_a_run_that_expires_silently_is_told_as_far_beyond(
 
 
 async def test_a_thousand_idle_runs_cost_few_commands(between: Proxy, pace: Callable[[float, float], None]) -> None:
-    scale = 5  # 1 s for 5 s, 12 s for 60 s
+    scale = 2.5  # 2 s for 5 s, 24 s for 60 s
     pace(5 / scale, 60 / scale)
     async with listening(between.url, *[f"r{n}" for n in range(1_000)]) as listener:
         between.requests.clear()
 
         async def some_pings() -> bool:
             await trio.lowlevel.checkpoint()
-            return between.requests["PING"] >= 3
+            return between.requests["PING"] >= 2
 
         await until(some_pings)
         commands = between.requests.total()
@@ -749,7 +747,7 @@ async def test_garbage_on_the_channel_of_a_run_harms_nobody(
         assert listener.reconnections == listener.cancels == 0
 
 
-@pytest.mark.parametrize("digits", [30, 5_000])
+@pytest.mark.parametrize("digits", [5_000])
 async def test_a_number_too_large_on_the_channel_of_a_run_harms_nobody(
     server: Endpoint, log: EventLog, pace: Callable[[float, float], None], digits: int
 ) -> None:
@@ -896,7 +894,7 @@ async def test_a_server_that_confirms_and_then_refuses_is_not_besieged(pace: Cal
 # Leaving
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_leaving_at_any_moment_leaves_nothing(
     server: Endpoint, pace: Callable[[float, float], None], seed: int
 ) -> None:

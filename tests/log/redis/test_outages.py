@@ -13,7 +13,6 @@ import trio
 
 from penstock.errors import CursorExpired, LogFull, LogUnavailable, ReaderReleased
 from penstock.runs import RunStatus
-from penstock.sse import Event
 from tests.support.command_line import penstock
 from tests.support.proxy import Proxy, proxy
 from tests.support.redis_runs import (
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "agent.py"
-RESTARTS = 10
+RESTARTS = 4
 BIG = 16 * 1024 * 1024
 
 
@@ -70,9 +69,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis counts as out of reach after half a second."""
-    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
-    monkeypatch.setattr("penstock.log.redis.notifications.ANSWER_TIMEOUT", 0.5)
 
 
 # Killed
@@ -80,7 +77,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "with its data"])
-async def test_a_server_that_is_killed_ten_times_costs_no_run_an_entry(empty: bool) -> None:
+async def test_a_server_that_is_killed_again_and_again_costs_no_run_an_entry(empty: bool) -> None:
     async with (
         redis_server(persistent=not empty) as server,
         supervisors(server.url, server.url, tail_entries=100_000) as (one, other),
@@ -168,13 +165,8 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
 # Standing still
 
 
-@pytest.mark.parametrize("timeout", [5.0, 0.7])
-async def test_a_server_that_stands_still_for_two_leases_loses_no_run(
-    monkeypatch: pytest.MonkeyPatch, timeout: float
-) -> None:
-    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", timeout)
-    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", timeout)
-    monkeypatch.setattr("penstock.log.redis.notifications.ANSWER_TIMEOUT", timeout)
+async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.7)
     lease, notes = 1.0, Notes()
     async with (
         redis_server() as server,
@@ -292,21 +284,6 @@ async def test_on_a_full_server_what_runs_can_end_and_be_read_and_goes_on_when_t
             await nothing_is_left(owner)
 
 
-async def test_on_a_full_server_the_run_of_a_dead_owner_is_lost_all_the_same() -> None:
-    async with (
-        redis_server(maxmemory=str(BIG), maxmemory_policy="noeviction") as server,
-        supervisors(server.url, lease=0.6) as (other,),
-        owner_process(server.url, 0.6) as owner,
-    ):
-        run_id = (await owner.until(r"owns (\S+)"))[1]
-        async with readers((other, run_id)) as (reader,):
-            await until(lambda: last_seq(reader) >= 1)
-            async with full(server):
-                owner.process.kill()
-                await until(lambda: reader.ended_at)
-        assert (await same_everywhere(server, run_id, [reader]))["status"] == "lost"
-
-
 # Out of reach
 
 
@@ -391,61 +368,7 @@ async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: E
         await nothing_is_left(owner)
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_stall_that_is_shorter_than_the_limit_costs_nothing(shared: Endpoint, between: Proxy) -> None:
-    notes = Notes()
-    async with (
-        supervisors(between.url, observer=notes) as (owner,),
-        supervisor_at(shared.url) as other,
-    ):
-        ticks = Ticks()
-        run = await owner.start(ticks)
-        async with readers((owner, run.id), (other, run.id)) as following:
-            await until(lambda: min(map(last_seq, following)) >= 20)
-            between.stall()
-            await until(lambda: notes.warnings)
-            said = ticks.said
-            await until(lambda: ticks.said > said)  # the producer does not feel it
-            between.go_on()
-            await until(lambda: min(map(last_seq, following)) > said)
-            ticks.enough.set()
-        counted(await same_everywhere(shared, run.id, following), ticks)
-        assert (notes.fenced, notes.errors) == ([], [])
-
-
-async def test_a_producer_waits_while_more_is_pending_than_there_may_be(shared: Endpoint, between: Proxy) -> None:
-    async def producer() -> AsyncIterator[Event]:
-        for number in range(400):
-            yield Event(data=str(number) + "." * 1_000)
-            said.append(number)
-
-    said: list[int] = []
-    async with supervisors(between.url, max_pending_bytes=20_000) as (owner,), supervisor_at(shared.url) as other:
-        between.stall()
-        between.go_on()
-        run = await owner.start(producer)
-        async with readers((other, run.id)) as (reader,):
-            between.refuse()
-            services = owner._services
-            await until(lambda: services.committer.pending_bytes >= 20_000 or reader.ended_at)
-            assert services.committer.pending_bytes < 20_000 + 2_000 + 1_000
-            await between.accept()
-        assert exactly_once(reader) == 401
-        await same_everywhere(shared, run.id, [reader])
-
-
 # Of no use
-
-
-async def test_a_read_only_replica_is_refused_in_clear_words(shared: Endpoint) -> None:
-    async with (
-        redis_server(replicaof=("127.0.0.1", shared.port)) as replica,
-        supervisors(shared.url) as (owner,),
-    ):
-        await owner.start(Ticks())
-        with pytest.raises(LogUnavailable, match="read-only replica; name its primary in the URL"):
-            async with supervisor_at(replica.url) as supervisor:
-                await supervisor.start(Ticks())
 
 
 async def serve_refuses(url: str) -> str:
@@ -465,10 +388,9 @@ async def test_serve_does_not_start_on_a_read_only_replica(shared: Endpoint) -> 
         assert "it is a read-only replica; name its primary in the URL; not started" in words
 
 
-@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:{}", "redis://me:hunter2@127.0.0.1:{}/0?x=hunter2"])
-async def test_a_wrong_password_is_refused_and_shown_nowhere(url: str) -> None:
+async def test_a_wrong_password_is_refused_and_shown_nowhere() -> None:
     async with redis_server(requirepass="sesame") as server:
-        wrong = url.partition("?")[0].format(server.port)
+        wrong = f"redis://:hunter2@127.0.0.1:{server.port}"
         with pytest.raises(LogUnavailable, match="refuses the user or the password") as refused:
             async with supervisor_at(wrong):
                 raise AssertionError("it opened")
@@ -492,15 +414,6 @@ async def test_a_server_that_is_not_there_is_refused_and_no_password_shown() -> 
     words = await serve_refuses(url)
     assert "not started" in words
     assert "hunter2" not in words
-
-
-@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0?nonsense=1", "redis://:hunter2@host:port"])
-async def test_a_url_that_is_none_is_refused_and_no_password_shown(url: str) -> None:
-    serve = ("serve", "--producers", f"{EXAMPLE}:producers", "--bind", "127.0.0.1:0")
-    async with penstock(*serve, PENSTOCK_LOG=url) as program:
-        assert await program.end() == 2, program.words
-    assert "hunter2" not in program.words
-    assert "Traceback" not in program.words
 
 
 async def test_serve_and_its_runs_over_a_password_show_it_nowhere() -> None:

@@ -25,7 +25,6 @@ from tests.support.redis_runs import (
     record_of,
     same_everywhere,
     stored,
-    stream_of,
     supervisor_at,
     supervisors,
     until,
@@ -61,7 +60,7 @@ def first_of_each_append() -> Callable[[Reply], bool]:
     return lost
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 3])
 async def test_replies_that_are_lost_make_neither_a_gap_nor_a_repetition(
     server: Endpoint, between: Proxy, n: int
 ) -> None:
@@ -244,7 +243,7 @@ def commands(stats: dict[str, int]) -> int:
     return sum(stats.values())
 
 
-@pytest.mark.parametrize("runs, most", [(1, 10), (1_000, 30)])
+@pytest.mark.parametrize("runs, most", [(1_000, 30)])
 async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_connection(
     server: Endpoint, monkeypatch: pytest.MonkeyPatch, runs: int, most: int
 ) -> None:
@@ -349,38 +348,6 @@ async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server
             await until(lambda: last_seq(following[1]) == 2, 3)
             for reader in following:
                 reader.leave()
-
-
-@pytest.mark.parametrize("over", [False, True], ids=["running", "ended"])
-@pytest.mark.parametrize("last", [None, 10])
-async def test_d38_resuming_near_the_end_of_a_long_run_takes_at_most_three_commands(
-    server: Endpoint, between: Proxy, over: bool, last: int | None
-) -> None:
-    async with supervisors(
-        server.url, between.url, limits={"max_entries": 20_000}, lease=3_600.0, cancel_check_interval=3_600.0
-    ) as (owner, there):
-        let_go = trio.Event()
-
-        async def producer() -> AsyncIterator[str]:
-            for number in range(100):
-                yield "".join(f"data: {100 * number + each}\n\n" for each in range(1, 101))
-            await let_go.wait()
-
-        run = await owner.start(producer)
-        if over:
-            let_go.set()
-            await owner.wait(run.id)
-        await until_it_is(partial(server.command, "XLEN", stream_of(run.id)), 10_001 if over else 10_000)
-        async with there.follow(run.id):  # a connection is there, and the server knows the script
-            pass
-        await until_it_is(partial(channels, server), 2)
-        between.requests.clear()
-        async with there.follow(run.id, 0 if last else 9_990, last=last and last + over) as entries:
-            resumed = [await anext(entries) for _ in range(10)]
-            assert [entry.seq for entry in resumed] == list(range(9_991, 10_001))
-            del between.requests["PERSIST"]  # the reaper's, once a second
-            assert between.requests.total() <= 3, between.requests
-        await until_it_is(partial(channels, server), 2)
 
 
 async def test_d15_a_reader_may_leave_together_with_its_supervisor(server: Endpoint) -> None:

@@ -114,8 +114,9 @@ async def test_a_server_that_is_shut_down_with_its_redis_there_says_that_every_r
         assert "Traceback" not in server.program.words
 
 
-@pytest.mark.parametrize("runs,words", [(1, "1 run could not"), (2, "2 runs could not")])
-@pytest.mark.parametrize("how", ["dead", "stands still"])
+@pytest.mark.parametrize(
+    "how,runs,words", [("dead", 1, "1 run could not"), ("stands still", 2, "2 runs could not")], ids=["dead", "still"]
+)
 async def test_a_server_that_is_shut_down_with_its_redis_out_of_reach_says_how_many_runs_have_no_last_entry(
     serve: Sequence[object], how: str, runs: int, words: str
 ) -> None:

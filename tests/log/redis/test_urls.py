@@ -17,11 +17,12 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
 from penstock.errors import ConfigurationError, LogUnavailable
 from penstock.log.open import REDIS, open_log
-from penstock.log.redis import urls as addresses
+from penstock.log.redis import urls
 from penstock.log.redis.client import Client
 from penstock.log.redis.cluster import Cluster
 from penstock.log.redis.log import RedisLog
 from tests.log.redis.test_client import until, words_of
+from tests.support.clustered import shares_a_cluster
 from tests.support.logs import LEASE, batch, record
 from tests.support.redis_clusters import cluster_server, redis_cluster, shared_cluster
 from tests.support.redis_servers import Endpoint, redis_server, redis_servers
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from penstock.log import EventLog
-    from penstock.log.redis.urls import Addresses
+    from penstock.log.redis.urls import ParsedUrl
 
 SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
 CLUSTERS = ["redis+cluster", "rediss+cluster"]
@@ -77,7 +78,7 @@ async def refused(url: str) -> str:
 def test_a_cluster_is_named_by_some_of_its_nodes(rest: str, hosts: list[tuple[str, int]], label: str) -> None:
     for user in ("", f":{SECRET}@", f"user:{SECRET}@"):
         for query in ("", "?client_name=penstock"):
-            there = addresses.cluster(f"redis+cluster://{user}{rest}{query}")
+            there = urls.parse_cluster(f"redis+cluster://{user}{rest}{query}")
             assert (there.hosts, there.label) == (hosts, label)
             assert (there.service, there.sentinel_options) == (None, None)
             assert not there.options.keys() & {"host", "port", "db", "path"}
@@ -103,13 +104,13 @@ def test_a_cluster_is_named_by_some_of_its_nodes(rest: str, hosts: list[tuple[st
     ],
 )
 def test_user_and_password_stand_before_the_hosts_with_escapes(user: str, options: dict[str, str]) -> None:
-    assert addresses.cluster(f"redis+cluster://{user}a,b:7000").options == options
-    assert addresses.sentinel(f"redis+sentinel://{user}a,b:7000/runs").options == options | {"db": 0}
+    assert urls.parse_cluster(f"redis+cluster://{user}a,b:7000").options == options
+    assert urls.parse_sentinel(f"redis+sentinel://{user}a,b:7000/runs").options == options | {"db": 0}
 
 
 @pytest.mark.parametrize("scheme", CLUSTERS)
 def test_the_options_of_a_cluster_are_those_of_each_connection(scheme: str) -> None:
-    there = addresses.cluster(
+    there = urls.parse_cluster(
         f"{scheme}://user:{SECRET}@a,b?ssl_ca_certs=%2Fetc%2Fca.pem&client_name=x&socket_read_size=1"
     )
     secure = {"connection_class": SSLConnection} if scheme == "rediss+cluster" else {}
@@ -120,8 +121,8 @@ def test_the_options_of_a_cluster_are_those_of_each_connection(scheme: str) -> N
 @pytest.mark.parametrize("option", ["host", "port"])
 def test_an_option_does_not_say_where_a_cluster_is(option: str) -> None:
     for there in (
-        addresses.cluster(f"redis+cluster://a?{option}=7"),
-        addresses.sentinel(f"redis+sentinel://a/runs?{option}=7"),
+        urls.parse_cluster(f"redis+cluster://a?{option}=7"),
+        urls.parse_sentinel(f"redis+sentinel://a/runs?{option}=7"),
     ):
         assert option not in there.options
         assert option not in (there.sentinel_options or {})
@@ -144,11 +145,11 @@ def test_an_option_does_not_say_where_a_cluster_is(option: str) -> None:
         ("a/Runs", [("a", 26379)], "Runs", 0),
     ],
 )
-@pytest.mark.parametrize("user", ["", f":{SECRET}@", f"user:{SECRET}@"])
+@pytest.mark.parametrize("user", ["", f"user:{SECRET}@"])
 def test_sentinels_stand_before_the_service_that_they_watch_and_a_database_after_it(
     user: str, rest: str, hosts: list[tuple[str, int]], service: str, database: int
 ) -> None:
-    there = addresses.sentinel(f"redis+sentinel://{user}{rest}")
+    there = urls.parse_sentinel(f"redis+sentinel://{user}{rest}")
     assert (there.hosts, there.service, there.options["db"]) == (hosts, service, database)
     places = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in hosts)
     assert there.label == f"{places}/{service}"
@@ -157,14 +158,14 @@ def test_sentinels_stand_before_the_service_that_they_watch_and_a_database_after
 
 def test_user_and_password_of_the_sentinels_are_options_of_their_own() -> None:
     words = "sentinel_username=guard&sentinel_password=ot%2Fher&ssl_ca_certs=%2Fca.pem"
-    there = addresses.sentinel(f"rediss+sentinel://user:{SECRET}@a/runs/3?{words}")
+    there = urls.parse_sentinel(f"rediss+sentinel://user:{SECRET}@a/runs/3?{words}")
     same = {"connection_class": SSLConnection, "ssl_ca_certs": "/ca.pem"}
     assert there.options == {"username": "user", "password": SECRET, "db": 3, **same}
     assert there.sentinel_options == {"username": "guard", "password": "ot/her", **same}
 
 
 def test_sentinels_without_a_password_get_none_of_the_servers() -> None:
-    there = addresses.sentinel(f"redis+sentinel://user:{SECRET}@a/runs/3")
+    there = urls.parse_sentinel(f"redis+sentinel://user:{SECRET}@a/runs/3")
     assert there.sentinel_options == {"username": None, "password": None}
 
 
@@ -177,94 +178,81 @@ NO_SERVICE = "after the Sentinels comes the name of the service that they watch,
 NO_URL = "this is no URL of a Redis"
 
 
-@pytest.mark.parametrize("scheme", [*CLUSTERS, *SENTINELS])
-@pytest.mark.parametrize("user", ["", f":{SECRET}@", f"user:{SECRET}@"])
-async def test_hosts_that_are_none_are_refused_and_the_shape_is_said(scheme: str, user: str) -> None:
-    shape = addresses.CLUSTER if scheme in CLUSTERS else addresses.SENTINEL
+@pytest.mark.parametrize("scheme", ["redis+cluster", "rediss+sentinel"])
+async def test_hosts_that_are_none_are_refused_and_the_shape_is_said(scheme: str) -> None:
+    user = f"user:{SECRET}@"
+    shape = urls.CLUSTER if scheme in CLUSTERS else urls.SENTINEL
     tail = "" if scheme in CLUSTERS else "/runs"
     none = ["", ":7000", ",", "a,", ",a", "a,,b", "a:1:2", "a:1,b:x", "[::1", "::1", "[nothing]:1", "a\N{ACCOUNT OF}b"]
     for hosts in [*none, "a:0", "a:65536", "a:99999999999", "a:-1", "a:port"]:
-        assert await refused(f"{scheme}://{user}{hosts}{tail}") == f"{NO_HOSTS}; write {shape}, {addresses.ESCAPES}"
+        assert await refused(f"{scheme}://{user}{hosts}{tail}") == f"{NO_HOSTS}; write {shape}, {urls.ESCAPES}"
 
 
 @pytest.mark.parametrize(
     "url, words",
     [
         ("redis+cluster://a/1", NO_DATABASE),
-        ("redis+cluster://a/runs", NO_DATABASE),
-        ("redis+cluster://a/0/0", NO_DATABASE),
         ("redis+sentinel://a", NO_SERVICE),
         ("redis+sentinel://a/", NO_SERVICE),
-        ("redis+sentinel://a//", NO_SERVICE),
         ("redis+sentinel://a/runs/x", NO_SERVICE),
-        ("redis+sentinel://a/runs/-1", NO_SERVICE),
-        ("redis+sentinel://a/runs/0/0", NO_SERVICE),
         ("redis+cluster://a?socket_read_size=x", NO_URL),
         ("redis+sentinel://a/runs?socket_read_size=x", NO_URL),
         ("redis+cluster://a?db=x", NO_URL),
         ("redis+cluster://a?db=1", NO_DATABASE),
         ("redis+cluster://a?nonsense=1", NO_URL),
-        ("rediss+cluster://a?nonsense=1", NO_URL),
-        ("redis+sentinel://a/runs?nonsense=1", NO_URL),
         ("rediss+sentinel://a/runs?nonsense=1", NO_URL),
         ("redis+cluster://a?ssl_ca_certs=x", NO_URL),
-        ("redis+sentinel://a/runs?ssl_ca_certs=x", NO_URL),
         ("redis+cluster://a?maint_notifications_config=1", NO_URL),
-        ("redis+sentinel://a/runs?maint_notifications_config=1", NO_URL),
         ("redis+sentinel://a/runs?sentinel_manager=1", NO_URL),
     ],
 )
 async def test_what_follows_the_hosts_and_means_nothing_is_refused_and_the_shape_is_said(url: str, words: str) -> None:
     scheme, _, rest = url.partition("://")
-    for user in ("", f":{SECRET}@", f"user:{SECRET}@"):
-        said = await refused(f"{scheme}://{user}{rest}")
-        assert said.startswith(words)
-        assert f"; write {addresses.CLUSTER if scheme in CLUSTERS else addresses.SENTINEL}" in said
+    said = await refused(f"{scheme}://user:{SECRET}@{rest}")
+    assert said.startswith(words)
+    assert f"; write {urls.CLUSTER if scheme in CLUSTERS else urls.SENTINEL}" in said
 
 
 UNESCAPED = [f"{SECRET}{sign}rest" for sign in "#/?[]\N{ACCOUNT OF}"] + [f"{first}{SECRET}" for first in "#/?"]
 UNESCAPED += [f"12{sign}{SECRET}" for sign in "#/?["]
 
 
-@pytest.mark.parametrize("scheme", [*CLUSTERS, *SENTINELS, "redis", "rediss"])
+@pytest.mark.parametrize("scheme", ["redis+cluster", "redis+sentinel", "redis"])
 @pytest.mark.parametrize("password", UNESCAPED)
 async def test_a_password_without_its_escapes_is_refused_and_not_quoted(scheme: str, password: str) -> None:
     tail = "/runs" if scheme in SENTINELS else ""
-    for hosts in ("host", "host:6379", "a:1,b:2")[: 2 if scheme in {"redis", "rediss"} else 3]:
-        for user in ("user", ""):
-            said = await refused(f"{scheme}://{user}:{password}@{hosts}{tail}")
-            assert "with % escapes for what is no letter or digit" in said
+    hosts = "host:6379" if scheme == "redis" else "a:1,b"
+    for user in ("user", ""):
+        said = await refused(f"{scheme}://{user}:{password}@{hosts}{tail}")
+        assert "with % escapes for what is no letter or digit" in said
 
 
 # The log
 
 
 @pytest.mark.parametrize("scheme", sorted(REDIS))
-@pytest.mark.parametrize("wait_replicas", [0, 2])
-async def test_each_scheme_opens_a_log_and_sends_nothing(scheme: str, wait_replicas: int) -> None:
+async def test_each_scheme_opens_a_log_and_sends_nothing(scheme: str) -> None:
     rest = {"unix": "/nowhere", "sentinel": "nobody.invalid/runs"}.get(scheme.rpartition("+")[2], "nobody.invalid")
     with trio.fail_after(5):
-        log = await opened(f"{scheme}://user:{SECRET}@{rest}", wait_replicas=wait_replicas)
-    servers = log._servers
+        log = await opened(f"{scheme}://user:{SECRET}@{rest}", wait_replicas=2)
+    servers = log._backend
     assert isinstance(servers, Cluster if scheme in CLUSTERS else Client)
-    assert servers.clustered is (scheme in CLUSTERS)
+    assert log._topology.is_cluster is (scheme in CLUSTERS)
     assert SECRET not in servers.address
     assert servers.address.startswith("/nowhere" if scheme == "unix" else "nobody.invalid:")
 
 
-@pytest.mark.parametrize("scheme", ["redis+clusters", "cluster", "redis+", "+cluster", "REDIS+CLUSTER", "redis+unix"])
+@pytest.mark.parametrize("scheme", ["redis+clusters", "+cluster", "REDIS+CLUSTER"])
 async def test_a_scheme_that_is_none_is_refused_with_those_that_there_are(scheme: str) -> None:
     said = await refused(f"{scheme}://user:{SECRET}@host/runs")
     for there in ("memory://", "redis://", "rediss://", "unix:///PATH", "redis+sentinel://", "redis+cluster://"):
         assert there in said
 
 
-@pytest.mark.parametrize("scheme", sorted(REDIS))
-async def test_a_number_of_replicas_that_is_none_is_refused(scheme: str) -> None:
-    tail = "/runs" if scheme in SENTINELS else ""
+async def test_a_number_of_replicas_that_is_none_is_refused() -> None:
     for value in (-1, 1.0, 0.5, "1", None, True, False):
         with pytest.raises(ConfigurationError, match=r"^wait_replicas is a whole number, 0 or above, not ") as raised:
-            await opened(f"{scheme}://host{tail}", wait_replicas=value)
+            await opened("redis://host", wait_replicas=value)
         assert str(raised.value).endswith(f"not {value!r}")
 
 
@@ -291,6 +279,7 @@ async def test_the_url_of_a_cluster_with_a_server_that_is_no_node_says_what_to_w
             assert await unreachable(cluster_of(server)) == words
 
 
+@shares_a_cluster
 async def test_the_url_of_one_server_with_a_node_of_a_cluster_says_what_to_write() -> None:
     words = "it is a node of a cluster, and not the one for this key; write redis+cluster:// for it"
     said = [await unreachable(node.url) for node in shared_cluster().nodes if node is not await home_of("sse:live")]
@@ -304,7 +293,7 @@ async def home_of(key: str) -> Endpoint:
 
 async def test_a_node_that_belongs_to_no_cluster_yet_says_so() -> None:
     async with redis_server(executable=cluster_server(), cluster_enabled="yes") as server:
-        assert "knows of no slots: the cluster has not been made yet" in await unreachable(cluster_of(server))
+        assert "knows no slots: the cluster has not been formed yet" in await unreachable(cluster_of(server))
 
 
 def port_below_a_bus_port() -> int:
@@ -361,23 +350,23 @@ PIECES = st.sampled_from([*WORDS.split(" "), " ", *"@:/?#[],;=&.-+\\~\"'\t\n"])
 ANYTHING = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=12).map("".join))
 
 
-def read_by(scheme: str) -> Callable[[str], Addresses]:
+def read_by(scheme: str) -> Callable[[str], ParsedUrl]:
     if scheme in CLUSTERS:
-        return addresses.cluster
-    return addresses.sentinel if scheme in SENTINELS else addresses.one
+        return urls.parse_cluster
+    return urls.parse_sentinel if scheme in SENTINELS else urls.parse_server
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(REDIS)), ANYTHING)
 def test_anything_after_a_scheme_is_read_or_refused(scheme: str, rest: str) -> None:
     with suppress(ConfigurationError):
         there = read_by(scheme)(f"{scheme}://{rest}")
         assert isinstance(there.label, str)
-        assert all(host and 0 < port <= addresses.LAST_PORT for host, port in there.hosts)
+        assert all(host and 0 < port <= urls.LAST_PORT for host, port in there.hosts)
         assert bool(there.hosts) is (scheme in {*CLUSTERS, *SENTINELS})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(REDIS - {"unix"})), st.tuples(ANYTHING, ANYTHING), ANYTHING)
 def test_whatever_stands_around_a_password_it_is_in_no_message_and_no_label(
     scheme: str, around: tuple[str, str], rest: str

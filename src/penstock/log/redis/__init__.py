@@ -1,24 +1,21 @@
-"""The event log in Redis: many processes, one truth.
+"""RedisLog: the event log in Redis, which many processes share.
 
-What the log does:
+The operations of the log:
 
-- `log.py`: RedisLog: each operation of an `EventLog` as a few commands in one round trip
-- `starting.py`: how runs come to be there, and come back after a loss
-- `reaping.py`: how the runs of the dead are ended
-- `wakeups.py`: one subscription per process and part; `listener.py`: one of them, and what is done when it breaks
-- `lists.py`: where the lists of runs are
+- `log.py`: RedisLog; each operation of an `EventLog` is a few commands in one round trip
+- `start.py`: starts runs, restores lost ones, keeps their idempotency keys
+- `reap.py`: ends runs whose lease has expired
+- `notifications.py`: one subscription connection per process and shard
+- `indexes.py`: the indexes in which runs are listed
+- `schema.py`: the names of the keys, the record as a hash, the replies of the scripts
 - `scripts/`: what must happen in one step inside Redis, as Lua
-- `records.py`: the names of the keys, and how a run's record is written as a hash
-- `replies.py`: what the scripts reply
-- `refusals.py`: what Redis refuses, and what that means
-- `requests.py`: the turns of thousands of readers and callers on a few connections
 
-How it gets there:
+The way to Redis:
 
-- `servers.py`: what all of the above need of Redis, be it one server or many
-- `addresses.py`: the URLs
-- `client.py`: one server, also one that Sentinels name: redis-py on a trio-asyncio loop, and the only place that knows
-  asyncio; `pools.py`: how its connections are made; `subscription.py`: one of them that listens
-- `cluster.py`: the nodes of a cluster, each with a client; `slots.py`: which of them has what; `redirections.py`: what
-  they reply that is no answer
+- `backend.py`: what the log needs of one server or of a cluster; the limit on requests under way
+- `client.py`: one server, also one that Sentinels name; the only file that knows asyncio
+- `cluster.py`: the nodes of a cluster, each with a client, and where keys are
+- `slots.py`: which node has which slots, as the cluster says
+- `urls.py`: the URLs, and the pools of connections that they describe
+- `errors.py`: what Redis refuses, and what that means
 """

@@ -1,19 +1,22 @@
-"""What the log needs of Redis: of one server (`client.py`), or of the nodes of a cluster (`cluster.py`).
+"""What the log needs of Redis: a way to send commands, and the shard on which each key is.
 
-A *part* is what may be out of reach on its own: a node of a cluster; of one server there is one, with the name "".
+`Backend` sends commands; it is a `Client` (one server) or a `Cluster`. `Topology` says where keys are; it is
+`SingleServer` or a `ClusterTopology`. A *shard* is what may be unreachable alone: a node of a cluster, named by its
+address; the shard of a single server is named "".
 
-The turns of requests: thousands of readers and callers on a few connections to each part.
+`RequestLimiter` lets thousands of readers and callers share a few connections to each shard.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import asynccontextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
 from penstock.errors import LogUnavailable
-from penstock.log.redis.client import ANSWER_TIMEOUT
 from penstock.log.redis.slots import key_of
 
 if TYPE_CHECKING:
@@ -21,9 +24,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from penstock.log.redis.client import Subscription
+    from penstock.log.redis.slots import Command
 
-Command = tuple[Any, ...]
-"""A command and its arguments."""
+# Read as `backend.ANSWER_TIMEOUT` everywhere, so that one assignment changes it for all.
+ANSWER_TIMEOUT: Final = 5.0
+"""Seconds without a reply after which Redis counts as unreachable."""
 
 
 class Backend(Protocol):
@@ -33,59 +38,30 @@ class Backend(Protocol):
     def address(self) -> str:
         """Where it is, without any password."""
 
-    @property
-    def clustered(self) -> bool:
-        """Keys are on slots, slots on nodes: a command has keys of one slot, and messages are published on theirs."""
-
-    def shard(self, key: str) -> str:
-        """The part that has this key or channel, as far as is known. Never blocks."""
-
-    def shards(self) -> Collection[str]:
-        """All parts, as far as is known; at least one."""
-
-    async def learn(self) -> None:
-        """See to it that it is known which parts there are.
-
-        Raises:
-            LogUnavailable: none of them says so.
-        """
-
-    def is_moving(self, key: str) -> bool:
-        """Whether this key may be on its way to another part at the moment. Never blocks."""
-
-    def here_since(self, key: str) -> float:
-        """When this key came to its part, by Trio's clock; long ago, if nobody has seen it come. Never blocks."""
-
-    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
-        """Have `moved` called whenever keys have come to another part, until what is returned is called."""
-
-    def doubt(self) -> None:
-        """Somebody has seen a sign that keys are on another part than is known: look. Never blocks."""
-
     async def execute(
         self, commands: Sequence[Command], *, replicated: bool = False, wait_for_migration: bool = False
     ) -> list[Any]:
-        """Send commands, in as few round trips as is good for others; their replies, in order.
+        """Send commands in round trips of a limited size; their replies, in order.
 
-        Each part's commands reach it in their order. A command that was refused has its exception as its reply:
-        `LogFull`, or a `redis.exceptions.ResponseError`. In a cluster it may be `LogUnavailable`: its node is away, and
-        others are not, or its keys are on their way from node to node.
+        Each shard's commands reach it in their order. The reply to a refused command is an exception: `LogFull`, or a
+        `redis.exceptions.ResponseError`. In a cluster it may be `LogUnavailable`: its node is unreachable while others
+        are not, or its keys are being moved to another node.
 
         Args:
             commands: what to send.
-            replicated: return when as many replicas have it as `open_log` was told to wait for.
-            wait_for_migration: in a cluster, wait for keys that are being moved from one node to another; else
-                what is about them is `LogUnavailable` sooner, so that nothing waits for it.
+            replicated: return when as many replicas have it as `open_log` was asked to wait for.
+            wait_for_migration: in a cluster, wait for keys that are being moved from one node to another. Without it
+                the reply to their command is `LogUnavailable` sooner, so that no other command waits for it.
 
         Raises:
-            LogUnavailable: no part of it could be reached, answered in time, or was in a state to.
+            LogUnavailable: no shard concerned could be reached, answered in time, or could serve.
         """
 
     async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
-        """`execute`, `kept` and `patient`, with what is in a later stage done after what is in an earlier one.
+        """`execute` with `replicated` and `wait_for_migration`; each stage begins when the one before is done.
 
         Raises:
-            LogUnavailable: as for `execute`, and if anything of an earlier stage could not be done.
+            LogUnavailable: as for `execute`, and if a command of an earlier stage met an unreachable shard.
         """
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
@@ -96,74 +72,144 @@ class Backend(Protocol):
         """
 
     async def best_effort(self, commands: Sequence[Command]) -> None:
-        """Send what is good to have, of any part, without keeping the caller waiting for a part that is away.
+        """Send commands whose effect the log can do without; an unreachable shard does not hold up the caller.
 
         Raises:
-            LogUnavailable: there is one part, and it cannot be reached.
+            LogUnavailable: there is a single server, and it cannot be reached.
         """
 
     def subscription(self, shard: str) -> AbstractAsyncContextManager[Subscription]:
-        """A connection of its own to this part, which listens to channels."""
+        """Open a connection to this shard that listens to channels."""
 
 
-SEVERAL: Final = "several"
-"""Stands for the part of requests that are about several."""
+class Topology(Protocol):
+    """Where keys are, as far as is known. No method but `learn` blocks."""
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether the keys around a run (lists, inboxes) may be on other servers, with clocks of their own."""
+
+    @property
+    def publish_command(self) -> str:
+        """The command that publishes a message."""
+
+    @property
+    def renewal_batch(self) -> int:
+        """The most leases that one command may renew."""
+
+    def shard(self, key: str) -> str:
+        """The shard that has this key or channel."""
+
+    def shards(self) -> Collection[str]:
+        """All shards; at least one."""
+
+    async def learn(self) -> None:
+        """Find out which shards there are, unless that is known.
+
+        Raises:
+            LogUnavailable: no node says so.
+        """
+
+    def is_moving(self, key: str) -> bool:
+        """Whether this key may be on its way to another shard."""
+
+    def here_since(self, key: str) -> float:
+        """When this key came to its shard, by Trio's clock; minus infinity if that was not seen."""
+
+    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
+        """Call `moved` whenever keys have come to another shard, until what is returned is called."""
+
+    def doubt(self) -> None:
+        """Note a sign that keys are on another shard than is known: find out soon."""
+
+
+class SingleServer:
+    """The topology of one server: one shard, on which all keys stay."""
+
+    is_cluster = False
+    publish_command = "PUBLISH"
+    renewal_batch = sys.maxsize
+
+    def shard(self, key: str) -> str:  # noqa: ARG002
+        return ""
+
+    def shards(self) -> Collection[str]:
+        return ("",)
+
+    async def learn(self) -> None:
+        pass
+
+    def is_moving(self, key: str) -> bool:  # noqa: ARG002
+        return False
+
+    def here_since(self, key: str) -> float:  # noqa: ARG002
+        return -inf
+
+    def watch(self, moved: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
+        return lambda: None
+
+    def doubt(self) -> None:
+        pass
+
+
+_SEVERAL: Final = "several"
+"""Stands for the shard of a request that concerns several."""
 
 
 class RequestLimiter:
-    """Commands for readers and callers, of whom there may be thousands: they take turns on a few connections.
+    """A limit on the requests of readers and callers that are under way to each shard at once.
 
-    Each part has turns of its own, so that nobody waits behind those who wait for a part that is away.
+    Each shard has slots of its own, so that no request waits behind those to an unreachable shard.
 
     Args:
-        servers: the way to Redis.
-        at_once: the most that are under way to one part.
+        backend: sends the commands.
+        topology: says to which shard a request goes.
+        at_once: the most requests under way to one shard.
     """
 
-    def __init__(self, servers: Backend, at_once: int) -> None:
-        self._servers = servers
+    def __init__(self, backend: Backend, topology: Topology, at_once: int) -> None:
+        self._backend = backend
+        self._topology = topology
         self._at_once = at_once
-        self._turns: dict[str, trio.CapacityLimiter] = {}
+        self._slots: dict[str, trio.CapacityLimiter] = {}
 
     async def execute(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
-        """`Backend.execute`, when it is this request's turn.
+        """`Backend.execute`, in a slot.
 
         Raises:
-            LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
+            LogUnavailable: as there, and also if no slot is free within `ANSWER_TIMEOUT`.
         """
-        async with self.slot(*map(key_of, commands)) as servers:
-            return await servers.execute(commands, replicated=replicated, wait_for_migration=True)
+        async with self.slot(*map(key_of, commands)):
+            return await self._backend.execute(commands, replicated=replicated, wait_for_migration=True)
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
-        """`Backend.ask`, when it is this request's turn.
+        """`Backend.ask`, in a slot.
 
         Raises:
-            LogUnavailable: as there, and also if its turn does not come within `ANSWER_TIMEOUT`.
+            LogUnavailable: as there, and also if no slot is free within `ANSWER_TIMEOUT`.
         """
-        async with self.slot(key_of(command)) as servers:
-            return await servers.ask(*command, replicated=replicated)
+        async with self.slot(key_of(command)):
+            return await self._backend.ask(*command, replicated=replicated)
 
     @asynccontextmanager
-    async def slot(self, *keys: str) -> AsyncIterator[Backend]:
-        """The way to Redis, for as long as it is this request's turn at the part that has the keys.
-
-        Requests of several parts have turns of their own: they may wait for each of them.
+    async def slot(self, *keys: str) -> AsyncIterator[None]:
+        """Hold a slot of the shard that has the keys. Requests to several shards have slots of their own.
 
         Raises:
-            LogUnavailable: its turn does not come within `ANSWER_TIMEOUT`.
+            LogUnavailable: no slot is free within `ANSWER_TIMEOUT`.
         """
-        shards = {self._servers.shard(key) for key in keys}
-        shard = shards.pop() if len(shards) == 1 else SEVERAL
-        if shard not in self._turns:
-            self._turns = {shard: turns for shard, turns in self._turns.items() if turns.statistics().borrowed_tokens}
-            self._turns[shard] = trio.CapacityLimiter(self._at_once)
-        turns = self._turns[shard]
+        shards = {self._topology.shard(key) for key in keys}
+        shard = shards.pop() if len(shards) == 1 else _SEVERAL
+        if shard not in self._slots:
+            self._slots = {shard: slots for shard, slots in self._slots.items() if slots.statistics().borrowed_tokens}
+            self._slots[shard] = trio.CapacityLimiter(self._at_once)
+        slots = self._slots[shard]
         with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
-            await turns.acquire()
+            await slots.acquire()
         if waiting.cancelled_caught:
-            words = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
-            raise LogUnavailable(f"Redis at {self._servers.address} {words}")
+            message = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
+            raise LogUnavailable(f"Redis at {self._backend.address} {message}")
         try:
-            yield self._servers
+            yield
         finally:
-            turns.release()
+            slots.release()

@@ -1,19 +1,17 @@
-"""What the nodes of a cluster reply that is no answer: where to go, or what is wrong with them. Pure functions.
+"""A cluster of Redis: which node has which keys (`ClusterTopology`), and commands to the nodes (`Cluster`).
 
-A cluster of Redis: its nodes, each with a client of its own, and which of them has what.
+redis-py's cluster client sends what it is given to all nodes at once and waits for the slowest. Here an unreachable
+node holds up what is on it, and nothing else: a caller that sends commands to one node waits for that node alone.
 
-redis-py's cluster client sends what it is given to all nodes at once and waits for the slowest. Here a node that is
-away holds up what is on it, and nothing else: whoever sends commands for one node waits for that node alone.
-
-| a node answers | |
+| a node replies | and so |
 |---|---|
-| `MOVED` | the slot is another's: there, at once |
-| `ASK` | the slot is on its way, and this key is there already: there, once |
-| `TRYAGAIN` | some of the keys are here, some there: again, a `PAUSE` later, if somebody waits for that alone |
-| `CLUSTERDOWN`, nothing, or no connection | it is away: what was for it is `LogUnavailable` |
+| `MOVED` | another node has the slot: the command is sent there at once |
+| `ASK` | the slot is moving, and the key has moved already: the command is sent there, once |
+| `TRYAGAIN` | some keys have moved, some have not: it is sent again after a pause, if the caller waits for that |
+| `CLUSTERDOWN`, nothing, or no connection | the node is unreachable: the reply to its commands is `LogUnavailable` |
 
-The others are asked whose slots are when one is away, or has not answered for `SLOW`. What is under way to a node that
-is no primary any more then is sent to the one that has taken its place.
+When a node is unreachable, or has not answered for `SUSPECT_AFTER`, the others are asked which node has which slots.
+Commands under way to a node that is no primary any more are sent to the node that has taken its place.
 """
 
 from __future__ import annotations
@@ -26,25 +24,35 @@ import trio
 from redis import exceptions
 
 from penstock.errors import LogUnavailable
-from penstock.exception_groups import raise_single
-from penstock.log.redis import urls as addresses
-from penstock.log.redis.client import CLOSING, answer, client_at, open_loop
-from penstock.log.redis.errors import classify, is_away, unavailable, words_of
-from penstock.log.redis.slots import NOWHERE, Slots, key_of, slot_of
+from penstock.exception_groups import open_nursery
+from penstock.log.redis import urls
+from penstock.log.redis.client import CLOSE_TIMEOUT, accepted, client_of_node, open_loop
+from penstock.log.redis.errors import classify, is_away, message_of, unavailable
+from penstock.log.redis.slots import NO_SHARD, Slots, key_of, slot_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 
-    from penstock.log.redis.backend import Command
     from penstock.log.redis.client import Client, Subscription
-    from penstock.log.redis.urls import Addresses
+    from penstock.log.redis.slots import Command, Place
+    from penstock.log.redis.urls import ParsedUrl
 
-Place = tuple[str, int]
-"""Host and port."""
+SUSPECT_AFTER: Final = 1.0
+"""Seconds without an answer after which a node may have been replaced; and those that a reply about slots may take."""
+LEARN_PAUSE: Final = 0.25
+"""Seconds between two questions which node has which slots."""
+MIGRATION_PAUSE: Final = 0.02
+"""Seconds until a command is sent again whose keys are on their way to another node."""
+MIGRATION_LIMIT: Final = 2.0
+"""Seconds for which the commands of a caller that waits for migrations are sent again."""
+REDIRECTION_LIMIT: Final = 0.5
+"""Seconds for which other commands (commits, fetches) are sent again; these do not wait for a migration."""
+MOVING_FOR: Final = 1.0
+"""Seconds for which a slot counts as moving after a node has said so."""
 
 
 class Unreachable(LogUnavailable):
-    """A node has not answered, or would answer so whatever it is asked."""
+    """A node has not answered, or would refuse any command."""
 
 
 STALE_NODE: Final = LogUnavailable("the node is no primary any more")
@@ -54,28 +62,28 @@ _REDIRECTIONS: Final = (exceptions.AskError, exceptions.TryAgainError)
 
 
 class Redirected(NamedTuple):
-    """Commands that are to be sent again.
+    """Commands that must be sent again.
 
     Attributes:
-        left: their numbers.
-        asks: which of them to a node that is to be told that it is `ASKING`.
-        moved: slots that have come to another node, for good.
+        numbers: their numbers.
+        asks: the node for each that must be preceded by `ASKING`.
+        moved: slots that have moved to another node, for good.
         wait: some of their keys are on their way.
     """
 
-    left: list[int]
+    numbers: list[int]
     asks: dict[int, Place]
     moved: list[tuple[int, Place]]
     wait: bool
 
 
 def classify_at(reply: Any, place: Place, address: str) -> Any:
-    """A reply as it is to be taken that came from a node: what is wrong with it is `LogUnavailable`, not raised."""
+    """The reply of a node, classified: what is wrong with the node is returned as `LogUnavailable`, not raised."""
     if isinstance(reply, exceptions.AskError) and reply.host in {"", "?"}:
-        reply.host = place[0]  # it does not know its own
-    if not isinstance(reply, exceptions.ResponseError) or isinstance(reply, _REDIRECTIONS) or _is_away_from(reply):
+        reply.host = place[0]  # the node does not know its own host
+    if not isinstance(reply, exceptions.ResponseError) or isinstance(reply, _REDIRECTIONS) or _has_left(reply):
         return reply
-    if isinstance(reply, exceptions.ClusterDownError) and "slot not served" in words_of(reply):
+    if isinstance(reply, exceptions.ClusterDownError) and "slot not served" in message_of(reply):
         return unavailable(reply, address)
     try:
         return classify(reply, address)
@@ -84,11 +92,11 @@ def classify_at(reply: Any, place: Place, address: str) -> Any:
 
 
 def redirected(commands: Sequence[Command], numbers: Sequence[int], replies: Sequence[Any]) -> Redirected:
-    """Which of these commands are to be sent again.
+    """Which of the commands with these numbers must be sent again.
 
-    What comes after one that is, on the same slot, is sent again after it: it may have counted on it.
+    A command that follows one of them on the same slot is sent again after it, since it may depend on it.
     """
-    found = Redirected([], {}, [], any(map(_is_on_its_way, (replies[n] for n in numbers))))
+    found = Redirected([], {}, [], any(_is_in_migration(replies[n]) for n in numbers))
     slots: set[int] = set()
     for n in numbers:
         reply, slot = replies[n], slot_of(key_of(commands[n]))
@@ -96,102 +104,250 @@ def redirected(commands: Sequence[Command], numbers: Sequence[int], replies: Seq
             found.moved.append((reply.slot_id, (reply.host, reply.port)))
         elif isinstance(reply, exceptions.AskError):
             found.asks[n] = (reply.host, reply.port)
-        elif not _is_on_its_way(reply) and reply is not STALE_NODE and slot not in slots:
+        elif not _is_in_migration(reply) and reply is not STALE_NODE and slot not in slots:
             continue
-        found.left.append(n)
+        found.numbers.append(n)
         slots.add(slot)
     return found
 
 
-def _is_on_its_way(reply: Any) -> bool:
-    return isinstance(reply, exceptions.TryAgainError) or _is_away_from(reply)
+def _is_in_migration(reply: Any) -> bool:
+    return isinstance(reply, exceptions.TryAgainError) or _has_left(reply)
 
 
-def _is_away_from(reply: Any) -> bool:
-    """A key has moved away under a script."""
-    return isinstance(reply, exceptions.ResponseError) and "non local key" in words_of(reply)
+def _has_left(reply: Any) -> bool:
+    """Whether a key has moved away while a script was using it."""
+    return isinstance(reply, exceptions.ResponseError) and "non local key" in message_of(reply)
 
 
-SLOW: Final = 1.0
-"""A node that has not answered for so many seconds may have been replaced; so long may one say nothing of slots."""
-ASK_PAUSE: Final = 0.25
-"""Seconds between two such questions."""
-PAUSE: Final = 0.02
-"""Seconds until a command is sent again whose keys are on their way to another node."""
-PATIENCE: Final = 2.0
-"""For how many seconds commands are sent again that are said to belong elsewhere."""
-HASTE: Final = 0.5
-"""The same where others wait for them, and not at all if it is only a matter of waiting."""
-MOVING: Final = 1.0
-"""For so many seconds after a word to that effect a slot counts as being moved."""
+class Node:
+    """A primary: its client, and what is under way to it.
 
+    Attributes:
+        place: its host and port.
+        client: sends commands to it.
+        away: it was unreachable the last time.
+        under_way: the requests under way, and when each began.
+    """
 
-class _Node:
-    """A primary, and what is under way to it."""
-
-    def __init__(self, place: tuple[str, int], client: Client) -> None:
+    def __init__(self, place: Place, client: Client) -> None:
         self.place = place
         self.client = client
         self.away = False
-        """It could not be reached the last time."""
         self.under_way: dict[trio.CancelScope, float] = {}
-        """... and since when."""
+
+    async def send(self, commands: Sequence[Command], *, asking: bool, replicated: bool) -> Sequence[Any]:
+        """The replies to commands; what is wrong with the node is the reply to each."""
+        sent = [each for command in commands for each in (("ASKING",), command)] if asking else commands
+        replies: Sequence[Any] = [STALE_NODE] * len(commands)
+        with trio.CancelScope() as scope:  # cancelled when the node is replaced
+            self.under_way[scope] = began = trio.current_time()
+            away = True
+            try:
+                replies = await self.client.replies(sent, replicated=replicated)
+                replies = replies[1::2] if asking else replies
+                away = False
+            except LogUnavailable as error:
+                replies = [Unreachable(str(error))] * len(commands)
+            finally:
+                del self.under_way[scope]
+                if not away or replies[0] is not STALE_NODE or trio.current_time() - began >= SUSPECT_AFTER:
+                    self.away = away
+        return [classify_at(reply, self.place, self.client.address) for reply in replies]
 
 
-class Cluster:
-    """Commands to the nodes of a cluster. Made by `open_cluster`."""
+class ClusterTopology:
+    """The nodes of a cluster, and which of them has which keys. A `Topology`.
 
-    clustered = True
+    Args:
+        parsed: the URL, which names some nodes.
+        make: makes the client of a node.
+    """
 
-    def __init__(self, there: Addresses, make: Callable[[tuple[str, int]], Client]) -> None:
-        self.address = there.label
-        """Where the cluster is, without any password."""
-        self._hosts = there.hosts
+    is_cluster = True
+    publish_command = "SPUBLISH"
+    # A renewal concerns one run, so that none waits for the migration of another.
+    renewal_batch = 1
+
+    def __init__(self, parsed: ParsedUrl, make: Callable[[Place], Client]) -> None:
+        self.address = parsed.label
+        self._hosts = parsed.hosts
         self._make = make
         self._slots = Slots()
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, Node] = {}
         self._on_moved: list[Callable[[], None]] = []
-        self._asking = trio.Lock()
-        self._asked = 0
-        """How often the slots have been asked for."""
+        self._learning = trio.Lock()
+        self._learned = 0
+        """How often the slots have been learned."""
         self._doubt = trio.Event()
         self._asked_at: dict[int, float] = {}
-        """When a node last said of a slot that keys of it are elsewhere already."""
-        self._beside: dict[str, dict[Command, None]] = {}
-        """What is to be sent to each part when it can be; there is a task for each that has any."""
-        self.nursery: trio.Nursery | None = None
-        """Where these tasks are, while the cluster is open."""
+        """When a node last said of a slot that some of its keys have moved already."""
 
     def shard(self, key: str) -> str:
-        """The address of the node that has this key, or "" if none is known to."""
+        """The address of the node that has this key; "" if no node is known to."""
         return self._slots.owner(key)
 
     def shards(self) -> Collection[str]:
-        """The addresses of the primaries, those that answer first; "" alone while none is known."""
+        """The addresses of the primaries, reachable ones first; "" alone while none is known."""
         return sorted(self._slots.primaries, key=lambda shard: shard in self._nodes and self._nodes[shard].away) or (
-            NOWHERE,
+            NO_SHARD,
         )
 
     def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
-        """Have `moved` called whenever slots have come to another node, until what is returned is called."""
+        """See `Topology.watch`."""
         self._on_moved.append(moved)
         return lambda: self._on_moved.remove(moved)
 
     def is_moving(self, key: str) -> bool:
-        """See `Backend.is_moving`."""
+        """See `Topology.is_moving`."""
         at = self._asked_at.get(slot_of(key))
-        if at is not None and trio.current_time() - at > MOVING:
+        if at is not None and trio.current_time() - at > MOVING_FOR:
             del self._asked_at[slot_of(key)]
             return False
         return at is not None
 
     def here_since(self, key: str) -> float:
-        """See `Backend.here_since`."""
+        """See `Topology.here_since`."""
         return self._slots.since[slot_of(key)]
 
     def doubt(self) -> None:
-        """Ask whose slots are, soon."""
+        """See `Topology.doubt`."""
         self._doubt.set()
+
+    async def learn(self) -> None:
+        """See `Topology.learn`."""
+        if not self._slots.primaries:
+            await self._ask_for_slots(self._learned)
+
+    # Nodes
+
+    def node_at(self, place: Place) -> Node:
+        """The node at a place; its client is made at the first call."""
+        address = urls.address_of(*place)
+        if address not in self._nodes:
+            self._nodes[address] = Node(place, self._make(place))
+        return self._nodes[address]
+
+    def node_of(self, shard: str) -> Node | None:
+        """The node of a shard; None if it is no primary."""
+        place = self._slots.primaries.get(shard)
+        return place and self.node_at(place)
+
+    def is_current(self, node: Node) -> bool:
+        """False after the node's connections have been closed."""
+        return self._nodes.get(node.client.address) is node
+
+    async def aclose(self) -> None:
+        """Close all connections, within `CLOSE_TIMEOUT` even when cancelled."""
+        nodes, self._nodes = self._nodes, {}
+        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            async with trio.open_nursery() as nursery:
+                for node in nodes.values():
+                    nursery.start_soon(node.client.aclose)
+
+    # Learning
+
+    def note(self, asked: Iterable[int], moved: Iterable[tuple[int, Place]]) -> None:
+        """Take note of redirections: slots of which some keys have moved, and slots that have moved."""
+        now = trio.current_time()
+        self._asked_at.update((slot, now) for slot in asked)
+        if [slot for slot, place in moved if self._slots.moved(slot, *place, now=now)]:
+            self.doubt()
+            self._notify()
+
+    @trio.lowlevel.enable_ki_protection
+    async def keep_up(self) -> None:
+        """Learn the slots whenever there is a doubt, until cancelled."""
+        while True:
+            with trio.move_on_after(SUSPECT_AFTER):
+                await self._doubt.wait()
+            if self._doubt.is_set() or self._has_slow_node():
+                self._doubt = trio.Event()
+                with suppress(LogUnavailable):  # whatever is sent to the cluster meets the same error
+                    await self._ask_for_slots(self._learned)
+                await trio.sleep(LEARN_PAUSE)
+
+    def _has_slow_node(self) -> bool:
+        since = min((began for node in self._nodes.values() for began in node.under_way.values()), default=None)
+        return since is not None and trio.current_time() - since >= SUSPECT_AFTER
+
+    async def _ask_for_slots(self, learned: int) -> None:
+        """Ask which node has which slots, unless another task has done so since the `learned`th time.
+
+        Raises:
+            LogUnavailable: no known node says so.
+        """
+        async with self._learning:
+            if self._learned != learned:
+                return
+            primaries = sample([*self._slots.primaries.values()], len(self._slots.primaries))
+            failure = LogUnavailable(f"none of the nodes of the cluster at {self.address} answers")
+            for place in [*sorted(primaries, key=self._is_busy), *self._slots.replicas, *self._hosts]:
+                try:
+                    changed = self._slots.replace(await self._slots_by(place), place[0], now=trio.current_time())
+                except LogUnavailable as error:
+                    failure = error
+                except ValueError as error:
+                    failure = LogUnavailable(f"Redis at {urls.address_of(*place)}: {error}")
+                else:
+                    self._learned += 1
+                    if changed:
+                        await self._leave_old_nodes()
+                    return
+            raise failure
+
+    def _is_busy(self, place: Place) -> bool:
+        node = self._nodes.get(urls.address_of(*place))
+        return node is not None and (node.away or bool(node.under_way))
+
+    async def _slots_by(self, place: Place) -> Sequence[Any]:
+        """The reply of a node to `CLUSTER SLOTS`."""
+        node = self._nodes.get(urls.address_of(*place))
+        client = self._make(place) if node is None else node.client
+        try:
+            with trio.fail_after(SUSPECT_AFTER):
+                reply: Sequence[Any] = await client.ask("CLUSTER SLOTS")
+                return reply
+        except trio.TooSlowError:
+            raise LogUnavailable(f"Redis at {client.address} has not answered for {SUSPECT_AFTER:g} s") from None
+        finally:
+            if node is None:
+                await client.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
+
+    async def _leave_old_nodes(self) -> None:
+        """Notify the watchers, and leave the nodes that are no primaries any more."""
+        gone = [address for address in self._nodes if address not in self._slots.primaries]
+        old = [self._nodes.pop(address) for address in gone]
+        for node in old:
+            for scope in node.under_way:
+                scope.cancel(reason="the node is no primary any more")
+        self._notify()
+        for node in old:
+            await node.client.aclose()
+
+    def _notify(self) -> None:
+        for moved in [*self._on_moved]:
+            moved()
+
+
+class Cluster:
+    """Commands to the nodes of a cluster. Made by `open_cluster`. A `Backend`.
+
+    Attributes:
+        topology: says on which node each key is.
+        nursery: where best-effort commands are sent; None before the cluster is open.
+    """
+
+    def __init__(self, topology: ClusterTopology) -> None:
+        self.topology = topology
+        self.nursery: trio.Nursery | None = None
+        self._best_effort: dict[str, dict[Command, None]] = {}
+        """What waits to be sent to each shard; a task of the nursery sends it."""
+
+    @property
+    def address(self) -> str:
+        """Where the cluster is, without any password."""
+        return self.topology.address
 
     async def execute(
         self, commands: Sequence[Command], *, replicated: bool = False, wait_for_migration: bool = False
@@ -200,15 +356,15 @@ class Cluster:
         if not commands:
             await trio.lowlevel.checkpoint()
             return []
-        await self.learn()
+        await self.topology.learn()
         replies: list[Any] = [None] * len(commands)
-        again = await self._round(commands, [*range(len(commands))], {}, replies, kept=replicated)
-        with trio.move_on_after(PATIENCE if wait_for_migration else HASTE):
-            while again.left and (wait_for_migration or not again.wait):
-                await trio.sleep(PAUSE if again.wait else 0)
-                again = await self._round(commands, again.left, again.asks, replies, kept=replicated)
-        for n in again.left:
-            replies[n] = LogUnavailable(f"Redis at {self.address} is moving what a command is about: {replies[n]}")
+        again = await self._round(commands, [*range(len(commands))], {}, replies, replicated=replicated)
+        with trio.move_on_after(MIGRATION_LIMIT if wait_for_migration else REDIRECTION_LIMIT):
+            while again.numbers and (wait_for_migration or not again.wait):
+                await trio.sleep(MIGRATION_PAUSE if again.wait else 0)
+                again = await self._round(commands, again.numbers, again.asks, replies, replicated=replicated)
+        for n in again.numbers:
+            replies[n] = LogUnavailable(f"Redis at {self.address} is moving the keys of a command: {replies[n]}")
         if all(isinstance(reply, Unreachable) for reply in replies):
             raise LogUnavailable(str(replies[0]))
         return replies
@@ -226,227 +382,118 @@ class Cluster:
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
         """See `Backend.ask`."""
         (reply,) = await self.execute([command], replicated=replicated, wait_for_migration=True)
-        return answer(reply, self.address)
+        return accepted(reply, self.address)
 
     async def best_effort(self, commands: Sequence[Command]) -> None:
-        """Send these in the background; what cannot be done is forgotten."""
+        """Send commands in the background; those that fail are forgotten."""
         await trio.lowlevel.checkpoint()
         for command in commands:
-            shard = self.shard(key_of(command))
-            if shard not in self._beside:
-                self._beside[shard] = {}
+            shard = self.topology.shard(key_of(command))
+            if shard not in self._best_effort:
+                self._best_effort[shard] = {}
                 if self.nursery is not None:
                     self.nursery.start_soon(self._send_best_effort, shard)
-            self._beside[shard][command] = None
-
-    @asynccontextmanager
-    async def subscription(self, shard: str) -> AsyncIterator[Subscription]:
-        """A connection to a node, for the channels of its slots.
-
-        Raises:
-            LogUnavailable: it is no primary any more.
-        """
-        place = self._slots.primaries.get(shard)
-        if place is None:
-            self.doubt()
-            raise LogUnavailable(f"no node of the cluster at {self.address} has the slot")
-        async with self._node(place).client.subscription() as subscription:
-            yield subscription
-
-    async def aclose(self) -> None:
-        """Close all connections. It has a shield with a deadline."""
-        nodes, self._nodes = self._nodes, {}
-        with trio.move_on_after(CLOSING, shield=True):
-            async with trio.open_nursery() as nursery:
-                for node in nodes.values():
-                    nursery.start_soon(node.client.aclose)
-
-    # Where things are
-
-    async def learn(self) -> None:
-        """See `Backend.learn`."""
-        if not self._slots.primaries:
-            await self._ask_whose(self._asked)
-
-    def _node(self, place: tuple[str, int]) -> _Node:
-        address = addresses.address_of(*place)
-        if address not in self._nodes:
-            self._nodes[address] = _Node(place, self._make(place))
-        return self._nodes[address]
-
-    async def _ask_whose(self, asked: int) -> None:
-        """Ask the cluster whose slots are, unless that has been done since the `asked`th time.
-
-        Raises:
-            LogUnavailable: none of the nodes that are known says so.
-        """
-        async with self._asking:
-            if self._asked != asked:
-                return
-            primaries = sample([*self._slots.primaries.values()], len(self._slots.primaries))
-            trouble = LogUnavailable(f"none of the nodes of the cluster at {self.address} answers")
-            for place in [*sorted(primaries, key=self._is_away), *self._slots.replicas, *self._hosts]:
-                try:
-                    news = self._slots.replace(await self._slots_by(place), place[0], now=trio.current_time())
-                except LogUnavailable as error:
-                    trouble = error
-                except ValueError as error:
-                    trouble = LogUnavailable(f"Redis at {addresses.address_of(*place)}: {error}")
-                else:
-                    self._asked += 1
-                    if news:
-                        await self._moved()
-                    return
-            raise trouble
-
-    def _is_away(self, place: tuple[str, int]) -> bool:
-        node = self._nodes.get(addresses.address_of(*place))
-        return node is not None and (node.away or bool(node.under_way))
-
-    async def _slots_by(self, place: tuple[str, int]) -> Sequence[Any]:
-        """What a node says whose slots are."""
-        node = self._nodes.get(addresses.address_of(*place))
-        client = self._make(place) if node is None else node.client
-        try:
-            with trio.fail_after(SLOW):
-                said: Sequence[Any] = await client.ask("CLUSTER SLOTS")
-                return said
-        except trio.TooSlowError:
-            raise LogUnavailable(f"Redis at {client.address} has not answered for {SLOW:g} s") from None
-        finally:
-            if node is None:
-                await client.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
-
-    async def _moved(self) -> None:
-        """Tell who has asked for it, and leave the nodes that are no primaries any more."""
-        gone = [address for address in self._nodes if address not in self._slots.primaries]
-        left = [self._nodes.pop(address) for address in gone]
-        for node in left:
-            for scope in node.under_way:
-                scope.cancel(reason="the node is no primary any more")
-        self._tell()
-        for node in left:
-            await node.client.aclose()
-
-    def _tell(self) -> None:
-        for moved in [*self._on_moved]:
-            moved()
-
-    @trio.lowlevel.enable_ki_protection
-    async def keep_up(self) -> None:
-        """Ask whose slots are when there is a doubt, until cancelled."""
-        while True:
-            with trio.move_on_after(SLOW):
-                await self._doubt.wait()
-            if self._doubt.is_set() or self._is_slow():
-                self._doubt = trio.Event()
-                with suppress(LogUnavailable):  # whoever sends something hears of it
-                    await self._ask_whose(self._asked)
-                await trio.sleep(ASK_PAUSE)
-
-    def _is_slow(self) -> bool:
-        since = min((began for node in self._nodes.values() for began in node.under_way.values()), default=None)
-        return since is not None and trio.current_time() - since >= SLOW
+            self._best_effort[shard][command] = None
 
     @trio.lowlevel.enable_ki_protection
     async def _send_best_effort(self, shard: str) -> None:
-        """Send what was left for it, and what is left meanwhile."""
-        while commands := [*self._beside[shard]]:
-            self._beside[shard] = {}
-            with suppress(LogUnavailable):  # it was good to have, no more
+        """Send what waits for this shard, and what comes meanwhile."""
+        while commands := [*self._best_effort[shard]]:
+            self._best_effort[shard] = {}
+            with suppress(LogUnavailable):  # the log can do without it
                 await self.execute(commands)
-        del self._beside[shard]
+        del self._best_effort[shard]
 
-    # Sending
+    @asynccontextmanager
+    async def subscription(self, shard: str) -> AsyncIterator[Subscription]:
+        """See `Backend.subscription`.
+
+        Raises:
+            LogUnavailable: the node is no primary any more.
+        """
+        node = self.topology.node_of(shard)
+        if node is None:
+            self.topology.doubt()
+            raise LogUnavailable(f"no node of the cluster at {self.address} has the slot")
+        async with node.client.subscription() as subscription:
+            yield subscription
 
     async def _round(
         self,
         commands: Sequence[Command],
         numbers: Sequence[int],
-        asks: dict[int, tuple[str, int]],
+        asks: dict[int, Place],
         replies: list[Any],
         *,
-        kept: bool,
+        replicated: bool,
     ) -> Redirected:
-        """Send these commands to their nodes, and put the replies where they belong; which are to be sent again."""
-        by_node: dict[tuple[_Node | None, bool], list[int]] = {}
+        """Send the commands with these numbers to their nodes, and store their replies; which must be sent again."""
+        by_node: dict[tuple[Node | None, bool], list[int]] = {}
         for n in numbers:
-            place = asks.get(n) or self._slots.primaries.get(self._slots.owner(key_of(commands[n])))
-            by_node.setdefault((place and self._node(place), n in asks), []).append(n)
+            node = (
+                self.topology.node_at(asks[n])
+                if n in asks
+                else self.topology.node_of(self.topology.shard(key_of(commands[n])))
+            )
+            by_node.setdefault((node, n in asks), []).append(n)
 
-        async def one(node: _Node | None, asking: bool, ns: list[int]) -> None:
+        async def send(node: Node | None, asking: bool, ns: list[int]) -> None:
             sent = [commands[n] for n in ns]
-            for n, reply in zip(ns, await self._at(node, sent, asking=asking, kept=kept), strict=True):
+            for n, reply in zip(ns, await self._send(node, sent, asking=asking, replicated=replicated), strict=True):
                 replies[n] = reply
 
         if len(by_node) == 1:
             ((node, asking), ns) = next(iter(by_node.items()))
-            await one(node, asking, ns)
+            await send(node, asking, ns)
         else:
             async with trio.open_nursery() as nursery:
                 for (node, asking), ns in by_node.items():
-                    nursery.start_soon(one, node, asking, ns)
+                    nursery.start_soon(send, node, asking, ns)
         again = redirected(commands, numbers, replies)
-        now = trio.current_time()
-        self._asked_at.update((slot_of(key_of(commands[n])), now) for n in again.asks)
-        news = [slot for slot, place in again.moved if self._slots.moved(slot, *place, now=now)]
-        if news:
-            self.doubt()
-            self._tell()
+        self.topology.note((slot_of(key_of(commands[n])) for n in again.asks), again.moved)
         return again
 
-    async def _at(self, node: _Node | None, commands: Sequence[Command], *, asking: bool, kept: bool) -> Sequence[Any]:
-        """The replies of one node; what is wrong with the node is the reply to each."""
+    async def _send(
+        self, node: Node | None, commands: Sequence[Command], *, asking: bool, replicated: bool
+    ) -> Sequence[Any]:
+        """The replies of one node; what is wrong with it is the reply to each, and raises a doubt."""
         if node is None:
-            self.doubt()
+            self.topology.doubt()
             await trio.lowlevel.checkpoint()
             return [Unreachable(f"no node of the cluster at {self.address} has the slot")] * len(commands)
-        sent = [each for command in commands for each in (("ASKING",), command)] if asking else commands
-        replies: Sequence[Any] = [STALE_NODE] * len(commands)
-        if self._nodes.get(node.client.address) is not node:  # its connections have been closed
+        if not self.topology.is_current(node):
             await trio.lowlevel.checkpoint()
-            return replies
-        with trio.CancelScope() as scope:
-            node.under_way[scope] = began = trio.current_time()
-            away = True
-            try:
-                replies = await node.client.replies(sent, replicated=kept)
-                replies = replies[1::2] if asking else replies
-                away = False
-            except LogUnavailable as error:
-                self.doubt()
-                replies = [Unreachable(str(error))] * len(commands)
-            finally:
-                del node.under_way[scope]
-                if not away or replies[0] is not STALE_NODE or trio.current_time() - began >= SLOW:
-                    node.away = away
-        replies = [classify_at(reply, node.place, node.client.address) for reply in replies]
+            return [STALE_NODE] * len(commands)
+        replies = await node.send(commands, asking=asking, replicated=replicated)
         if any(map(is_away, replies)):
-            self.doubt()
+            self.topology.doubt()
         return replies
 
 
 @asynccontextmanager
 async def open_cluster(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Cluster]:
-    """The way to a cluster for as long as the block lasts; it is looked at when it is needed.
+    """A cluster for as long as the block lasts. It is connected to when it is first used.
 
     Args:
         url: `redis+cluster://` or `rediss+cluster://`.
-        wait_replicas: how many replicas of a node are to have what is sent as `kept`.
+        wait_replicas: how many replicas of a node must have what is sent as `replicated`.
 
     Raises:
         ConfigurationError: the URL cannot be read.
     """
-    there = addresses.cluster(url)
+    parsed = urls.parse_cluster(url)
     async with open_loop() as loop:
-        client_at(there.hosts[0], there.options, loop)  # not connected, but it knows what it cannot be made of
-        cluster = Cluster(there, lambda place: client_at(place, there.options, loop, wait_replicas=wait_replicas))
+        # Not connected and not kept: unreadable options raise here, not at the first command.
+        client_of_node(parsed.hosts[0], parsed.options, loop)
+        topology = ClusterTopology(
+            parsed, lambda place: client_of_node(place, parsed.options, loop, wait_replicas=wait_replicas)
+        )
         try:
-            async with trio.open_nursery() as cluster.nursery:
-                cluster.nursery.start_soon(cluster.keep_up)
+            async with open_nursery() as nursery:
+                cluster = Cluster(topology)
+                cluster.nursery = nursery
+                nursery.start_soon(topology.keep_up)
                 yield cluster
-                cluster.nursery.cancel_scope.cancel(reason="the cluster is left")
-        except BaseExceptionGroup as group:
-            raise_single(group, trio.Cancelled)  # the nursery is nothing that a caller should see
+                nursery.cancel_scope.cancel(reason="the cluster is closed")
         finally:
-            await cluster.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
+            await topology.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)

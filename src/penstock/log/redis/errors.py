@@ -1,4 +1,4 @@
-"""What Redis refuses, and what that means: the one command's affair, or the server's. Pure functions."""
+"""What Redis refuses, and whether that concerns one command or the whole server. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from redis import exceptions
 from penstock.errors import LogFull, LogUnavailable
 
 _TOO_OLD: Final = "it does not know a command; penstock needs Redis 6.2 or later, and 7.0 for a cluster"
-_NO_WORD_GIVEN: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"
+_NO_PASSWORD: Final = "it wants a password; name it in the URL: redis://:PASSWORD@HOST"  # noqa: S105
 ADVICE: Final = {
     "READONLY": "it is a read-only replica; name its primary in the URL",
     "WRONGPASS": "it refuses the user or the password in the URL",
-    "NOAUTH": _NO_WORD_GIVEN,
-    "Authentication required": _NO_WORD_GIVEN,
-    "unauthenticated": _NO_WORD_GIVEN,
+    "NOAUTH": _NO_PASSWORD,
+    "Authentication required": _NO_PASSWORD,
+    "unauthenticated": _NO_PASSWORD,
     "NOPERM": "the user in the URL may not do this",
     "LOADING": "it is loading its data",
     "MASTERDOWN": "it is a replica that has lost its primary",
     "NOREPLICAS": "it has fewer replicas than it wants before it takes a write",
     "MISCONF": "it cannot save its data, and takes no writes",
-    "BUSY": "it is busy with a script of somebody else's",
+    "BUSY": "it is busy with another program's script",
     "CLUSTERDOWN": "its cluster is down",
     "cluster is down": "its cluster is down",
     "MOVED": "it is a node of a cluster, and not the one for this key; write redis+cluster:// for it",
@@ -29,7 +29,7 @@ ADVICE: Final = {
     "unknown command": _TOO_OLD,
     "Unknown Redis command": _TOO_OLD,
 }
-"""What is wrong with a server that answers so, whatever it is asked."""
+"""Signs in a refusal that any command would meet, and what is wrong with such a server."""
 
 
 def is_away(reply: object) -> bool:
@@ -43,26 +43,26 @@ def classify(error: exceptions.ResponseError, address: str) -> Exception:
     Raises:
         LogUnavailable: the server would have refused any command.
     """
-    words = words_of(error)
-    if "OOM" in words:
+    message = message_of(error)
+    if "OOM" in message:
         return LogFull(f"Redis at {address} is full: its maxmemory is reached, and it may evict nothing")
-    if any(sign in words for sign in ADVICE):
+    if any(sign in message for sign in ADVICE):
         raise unavailable(error, address)
     return error
 
 
 def unavailable(error: Exception, address: str) -> LogUnavailable:
     """What is wrong with the server at `address`, and what to do."""
-    words = words_of(error)
-    advice = next((advice for sign, advice in ADVICE.items() if sign in words), None)
+    message = message_of(error)
+    advice = next((advice for sign, advice in ADVICE.items() if sign in message), None)
     if advice is None and isinstance(error, exceptions.AuthenticationError):
         advice = ADVICE["WRONGPASS"]
     if advice is not None:
         return LogUnavailable(f"Redis at {address} cannot serve: {advice}")
-    return LogUnavailable(f"cannot reach Redis at {address}: {words}")
+    return LogUnavailable(f"cannot reach Redis at {address}: {message}")
 
 
-def words_of(error: Exception) -> str:
-    """What Redis says, with the sign of what it means: in front, or, on 6.2 and from a script, somewhere inside."""
-    words = f"{getattr(error, 'status_code', None) or ''} {error}".strip().rstrip(".")
-    return words or type(error).__name__
+def message_of(error: Exception) -> str:
+    """The text of a refusal with its sign: in front, or somewhere inside (Redis 6.2, and refusals of scripts)."""
+    message = f"{getattr(error, 'status_code', None) or ''} {error}".strip().rstrip(".")
+    return message or type(error).__name__

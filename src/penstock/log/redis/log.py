@@ -1,9 +1,9 @@
 """RedisLog: the event log that many processes share.
 
-Each operation is a few commands in one round trip, each of which may be sent twice and is one atomic step on one
-cluster slot; what belongs to other slots (the lists of runs, inboxes, idempotency keys) is written beside them in an
-order in which nothing is lost if it breaks off. Requests share `REQUESTS_AT_ONCE` connections to each part, however
-many readers there are; appends, fetches and the watch's rounds do not wait behind them.
+Each operation is a few commands in one round trip. Each command may be sent twice, and is one atomic step on one
+cluster slot. What belongs to other slots (indexes, inboxes, idempotency keys) is written beside it, in an order in
+which nothing is lost if the operation breaks off. Readers and callers share `REQUESTS_AT_ONCE` connections to each
+shard, however many they are; appends, fetches and lease rounds do not wait behind them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import scripts
 from penstock.log.redis.backend import RequestLimiter
-from penstock.log.redis.client import call
 from penstock.log.redis.errors import is_away
 from penstock.log.redis.indexes import RunIndexes
-from penstock.log.redis.notifications import RedisNotifications, open_wakeups
+from penstock.log.redis.notifications import open_notifications
 from penstock.log.redis.reap import Reaper
 from penstock.log.redis.schema import (
     LOST,
@@ -42,24 +41,27 @@ from penstock.log.redis.schema import (
     text_of,
     touch,
 )
-from penstock.log.redis.start import RunStarter
+from penstock.log.redis.slots import call
+from penstock.log.redis.start import IdempotencyKeys, RunStarter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from penstock.log import Appended, Batch, Idempotency, Lease, LostEnding, Page, Started
-    from penstock.log.redis.backend import Backend, Command
+    from penstock.log.redis.backend import Backend, Topology
+    from penstock.log.redis.notifications import RedisNotifications
+    from penstock.log.redis.slots import Command
     from penstock.runs import Run, RunStatus
 
 REQUESTS_AT_ONCE: Final = 8
-"""The most requests, and so connections, that are under way for readers and callers."""
+"""The most requests of readers and callers, and so connections, that are under way to one shard."""
 INBOX_TTL: Final = 60_000
-"""The least time, in milliseconds, for which an inbox keeps what its owner has not looked for."""
+"""The least time, in milliseconds, for which an inbox keeps what its owner has not fetched."""
 UNLISTED_AFTER: Final = 60.0
-"""So many seconds after its start a run without a record is taken off the list; before, it may be on its way."""
+"""Seconds after its start after which a run without a record is taken off its index; before, it may be on its way."""
 ANY_TIMEOUT: Final = 0.5
-"""So many seconds a node of a cluster has to say that it is there, before another one is asked."""
+"""Seconds that a node of a cluster may take to answer a check before another one is asked."""
 LIST_PAGE: Final = 100
 """The records that `list` looks up in one round trip."""
 
@@ -68,40 +70,49 @@ class RedisLog:
     """An `EventLog` in Redis 6.2 or later, or in a cluster of Redis 7 or later. Opened by `open_log`.
 
     Args:
-        servers: the way to it.
+        backend: sends commands.
+        topology: says on which shard each key is.
         ttl: how long a run is kept after its end, in seconds.
         max_entries: the entries that are kept of one run; Redis may keep some more.
         prefix: see `Keys`.
 
     Raises:
-        ConfigurationError: a limit is not above 0, or the prefix is none.
+        ConfigurationError: a limit is not above 0, or the prefix cannot be used.
     """
 
     def __init__(
-        self, servers: Backend, *, ttl: float = 10_800.0, max_entries: int = 10_000, prefix: str = "sse:run:"
+        self,
+        backend: Backend,
+        topology: Topology,
+        *,
+        ttl: float = 10_800.0,
+        max_entries: int = 10_000,
+        prefix: str = "sse:run:",
     ) -> None:
         if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0.001 <= ttl < 2**53 / 1000:  # noqa: PLR2004
             raise ConfigurationError(f"ttl is a number of seconds above 0, not {ttl!r}")
         if isinstance(max_entries, bool) or not isinstance(max_entries, int) or not max_entries > 0:
             raise ConfigurationError(f"max_entries is a whole number above 0, not {max_entries!r}")
-        self._servers = servers
-        self._publish = "SPUBLISH" if servers.clustered else "PUBLISH"
+        self._backend = backend
+        self._topology = topology
+        self._publish = topology.publish_command
         self._ttl = ms(ttl)
         self._max_entries = max_entries
-        self._keys = Keys(prefix)
-        self._lists = RunIndexes(self._keys, servers)
-        self._requests = RequestLimiter(servers, REQUESTS_AT_ONCE)
-        self._starting = RunStarter(servers, self._requests, self._keys, self._lists, self._ttl)
-        self._reaper = Reaper(servers, self._keys, self._lists, self._starting, publish=self._publish, ttl=self._ttl)
-        self._heard: dict[str, dict[str, str | None]] = {}
-        """For each owner, the cancel requests that came with a renewal, because the inbox may have missed them."""
+        self._keys = keys = Keys(prefix)
+        self._indexes = RunIndexes(keys, topology)
+        self._limiter = RequestLimiter(backend, topology, REQUESTS_AT_ONCE)
+        self._idempotency_keys = IdempotencyKeys(keys)
+        self._starter = RunStarter(backend, self._limiter, keys, self._indexes, self._idempotency_keys, self._ttl)
+        self._reaper = Reaper(backend, topology, keys, self._indexes, self._idempotency_keys, self._ttl)
+        self._renewed_cancels: dict[str, dict[str, str | None]] = {}
+        """For each owner, the cancel requests that came with a renewal: the inbox may have missed them."""
         self._taken: dict[str, list[str]] = {}
-        """For each owner, the runs whose requests were taken out of the inbox, and are to be removed from it."""
+        """For each owner, the runs whose requests have been fetched, and must be removed from its inbox."""
 
     # Writing
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
-        """Create the record, unless the idempotency key has led to one before. A checkpoint; cancelled, it leaves none.
+        """Create the record, unless a start under the idempotency key has. A checkpoint; cancelled, it leaves none.
 
         Raises:
             RunExists: the id is in use.
@@ -109,41 +120,45 @@ class RedisLog:
             LogFull: Redis has no room for another run.
             LogUnavailable: Redis cannot be reached. The run may have been created; if so, it ends with its lease.
         """
-        return await self._starting.start(run, lease, idempotency)
+        return await self._starter.start(run, lease, idempotency)
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        """Put a run's record back. A checkpoint; it happens in one step or not at all.
+        """Put a run's record back, in one step or not at all. A checkpoint.
 
         Raises:
             LogUnavailable: Redis cannot be reached.
         """
-        return await self._starting.restore(run, lease, oldest)
+        return await self._starter.restore(run, lease, oldest)
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
         """Store every batch, each on its own. A checkpoint; cancelled, each of them is stored or not.
 
         Raises:
-            LogUnavailable: Redis cannot be reached, or takes no writes; any of the batches may be stored.
+            LogUnavailable: Redis cannot be reached, or takes no writes; some of the batches may be stored.
         """
-        replies = await self._servers.execute([self._append(batch) for batch in batches], replicated=True)
+        replies = await self._backend.execute([self._append(batch) for batch in batches], replicated=True)
         appended = [appended_of(reply) for reply in replies]
-        settled = [(batch, reply.status) for batch, reply in zip(batches, appended, strict=True)]
-        over = [batch.run_id for batch, status in settled if batch.ending is not None and status is AppendStatus.OK]
-        await self._starting.over(over)
-        woken = [
-            (batch, reply) for batch, reply in zip(batches, appended, strict=True) if reply.status is AppendStatus.OK
+        stored = [pair for pair in zip(batches, appended, strict=True) if pair[1].status is AppendStatus.OK]
+        if ended := [batch.run_id for batch, _ in stored if batch.ending is not None]:
+            await self._tidy_up_after(ended)
+        # While a slot is moving, a message may have been published where no process listens any more.
+        wakes = [
+            (self._publish, self._keys.wake(batch.run_id), reply.seq)
+            for batch, reply in stored
+            if self._topology.is_moving(self._keys.record(batch.run_id))
         ]
-        await self._wake(woken)
-        self._starting.drop(batch.run_id for batch, status in settled if status in LOST)
+        if wakes:
+            await self._backend.best_effort(wakes)
+        self._idempotency_keys.drop(
+            batch.run_id for batch, reply in zip(batches, appended, strict=True) if reply.status in LOST
+        )
         return appended
 
-    async def _wake(self, appended: Sequence[tuple[Batch, Appended]]) -> None:
-        """Publish again what may have been published where nobody listens: where a slot is being moved to."""
-        if self._servers.clustered:
-            moving = [pair for pair in appended if self._servers.is_moving(self._keys.record(pair[0].run_id))]
-            if moving:
-                wake = [(self._publish, self._keys.wake(batch.run_id), reply.seq) for batch, reply in moving]
-                await self._servers.best_effort(wake)
+    async def _tidy_up_after(self, ended: Sequence[str]) -> None:
+        """Write what is beside the records of runs of this process that have ended."""
+        unlist = [("ZREM", live, *runs) for live, runs in self._indexes.by_live(ended).items()]
+        await self._backend.best_effort([*unlist, *self._idempotency_keys.renew(ended)])
+        self._idempotency_keys.drop(ended)
 
     def _append(self, batch: Batch) -> Command:
         ending = fields_of_ending(batch.ending)
@@ -177,7 +192,7 @@ class RedisLog:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached.
         """
-        (reply,) = await self._requests.execute([self._read(run_id, after, max_entries, max_bytes)])
+        (reply,) = await self._limiter.execute([self._read(run_id, after, max_entries, max_bytes)])
         page = page_of(run_id, after, reply)
         if page is None:
             raise RunNotFound(run_id)
@@ -190,7 +205,7 @@ class RedisLog:
             LogUnavailable: Redis cannot be reached.
         """
         commands = [self._read(run_id, after, PAGE_ENTRIES, PAGE_BYTES) for run_id, after in positions.items()]
-        replies = await self._servers.execute(commands)
+        replies = await self._backend.execute(commands)
         return {
             run_id: page_of(run_id, after, reply)
             for (run_id, after), reply in zip(positions.items(), replies, strict=True)
@@ -208,14 +223,14 @@ class RedisLog:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached.
         """
-        (reply,) = await self._requests.execute([("HGETALL", self._keys.record(run_id))])
+        (reply,) = await self._limiter.execute([("HGETALL", self._keys.record(run_id))])
         run = found(run_id, reply)
         if run is None:
             raise RunNotFound(run_id)
         return run
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """The newest records, newest first. A checkpoint; runs without a record are taken off the list by the way.
+        """The newest records, newest first. A checkpoint. Runs without a record are taken off their index.
 
         Raises:
             LogUnavailable: Redis cannot be reached.
@@ -224,53 +239,53 @@ class RedisLog:
         gone: list[Command] = []
         start, end = 0, LIST_PAGE
         while len(runs) < limit and (page := await self._newest(start, end)):
-            replies = await self._requests.execute([("HGETALL", self._keys.record(run_id)) for run_id, _, _ in page])
-            for (run_id, created_at, key), reply in zip(page, replies, strict=True):
+            replies = await self._limiter.execute([("HGETALL", self._keys.record(run_id)) for run_id, _, _ in page])
+            for (run_id, created_at, index), reply in zip(page, replies, strict=True):
                 run = found(run_id, reply)
                 if run is not None and status in {None, run.status}:
                     runs[run_id] = run
                 elif run is None and created_at < time.time() - UNLISTED_AFTER:
-                    gone.append(("ZREM", key, run_id))
+                    gone.append(("ZREM", index, run_id))
             start, end = end, 2 * end
         if gone:
-            await self._servers.best_effort(gone)
+            await self._backend.best_effort(gone)
         return [*runs.values()][:limit]
 
     async def _newest(self, start: int, end: int) -> Sequence[tuple[str, float, str]]:
-        """Of the listed runs, newest first, these: the ids, when they were made, and the list in which they stand."""
-        lists = self._lists.runs()
-        page = (start, end - 1) if len(lists) == 1 else (0, end - 1)
-        replies = await self._requests.execute([("ZREVRANGE", key, *page, "WITHSCORES") for key in lists])
+        """Some of the listed runs, newest first: their ids, when they were created, and the index that lists them."""
+        indexes = self._indexes.runs()
+        page = (start, end - 1) if len(indexes) == 1 else (0, end - 1)
+        replies = await self._limiter.execute([("ZREVRANGE", index, *page, "WITHSCORES") for index in indexes])
         listed = [
-            (each.decode(errors="replace"), float(created_at), key)
-            for key, flat in zip(lists, map(checked, replies), strict=True)
+            (each.decode(errors="replace"), float(created_at), index)
+            for index, flat in zip(indexes, map(checked, replies), strict=True)
             for each, created_at in zip(flat[::2], flat[1::2], strict=True)
         ]
-        if len(lists) == 1:
+        if len(indexes) == 1:
             return listed
         return sorted(listed, key=itemgetter(1), reverse=True)[start:end]
 
     # Cancelling
 
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
-        """Put a cancel request on record and into the owner's inbox, and wake it. A checkpoint.
+        """Put a cancel request on record and into the owner's inbox, and notify the owner. A checkpoint.
 
-        In a cluster the owner hears of it with the run's next append or renewal, if it is its inbox that is away.
+        If only the inbox's node of a cluster is unreachable, the run's next append or renewal brings the request.
 
         Raises:
             RunNotFound: there is no such run.
             LogUnavailable: Redis cannot be reached; the request may be on record.
         """
-        words = ("1", reason) if reason is not None else ("", "")
+        reason_args = ("1", reason) if reason is not None else ("", "")
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
-        command = call(scripts.CANCEL, keys, secrets.token_hex(8), self._ttl, *words)
-        what, flat = await self._requests.ask(*command, replicated=True)
-        if what == b"GONE":
+        command = call(scripts.CANCEL, keys, secrets.token_hex(8), self._ttl, *reason_args)
+        status, flat = await self._limiter.ask(*command, replicated=True)
+        if status == b"GONE":
             raise RunNotFound(run_id)
         record = record_of(flat)
-        status = CancelStatus[what.decode()]
-        if status is not CancelStatus.ENDED:  # a repeated request as well: the first may have broken off here
-            owner, words_on_record = record["owner"], json.dumps(record.get("cancel_reason"))
+        met = CancelStatus[status.decode()]
+        if met is not CancelStatus.ENDED:  # a repeated request as well: the first may have broken off here
+            owner = record["owner"]
             post = call(
                 scripts.POST,
                 [self._keys.inbox(owner)],
@@ -278,64 +293,66 @@ class RedisLog:
                 self._keys.process(owner),
                 self._publish,
                 run_id,
-                words_on_record,
+                json.dumps(record.get("cancel_reason")),
             )
-            await self._servers.best_effort([post])
-        return CancelReply(status, run_of(run_id, record))
+            await self._backend.best_effort([post])
+        return CancelReply(met, run_of(run_id, record))
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
-        """Empty the owner's inbox. A checkpoint; a request is removed from it after it was handed over, not before.
+        """The requests in the owner's inbox. A checkpoint. The next call removes from it what this one returns.
 
         Raises:
             LogUnavailable: Redis cannot be reached.
         """
-        if self._servers.clustered and owner in self._heard:  # the inbox may be away: it is looked into the next time
+        if self._topology.is_cluster and owner in self._renewed_cancels:
+            # The inbox may be on an unreachable node: the next call reads it.
             await trio.lowlevel.checkpoint()
-            return self._heard.pop(owner)
+            return self._renewed_cancels.pop(owner)
         inbox = self._keys.inbox(owner)
         taken = self._taken.get(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
-        flat = checked((await self._servers.execute([*commands, ("HGETALL", inbox)]))[-1])
+        flat = checked((await self._backend.execute([*commands, ("HGETALL", inbox)]))[-1])
         requests: dict[str, str | None] = {run_id: reason_of(reason) for run_id, reason in record_of(flat).items()}
         self._taken.pop(owner, None)
         if requests:
             self._taken[owner] = [*requests]
-        return requests | self._heard.pop(owner, {})
+        return requests | self._renewed_cancels.pop(owner, {})
 
     # Leases
 
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
-        """Renew the leases whose epoch is right. A checkpoint; cancelled, all are renewed or none.
+        """Renew the leases whose epoch is right. A checkpoint; cancelled, some may be renewed.
 
         Raises:
             LogUnavailable: Redis cannot be reached.
         """
         if not epochs:
             return {}
-        each = 1 if self._servers.clustered else len(epochs)
-        pieces = [[*epochs][start : start + each] for start in range(0, len(epochs), each)]
-        renewed = await self._servers.execute([self._renew(piece, epochs, ms(seconds)) for piece in pieces])
+        runs, most = [*epochs], self._topology.renewal_batch
+        pieces = [runs[start : start + most] for start in range(0, len(runs), most)]
+        renewed = await self._backend.execute([self._renew(piece, epochs, ms(seconds)) for piece in pieces])
         replies: dict[str, AppendStatus] = {}
         for piece, reply in zip(pieces, renewed, strict=True):
             if not is_away(reply):
                 for run_id, (status, cancelled, reason) in zip(piece, checked(reply), strict=True):
                     replies[run_id] = AppendStatus[status.decode()]
                     if cancelled and replies[run_id] is AppendStatus.OK:
-                        self._heard.setdefault(owner, {})[run_id] = text_of(reason)
-        self._starting.drop(run_id for run_id, status in replies.items() if status in LOST)
+                        self._renewed_cancels.setdefault(owner, {})[run_id] = text_of(reason)
+        self._idempotency_keys.drop(run_id for run_id, status in replies.items() if status in LOST)
         alive = [run_id for run_id, status in replies.items() if status is AppendStatus.OK]
-        hints = [
-            call(scripts.ENLIST, [live], ms(seconds), "", *runs) for live, runs in self._lists.by_live(alive).items()
+        enlist = [
+            call(scripts.ENLIST, [live], ms(seconds), "", *listed)
+            for live, listed in self._indexes.by_live(alive).items()
         ]
         streams: list[Command] = []
-        if self._servers.clustered:  # a renewal is of one key there, so that none waits for a move of the other
+        if self._topology.is_cluster:  # RENEW has had the record alone: two keys would wait for a migration
             kept = max(self._ttl, 4 * ms(seconds))
             streams = [("PEXPIRE", self._keys.stream(run_id), kept) for run_id in alive]
-        await self._servers.best_effort([*hints, *streams, *self._starting.keep(alive)])
+        await self._backend.best_effort([*enlist, *streams, *self._idempotency_keys.renew(alive)])
         return replies
 
     def _renew(self, piece: Sequence[str], epochs: Mapping[str, str], lease: int) -> Command:
-        stream = self._keys.record if self._servers.clustered else self._keys.stream
+        stream = self._keys.record if self._topology.is_cluster else self._keys.stream
         keys = [key for run_id in piece for key in (stream(run_id), self._keys.record(run_id))]
         return call(scripts.RENEW, keys, lease, self._ttl, *[epochs[run_id] for run_id in piece])
 
@@ -346,50 +363,50 @@ class RedisLog:
         shard: str | None = None,
         ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
     ) -> Sequence[str]:
-        """End the runs whose lease has run out by Redis' clock, `REAPED_AT_ONCE` in one round trip. A checkpoint.
+        """End the runs whose lease has expired by Redis' clock, `REAPED_AT_ONCE` in one round trip. A checkpoint.
 
         Raises:
-            LogUnavailable: the part, or one of them, cannot be reached; some may have been reaped.
+            LogUnavailable: a shard cannot be reached; some runs may have been ended.
         """
-        shards = self._servers.shards() if shard is None else [shard]
+        shards = self._topology.shards() if shard is None else [shard]
         return [run_id for each in shards for run_id in await self._reaper.reap(each, obituary, ready)]
 
     # The rest
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[RedisNotifications]:
-        """The wake-ups of the supervisor named `owner`."""
-        return open_wakeups(self._servers, self._keys, self.check, owner)
+        """The notifications of the supervisor named `owner`."""
+        return open_notifications(self._backend, self._topology, self._keys, self.check, owner)
 
     def shard(self, run_id: str) -> str:
-        """The node of a cluster that has the run; "" if there is no cluster. Never blocks."""
-        return self._servers.shard(self._keys.record(run_id))
+        """The node of a cluster that has the run; "" without a cluster. Never blocks."""
+        return self._topology.shard(self._keys.record(run_id))
 
     def shards(self) -> Collection[str]:
-        """The nodes of a cluster that have runs; "" if there is no cluster. Never blocks."""
-        return self._servers.shards()
+        """The nodes of a cluster that have slots; "" alone without a cluster. Never blocks."""
+        return self._topology.shards()
 
     async def check(self, shard: str | None = None) -> None:
-        """Return if Redis (this part of it; None: any) can be reached and takes writes. A checkpoint.
+        """Return if Redis can be reached and takes writes: this shard, or any if `shard` is None. A checkpoint.
 
         Raises:
-            LogUnavailable: it cannot, or does not.
+            LogUnavailable: it cannot be reached, or takes no writes.
         """
         if shard is not None:
-            await self._servers.ask(*touch(self._lists.probe(shard)), replicated=True)
+            await self._backend.ask(*touch(self._indexes.probe(shard)), replicated=True)
         else:
             await self._check_any()
 
     async def _check_any(self) -> None:
-        await self._servers.learn()
-        trouble = LogUnavailable("there is no Redis")
-        for each in self._servers.shards():
+        await self._topology.learn()
+        failure = LogUnavailable("there is no Redis")
+        for each in self._topology.shards():
             try:
-                with trio.fail_after(ANY_TIMEOUT if len(self._servers.shards()) > 1 else inf):
+                with trio.fail_after(ANY_TIMEOUT if len(self._topology.shards()) > 1 else inf):
                     await self.check(each)
             except LogUnavailable as error:
-                trouble = error
+                failure = error
             except trio.TooSlowError:
-                trouble = LogUnavailable(f"Redis at {each} has not answered for {ANY_TIMEOUT:g} s")
+                failure = LogUnavailable(f"Redis at {each} has not answered for {ANY_TIMEOUT:g} s")
             else:
                 return
-        raise trouble
+        raise failure

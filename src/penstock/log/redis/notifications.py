@@ -1,17 +1,15 @@
-"""One subscription connection, and what is done when it breaks.
+"""Notifications through Redis: one subscription connection per process and shard, each kept by a task of its own.
 
-    keeper  ── SUBSCRIBE, UNSUBSCRIBE, PING ──▶ Redis
-    pump    ◀── messages, confirmations, pongs ── Redis
+    keep  ── SUBSCRIBE, UNSUBSCRIBE, PING ──▶ Redis
+    pump  ◀── messages, confirmations, pongs ── Redis
 
-Messages are lost only with their connection. So it is pinged every `PING_INTERVAL`; one that has not answered by the
-next ping is given up. After every new connection the last seq of each run is looked up, and that is told as if it had
-been a message. Besides, a run that falls silent is looked up once, and then about every `CHECK_INTERVAL` like all
+Messages are lost only with their connection. So the connection is pinged every `PING_INTERVAL`, and given up if a ping
+has no answer by the next one. After each new connection the last seq of each run is looked up, and reported as if it
+had been a message. Besides, a run that falls silent is looked up once, and then about every `CHECK_INTERVAL` like all
 others, in case something between here and Redis swallows messages without breaking a connection.
 
-Wake-ups through Redis: one subscription connection per process and part, each with a task of its own.
-
-In a cluster a channel is on a slot, and only the nodes that have the slot tell of it. When slots come to another node
-their channels come to its listener, and their runs are looked up there once Redis has confirmed it.
+In a cluster a channel is on a slot, and only the node that has the slot sends its messages. When slots move to another
+node, their channels move to that node's subscription, and their runs are looked up once Redis has confirmed it.
 """
 
 from __future__ import annotations
@@ -21,129 +19,223 @@ from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from math import ceil
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import trio
 from redis.exceptions import ClusterDownError, MovedError
 
 from penstock.backoff import SHORTEST_PAUSE, retry_while_unavailable
 from penstock.errors import LogUnavailable
-from penstock.exception_groups import raise_single
+from penstock.exception_groups import open_nursery
 from penstock.log import Notification
-from penstock.log.redis.client import ANSWER_TIMEOUT
+from penstock.log.redis import backend as redis_backend
 from penstock.log.redis.slots import slot_of
 from penstock.observer import logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
-    from penstock.log.redis.backend import Backend
+    from penstock.log.redis.backend import Backend, Topology
     from penstock.log.redis.client import Subscription
     from penstock.log.redis.schema import Keys
 
 PING_INTERVAL: Final = 5.0
-"""Seconds between two signs of life of the subscription connection."""
+"""Seconds between two pings of a subscription connection."""
 CHECK_INTERVAL: Final = 60.0
-"""Within about so many seconds the last seq of a silent run is looked up, message or no message."""
+"""Seconds within about which the last seq of a silent run is looked up, message or no message."""
 FAILING_TIMEOUT: Final = 1.0
-"""How many seconds a subscription waits while no connection can be made."""
+"""Seconds that a subscription waits while no connection can be made."""
 CHANNELS_PER_COMMAND: Final = 500
 """The most channels in one SUBSCRIBE or UNSUBSCRIBE."""
+MAX_SEQ_DIGITS: Final = 16
+"""The most digits of a seq; a longer message on a run's channel is not penstock's."""
 
 
-class NotificationSink(Protocol):
-    """Whoever is told what a listener hears. What is synchronous never blocks."""
+class RedisNotifications:
+    """The notifications of one supervisor. Made by `open_notifications`."""
+
+    def __init__(self, backend: Backend, topology: Topology, keys: Keys, owner: str, nursery: trio.Nursery) -> None:
+        self.backend = backend
+        self.topology = topology
+        self._keys = keys
+        self._process = keys.process(owner)
+        self._nursery = nursery
+        self._subscriptions: dict[str, ShardSubscription] = {}
+        """The subscription of each shard."""
+        self._channels: dict[str, ShardSubscription] = {}
+        """The subscription of each channel that is wanted."""
+        self._moved: dict[str, int] = {}
+        self._cancel = False
+        self._reconnected = False
+        self._lot = trio.lowlevel.ParkingLot()
+
+    async def subscribe(self, run_id: str) -> None:
+        """From the return on, every append to the run is reported. A checkpoint.
+
+        Raises:
+            LogUnavailable: Redis has not confirmed it in time.
+        """
+        await self.listen(self._keys.wake(run_id))
+
+    async def listen(self, channel: str) -> None:
+        """Wait until Redis has confirmed that it sends the messages of this channel. A checkpoint.
+
+        Raises:
+            LogUnavailable: Redis has not confirmed it in time. The subscription keeps trying.
+        """
+        if channel not in self._channels:
+            subscription = self._channels[channel] = self._subscription(self.topology.shard(channel))
+            subscription.add(channel)
+        await self._channels[channel].confirmed(channel)
+
+    def unsubscribe(self, run_id: str) -> None:
+        """Stop reporting the run. Never blocks."""
+        channel = self._keys.wake(run_id)
+        subscription = self._channels.pop(channel, None)
+        if subscription is not None:
+            subscription.remove(channel)
+            self._moved.pop(run_id, None)
+
+    async def wait(self) -> Notification:
+        """Everything that has happened since the last call, as soon as there is anything. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while not (self._moved or self._cancel or self._reconnected):
+            await self._lot.park()
+        notification = Notification(self._moved, self._cancel, self._reconnected)
+        self._moved, self._cancel, self._reconnected = {}, False, False
+        return notification
+
+    def _subscription(self, shard: str) -> ShardSubscription:
+        if shard not in self._subscriptions:
+            self._subscriptions[shard] = ShardSubscription(self, shard)
+            self._nursery.start_soon(self._subscriptions[shard].run)
+        return self._subscriptions[shard]
+
+    def follow_slots(self) -> None:
+        """Keys have come to other shards: listen to their channels there."""
+        for channel, subscription in self._channels.items():
+            shard = self.topology.shard(channel)
+            if shard != subscription.shard and (confirmed := subscription.remove(channel)) is not None:
+                self._channels[channel] = self._subscription(shard)
+                self._channels[channel].take_over(channel, confirmed)
+        for shard, subscription in [*self._subscriptions.items()]:
+            if not subscription.channels and shard not in self.topology.shards():
+                del self._subscriptions[shard]
+                subscription.scope.cancel(reason="the node is no primary any more")
+
+    # Called by the subscriptions
 
     def on_message(self, channel: str, data: bytes) -> bool:
-        """A message has come; whether it was one of a run's."""
+        """Report a message; whether it was one of a run's."""
+        if channel == self._process:
+            self._cancel = True
+        elif data.isdigit() and len(data) <= MAX_SEQ_DIGITS:
+            self._note_seq(self._keys.run_of_channel(channel), int(data))
+        else:
+            return False
+        self._lot.unpark_all()
+        return self.is_run(channel)
+
+    def on_reconnect(self) -> None:
+        """Report that messages may have been lost."""
+        self._reconnected = True
+        self._lot.unpark_all()
 
     def is_run(self, channel: str) -> bool:
-        """Whether it is a run's channel, so that it can be looked up."""
+        """Whether it is the channel of a run, which can be looked up."""
+        return channel != self._process
 
-    def reconnected(self) -> None:
-        """The connection is a new one, and messages may have been lost before it."""
-
-    async def look_up(self, channels: Sequence[str]) -> None:
-        """Tell of the runs of these channels as if each had sent a message.
+    async def look_up(self, channels: Collection[str]) -> None:
+        """Report the runs of these channels as if each had sent a message.
 
         Raises:
             LogUnavailable: Redis cannot be reached.
         """
+        runs = [self._keys.run_of_channel(channel) for channel in channels if self.is_run(channel)]
+        if runs:
+            replies = await self.backend.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
+            for run_id, reply in zip(runs, replies, strict=True):
+                known = reply is None or (isinstance(reply, bytes) and reply.isdigit() and len(reply) <= MAX_SEQ_DIGITS)
+                if known and self._keys.wake(run_id) in self._channels:
+                    self._note_seq(run_id, sys.maxsize if reply is None else int(reply))
+        self._lot.unpark_all()
+
+    def _note_seq(self, run_id: str, seq: int) -> None:
+        self._moved[run_id] = max(self._moved.get(run_id, 0), seq)
 
 
-class NodeSubscription:
-    """What one part of Redis tells, over one connection at a time.
+class ShardSubscription:
+    """The channels of one shard, over one connection at a time.
 
     Args:
-        servers: the way to Redis.
-        part: the part.
-        told: told what is heard.
+        notifications: the owner, which reports what comes.
+        shard: the shard.
     """
 
-    def __init__(self, servers: Backend, shard: str, told: NotificationSink) -> None:
+    def __init__(self, notifications: RedisNotifications, shard: str) -> None:
         self.shard = shard
         self.channels: dict[str, trio.Event] = {}
-        """The channels that are wanted; the event is set while Redis has confirmed that they are listened to."""
-        self.failing = False
-        """No connection of use could be made the last time."""
+        """The channels that are wanted; the event is set while Redis has confirmed that it sends their messages."""
         self.scope = trio.CancelScope()
-        """Cancelled when there is nothing more to listen to."""
-        self._servers = servers
-        self._told = told
-        self._sent: set[str] = set()
-        """The channels that this connection has asked for, and has not given up since."""
-        self._unconfirmed: Counter[str] = Counter()
-        """How many of its requests for a channel this connection has not confirmed yet."""
-        self._arrived: set[str] = set()
-        """Channels that have come from another part: messages may have been lost on the way."""
-        self._misrouted: set[str] = set()
-        """Channels whose slot the node gave away, or has not: they are looked for, and asked for again."""
-        self._poke = trio.Event()
-        self._pong_due = False
-        self._reconnecting = False
+        """Cancelled when the shard is gone."""
+        self._notifications = notifications
+        self._topology = notifications.topology
+        self._failing = False
+        """The last connection could not be made, or was of no use."""
         self._proven = False
         """This connection has been of use."""
-        self._stirred: set[str] = set()
-        self._quiet: set[str] = set()
-        self._turn = 0
-        self._lot = trio.lowlevel.ParkingLot()
+        self._asked: set[str] = set()
+        """The channels that this connection has asked for, and not given up since."""
+        self._unconfirmed: Counter[str] = Counter()
+        """How many requests for a channel this connection has not confirmed yet."""
+        self._arrived: set[str] = set()
+        """Channels that have come from another shard: messages may have been lost on the way."""
+        self._misrouted: set[str] = set()
+        """Channels whose slot the node has given away, or does not have."""
+        self._changed = trio.Event()
+        self._received = trio.lowlevel.ParkingLot()
+        self._pong_due = False
+        self._reconnecting = False
+        self._active: set[str] = set()
+        """The channels with messages since the last ping ..."""
+        self._active_before: set[str] = set()
+        """... and between the last two pings."""
+        self._next_check = 0
 
     @property
     def address(self) -> str:
-        """Where it listens."""
-        return self.shard or self._servers.address
+        return self.shard or self._notifications.backend.address
 
-    def want(self, channel: str) -> None:
+    def add(self, channel: str) -> None:
         """Listen to this channel. Never blocks."""
         confirmed = self.channels[channel] = trio.Event()
-        if channel in self._sent and channel not in self._unconfirmed:  # given up a moment ago, and not told so yet
+        if channel in self._asked and channel not in self._unconfirmed:  # removed a moment ago; Redis does not know yet
             confirmed.set()
-        self._poke.set()
+        self._changed.set()
 
-    def adopt(self, channel: str, confirmed: trio.Event) -> None:
-        """Listen to a channel that has been listened to elsewhere; who waits for its confirmation goes on waiting."""
+    def take_over(self, channel: str, confirmed: trio.Event) -> None:
+        """Listen to a channel of another shard. Tasks that wait for its confirmation go on waiting. Never blocks."""
         self.channels[channel] = trio.Event() if confirmed.is_set() else confirmed
-        self._sent.discard(channel)
+        self._asked.discard(channel)
         self._arrived.add(channel)
-        self._poke.set()
+        self._changed.set()
 
-    def leave(self, channel: str) -> trio.Event | None:
-        """Listen to this channel no more. Never blocks."""
+    def remove(self, channel: str) -> trio.Event | None:
+        """Stop listening to this channel; its confirmation, if it was listened to. Never blocks."""
         confirmed = self.channels.pop(channel, None)
         if confirmed is not None:
-            self._stirred.discard(channel)
-            self._quiet.discard(channel)
-            self._arrived.discard(channel)
-            self._poke.set()
+            for channels in (self._active, self._active_before, self._arrived):
+                channels.discard(channel)
+            self._changed.set()
         return confirmed
 
     async def confirmed(self, channel: str) -> None:
-        """Wait until Redis listens to this channel for us.
+        """Wait until Redis has confirmed this channel.
 
         Raises:
             LogUnavailable: it has not confirmed it in time.
         """
-        seconds = FAILING_TIMEOUT if self.failing else ANSWER_TIMEOUT
+        seconds = FAILING_TIMEOUT if self._failing else redis_backend.ANSWER_TIMEOUT
         with trio.move_on_after(seconds):
             await self.channels[channel].wait()
             return
@@ -151,43 +243,42 @@ class NodeSubscription:
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
-        """Keep a connection, until `scope` is cancelled."""
+        """Keep a connection while any channel is wanted, until `scope` is cancelled."""
         with self.scope:
             while True:
                 while not self.channels:
-                    self._poke = trio.Event()
-                    await self._poke.wait()
+                    self._changed = trio.Event()
+                    await self._changed.wait()
                 await retry_while_unavailable(self._session, what="listen to Redis", on_warning=logger.warning)
                 await trio.sleep(SHORTEST_PAUSE)
 
     async def _session(self) -> None:
         """One connection, to its end: returns if it was of use, else raises `LogUnavailable`."""
-        self._sent.clear()
+        self._asked.clear()
         self._unconfirmed.clear()
         self._misrouted.clear()
-        self._pong_due = False
+        self._pong_due = self._proven = False
         for channel, confirmed in self.channels.items():
             if confirmed.is_set():
                 self.channels[channel] = trio.Event()
-        self._proven = False
         broken = ""
         try:
-            async with self._servers.subscription(self.shard) as subscription:
+            async with self._notifications.backend.subscription(self.shard) as subscription:
                 await self._send(subscription)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._pump, subscription)
                     nursery.start_soon(self._keep, subscription)
         except* LogUnavailable as errors:
             broken = " and ".join(str(error) for error in errors.exceptions)
-        self.failing = not self._proven
-        self._servers.doubt()
-        if self.failing:
+        self._failing = not self._proven
+        self._topology.doubt()
+        if self._failing:
             raise LogUnavailable(broken)
         logger.warning("the subscription to Redis broke: %s", broken)
         self._reconnecting = True
 
     async def _pump(self, subscription: Subscription) -> None:
-        """Take what comes. What is refused because its slot is another node's does the connection no harm."""
+        """Take what comes. A refusal because another node has the slot does not harm the connection."""
         while True:
             try:
                 await subscription.pump(self._take)
@@ -201,27 +292,27 @@ class NodeSubscription:
                     raise
 
     async def _keep(self, subscription: Subscription) -> None:
-        """Ask for the channels that are wanted, and for signs of life."""
-        with trio.move_on_after(ANSWER_TIMEOUT):
+        """Ask for the channels that are wanted, and for pongs; look up runs."""
+        with trio.move_on_after(redis_backend.ANSWER_TIMEOUT):
             while self._unconfirmed:
-                await self._lot.park()
+                await self._received.park()
         if self._unconfirmed:
-            raise LogUnavailable(f"Redis at {self.address} has not confirmed what it was asked to tell")
+            raise LogUnavailable(f"Redis at {self.address} has not confirmed the subscriptions that it was asked for")
         if self._reconnecting:
-            self._told.reconnected()
-            await self._told.look_up([*self.channels])
-        self._proven, self.failing = True, False
+            self._notifications.on_reconnect()
+            await self._notifications.look_up([*self.channels])
+        self._proven, self._failing = True, False
         due = trio.current_time() + PING_INTERVAL
         while True:
             with trio.move_on_at(due):
-                await self._poke.wait()
-            self._poke = trio.Event()
+                await self._changed.wait()
+            self._changed = trio.Event()
             if self._misrouted:
                 await self._look_up_misrouted()
             await self._send(subscription)
             if arrived := [each for each in self._arrived if each in self.channels and self.channels[each].is_set()]:
                 self._arrived.difference_update(arrived)
-                await self._told.look_up(arrived)
+                await self._notifications.look_up(arrived)
             if trio.current_time() < due:
                 continue
             if self._pong_due:
@@ -229,217 +320,100 @@ class NodeSubscription:
             self._pong_due = True
             due = trio.current_time() + PING_INTERVAL
             await subscription.ping()
-            await self._told.look_up(self._to_check())
+            await self._notifications.look_up(self._to_check())
 
     async def _look_up_misrouted(self) -> None:
-        """Find out where they are. Those that are here after all are asked for again."""
-        astray, self._misrouted = self._misrouted, set()
-        with trio.move_on_after(FAILING_TIMEOUT), suppress(LogUnavailable):  # it is not this node that is away
-            await self._told.look_up([*astray])
+        """Find out where they are; the look-up learns that. Those that are still wanted here are asked for again."""
+        misrouted, self._misrouted = self._misrouted, set()
+        # The look-up may meet an unreachable node; this node is not the one.
+        with trio.move_on_after(FAILING_TIMEOUT), suppress(LogUnavailable):
+            await self._notifications.look_up(misrouted)
         await trio.sleep(SHORTEST_PAUSE)
-        self._sent -= astray
-        self._arrived |= astray & self.channels.keys()
+        self._asked -= misrouted
+        self._arrived |= misrouted & self.channels.keys()
 
     async def _send(self, subscription: Subscription) -> None:
         """Make what this connection listens to what is wanted."""
-        while piece := [*islice((each for each in self._sent if each not in self.channels), CHANNELS_PER_COMMAND)]:
-            self._sent.difference_update(piece)
+        while piece := [*islice((each for each in self._asked if each not in self.channels), CHANNELS_PER_COMMAND)]:
+            self._asked.difference_update(piece)
             await subscription.unsubscribe(piece)
-        while piece := [*islice((each for each in self.channels if each not in self._sent), CHANNELS_PER_COMMAND)]:
-            self._sent.update(piece)
+        while piece := [*islice((each for each in self.channels if each not in self._asked), CHANNELS_PER_COMMAND)]:
+            self._asked.update(piece)
             self._unconfirmed.update(piece)
             await subscription.subscribe(piece)
 
     def _take(self, kind: str, channel: str, data: bytes) -> None:
-        """A message has come."""
         if kind == "message":
-            if channel in self.channels and self._told.on_message(channel, data):
-                self._stirred.add(channel)
+            if channel in self.channels and self._notifications.on_message(channel, data):
+                self._active.add(channel)
         elif kind == "subscribe":
             self._confirm(channel)
         elif kind == "unsubscribe":
-            if channel in self._sent and channel not in self._unconfirmed:  # nobody has asked for that
+            if channel in self._asked and channel not in self._unconfirmed:  # Redis ended it: the slot has moved
                 self._mark_misrouted(channel)
         elif kind == "pong":
             self._pong_due = False
-        self._lot.unpark_all()
-
-    def _refused(self, slot: int | None) -> None:
-        """A request for a channel on this slot, or to hear of it no more, has been refused: another node has it.
-
-        Of a slot that nobody has (None) the refusal says no more than that: it is the oldest request.
-        """
-        for channel in self._unconfirmed:
-            if slot is None or slot_of(channel) == slot:
-                del self._unconfirmed[channel]
-                self._mark_misrouted(channel)
-                self._lot.unpark_all()
-                return
-
-    def _mark_misrouted(self, channel: str) -> None:
-        self._misrouted.add(channel)
-        self._servers.doubt()
-        self._poke.set()
+        self._received.unpark_all()
 
     def _confirm(self, channel: str) -> None:
         self._unconfirmed[channel] -= 1
         if self._unconfirmed[channel] <= 0:
             del self._unconfirmed[channel]
-            if channel in self._sent and channel in self.channels:
+            if channel in self._asked and channel in self.channels:
                 self.channels[channel].set()
                 if channel in self._arrived:
-                    self._poke.set()
+                    self._changed.set()
 
-    def _to_check(self) -> list[str]:
-        """The channels whose turn it is: those that have fallen silent, and a share of all."""
-        fallen_silent = self._quiet - self._stirred
-        self._quiet, self._stirred = self._stirred, set()
-        channels = [channel for channel in self.channels if self._told.is_run(channel)]
+    def _refused(self, slot: int | None) -> None:
+        """A request for a channel on this slot has been refused, because another node has the slot.
+
+        The refusal for a slot that no node has does not name it (None): it belongs to the oldest request.
+        """
+        for channel in self._unconfirmed:
+            if slot is None or slot_of(channel) == slot:
+                del self._unconfirmed[channel]
+                self._mark_misrouted(channel)
+                self._received.unpark_all()
+                return
+
+    def _mark_misrouted(self, channel: str) -> None:
+        self._misrouted.add(channel)
+        self._topology.doubt()
+        self._changed.set()
+
+    def _to_check(self) -> Sequence[str]:
+        """The channels to look up with this ping: those that have fallen silent, and a share of all."""
+        fallen_silent = self._active_before - self._active
+        self._active_before, self._active = self._active, set()
+        channels = [channel for channel in self.channels if self._notifications.is_run(channel)]
         share = ceil(len(channels) * PING_INTERVAL / CHECK_INTERVAL)
-        self._turn = self._turn if self._turn < len(channels) else 0
-        turn = channels[self._turn : self._turn + share]
-        self._turn += share
-        return [*fallen_silent.union(turn)]
-
-
-MAX_SEQ_DIGITS: Final = 16
-"""The most digits of a seq; what else is published on a run's channel is none of ours."""
-
-
-class RedisNotifications:
-    """The wake-ups of one supervisor. Made by `open_wakeups`."""
-
-    def __init__(self, servers: Backend, keys: Keys, owner: str, nursery: trio.Nursery) -> None:
-        self._servers = servers
-        self._keys = keys
-        self._process = keys.process(owner)
-        self._nursery = nursery
-        self._listeners: dict[str, NodeSubscription] = {}
-        self._channels: dict[str, NodeSubscription] = {}
-        """The channels that are wanted, and who listens to them."""
-        self._moved: dict[str, int] = {}
-        self._cancel = False
-        self._reconnected = False
-        self._lot = trio.lowlevel.ParkingLot()
-
-    async def subscribe(self, run_id: str) -> None:
-        """From the return on, every append to the run is told. A checkpoint.
-
-        Raises:
-            LogUnavailable: Redis has not confirmed it in time.
-        """
-        await self.listen(self._keys.wake(run_id))
-
-    async def listen(self, channel: str, *, may_fail: bool = False) -> None:
-        """Wait until this channel is listened to. A checkpoint.
-
-        Raises:
-            LogUnavailable: Redis has not confirmed it in time; it goes on trying, and that may be good enough.
-        """
-        if channel not in self._channels:
-            listener = self._channels[channel] = self._listener(self._servers.shard(channel))
-            listener.want(channel)
-        try:
-            await self._channels[channel].confirmed(channel)
-        except LogUnavailable:
-            if not may_fail:
-                raise
-
-    def unsubscribe(self, run_id: str) -> None:
-        """Tell of the run no more. Never blocks."""
-        channel = self._keys.wake(run_id)
-        listener = self._channels.pop(channel, None)
-        if listener is not None:
-            listener.leave(channel)
-            self._moved.pop(run_id, None)
-
-    async def wait(self) -> Notification:
-        """All that there is to tell, as soon as there is anything. A checkpoint."""
-        await trio.lowlevel.checkpoint()
-        while not (self._moved or self._cancel or self._reconnected):
-            await self._lot.park()
-        news = Notification(self._moved, self._cancel, self._reconnected)
-        self._moved, self._cancel, self._reconnected = {}, False, False
-        return news
-
-    def _listener(self, shard: str) -> NodeSubscription:
-        if shard not in self._listeners:
-            listener = self._listeners[shard] = NodeSubscription(self._servers, shard, self)
-            self._nursery.start_soon(listener.run)
-        return self._listeners[shard]
-
-    def rearrange(self) -> None:
-        """Keys have come to other parts: listen to their channels there."""
-        for channel, listener in self._channels.items():
-            shard = self._servers.shard(channel)
-            if shard != listener.shard and (confirmed := listener.leave(channel)) is not None:
-                self._channels[channel] = self._listener(shard)
-                self._channels[channel].adopt(channel, confirmed)
-        for shard, listener in [*self._listeners.items()]:
-            if not listener.channels and shard not in self._servers.shards():
-                del self._listeners[shard]
-                listener.scope.cancel(reason="the node is no primary any more")
-
-    # What a listener tells
-
-    def on_message(self, channel: str, data: bytes) -> bool:
-        """A message has come; whether it was one of a run's."""
-        if channel == self._process:
-            self._cancel = True
-        elif data.isdigit() and len(data) <= MAX_SEQ_DIGITS:
-            run_id = self._keys.woken(channel)
-            self._moved[run_id] = max(self._moved.get(run_id, 0), int(data))
-        else:
-            return False
-        self._lot.unpark_all()
-        return self.is_run(channel)
-
-    def is_run(self, channel: str) -> bool:
-        """Whether it is a run's channel, so that it can be looked up."""
-        return channel != self._process
-
-    def reconnected(self) -> None:
-        """Messages may have been lost."""
-        self._reconnected = True
-        self._lot.unpark_all()
-
-    async def look_up(self, channels: Sequence[str]) -> None:
-        """Tell of the runs of these channels as if each had sent a message.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
-        runs = [self._keys.woken(channel) for channel in channels if self.is_run(channel)]
-        if runs:
-            replies = await self._servers.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
-            for run_id, reply in zip(runs, replies, strict=True):
-                known = reply is None or (isinstance(reply, bytes) and reply.isdigit() and len(reply) <= MAX_SEQ_DIGITS)
-                if known and self._keys.wake(run_id) in self._channels:
-                    seq = sys.maxsize if reply is None else int(reply)
-                    self._moved[run_id] = max(self._moved.get(run_id, 0), seq)
-        self._lot.unpark_all()
+        self._next_check = self._next_check if self._next_check < len(channels) else 0
+        due = channels[self._next_check : self._next_check + share]
+        self._next_check += share
+        return [*fallen_silent.union(due)]
 
 
 @asynccontextmanager
-async def open_wakeups(
-    servers: Backend, keys: Keys, check: Callable[[], Awaitable[None]], owner: str
+async def open_notifications(
+    backend: Backend, topology: Topology, keys: Keys, check: Callable[[], Awaitable[None]], owner: str
 ) -> AsyncIterator[RedisNotifications]:
-    """The wake-ups of the supervisor named `owner`, for as long as the block lasts.
+    """The notifications of the supervisor named `owner`, for as long as the block lasts.
 
     Raises:
-        LogUnavailable: Redis cannot be reached to begin with, or takes no writes. (In a cluster the node may be away
-            that would tell of cancel requests: they are looked for, too.)
+        LogUnavailable: Redis cannot be reached to begin with, or takes no writes.
     """
     await check()
-    try:
-        async with trio.open_nursery() as nursery:
-            wakeups = RedisNotifications(servers, keys, owner, nursery)
-            unwatch = servers.watch(wakeups.rearrange)
+    async with open_nursery() as nursery:
+        notifications = RedisNotifications(backend, topology, keys, owner, nursery)
+        unwatch = topology.watch(notifications.follow_slots)
+        try:
             try:
-                await wakeups.listen(keys.process(owner), may_fail=servers.clustered)
-                yield wakeups
-            finally:
-                unwatch()
-            nursery.cancel_scope.cancel(reason="the supervisor has ended")
-    except BaseExceptionGroup as group:
-        raise_single(group, trio.Cancelled)
+                await notifications.listen(keys.process(owner))
+            except LogUnavailable:
+                # Without the one node that sends cancel requests the lease keeper still looks for them.
+                if not topology.is_cluster:
+                    raise
+            yield notifications
+        finally:
+            unwatch()
+        nursery.cancel_scope.cancel(reason="the supervisor has ended")

@@ -1,19 +1,17 @@
-"""How runs are written in Redis: the names of the keys, and a run's record as a hash.
+"""What Redis holds: the names of the keys, a run's record as a hash, the replies of scripts. Pure functions.
 
 With the prefix `sse:run:` the keys are
 
     sse:run:ID            the entries: a stream whose ids are `SEQ-0`, with the fields seq_id, data, timestamp, complete
     {sse:run:ID}:meta     the record: a hash; the braces put it on the stream's own cluster slot
-    {sse:run:ID}:wake     the channel that is told the last seq after every append
-    sse:runs              the runs by the time of their making, for `list`
-    sse:live              the runs by the end of their lease: where a reaper looks first; in a cluster there are
-                          several of both, `sse:runs:{N}`, `sse:live:{N}`, see `lists.py`
+    {sse:run:ID}:wake     the channel on which the last seq is published after every append
+    sse:runs              the runs by the time of their creation, for `list`
+    sse:live              the runs by the end of their lease: where a reaper looks first; a cluster has several of both,
+                          `sse:runs:{N}`, `sse:live:{N}`, see `indexes.py`
     sse:idem:KEY          an idempotency key: the fingerprint of its request, and the run
     sse:proc:OWNER        the channel of a process; `{sse:proc:OWNER}:inbox` has the cancel requests for its runs
 
 Times are seconds since the Unix epoch in records, milliseconds in entries and leases.
-
-What the scripts reply, read. Pure functions.
 """
 
 from __future__ import annotations
@@ -38,22 +36,17 @@ class Keys:
     """The names of all keys and channels.
 
     Args:
-        prefix: what the key of a run's entries begins with; it ends with `run:`, and what is before that is what all
-            other keys begin with.
+        prefix: what the key of a run's entries begins with. It ends with `run:`; all other keys begin with what is
+            before that.
 
     Raises:
-        ConfigurationError: it does not, or has braces in it, which decide over the slot in a cluster.
+        ConfigurationError: the prefix does not end so, or contains braces, which decide over the slot in a cluster.
     """
 
     prefix: str = "sse:run:"
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.prefix, str)
-            or not self.prefix.endswith("run:")
-            or "{" in self.prefix
-            or "}" in self.prefix
-        ):
+        if not isinstance(self.prefix, str) or not self.prefix.endswith("run:") or {"{", "}"} & {*self.prefix}:
             raise ConfigurationError(f"prefix ends with 'run:' and has no braces in it, unlike {self.prefix!r}")
 
     @property
@@ -61,31 +54,27 @@ class Keys:
         return self.prefix.removesuffix("run:")
 
     def stream(self, run_id: str) -> str:
-        """The entries of a run."""
         return self.prefix + run_id
 
     def record(self, run_id: str) -> str:
-        """The record of a run."""
         return f"{{{self.prefix}{run_id}}}:meta"
 
     def wake(self, run_id: str) -> str:
         """The channel of a run."""
         return f"{{{self.prefix}{run_id}}}:wake"
 
-    def woken(self, channel: str) -> str:
-        """The run whose channel this is."""
+    def run_of_channel(self, channel: str) -> str:
         return channel[len(self.prefix) + 1 : -len("}:wake")]
 
     def runs(self, number: int | None = None) -> str:
-        """A list of runs by the time of their making: the only one, or the one with this number in a cluster."""
+        """The index of runs by creation; in a cluster, the one with this number."""
         return f"{self._base}runs" + _numbered(number)
 
     def live(self, number: int | None = None) -> str:
-        """A list of runs by the end of their lease: the only one, or the one with this number in a cluster."""
+        """The index of runs by lease; in a cluster, the one with this number."""
         return f"{self._base}live" + _numbered(number)
 
     def idempotency(self, key: str) -> str:
-        """What a start under this idempotency key led to."""
         return f"{self._base}idem:{key}"
 
     def process(self, owner: str) -> str:
@@ -107,12 +96,12 @@ def ms(seconds: float) -> int:
 
 
 def touch(key: str) -> tuple[str, str]:
-    """A write that changes nothing, of a key that has no TTL: whether Redis takes any."""
+    """A write that changes nothing, to a key without a TTL: it finds out whether Redis takes writes."""
     return "PERSIST", key
 
 
 def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> list[str]:
-    """The fields and values of a new record, apart from those that a script adds."""
+    """The fields and values of a new record, without those that a script adds."""
     fields = {
         "owner": owner,
         "producer": run.producer,
@@ -128,7 +117,7 @@ def fields_of(run: Run, owner: str, idempotency: Idempotency | None = None) -> l
         fields["fingerprint"] = idempotency.fingerprint
         if not run.started_at:
             fields["pending"] = "1"
-    return [word for pair in fields.items() for word in pair]
+    return [text for pair in fields.items() for text in pair]
 
 
 def fields_of_ending(ending: Ending | None) -> list[str]:
@@ -140,17 +129,16 @@ def fields_of_ending(ending: Ending | None) -> list[str]:
         fields["error"] = json.dumps(ending.error.to_json())
     if ending.cancel_reason is not None:
         fields["cancel_reason"] = ending.cancel_reason
-    return [word for pair in fields.items() for word in pair]
+    return [text for pair in fields.items() for text in pair]
 
 
 def record_of(flat: Sequence[bytes]) -> dict[str, str]:
-    """A hash, as the server replies with it: field, value, field, value ..."""
-    words = [word.decode(errors="replace") for word in flat]
-    return dict(zip(words[::2], words[1::2], strict=True))
+    """A hash from the reply of the server: field, value, field, value ..."""
+    texts = [each.decode(errors="replace") for each in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
 def run_of(run_id: str, record: Mapping[str, str]) -> Run:
-    """The run that a record is of."""
     ended_at = record.get("ended_at")
     return Run(
         run_id,
@@ -168,7 +156,7 @@ def run_of(run_id: str, record: Mapping[str, str]) -> Run:
 
 
 def entries_of(flat: Sequence[bytes], run: Run) -> list[Entry]:
-    """The entries of a page: seq, data, timestamp, seq ...; the last one of a run that has ended is terminal."""
+    """The entries of a page (seq, data, timestamp, seq ...). The last one of a run that has ended is terminal."""
     last = run.seq if run.status.terminal else 0
     return [
         Entry(seq, b"id: %d\n%b" % (seq, data), int(stamp), seq == last)
@@ -177,11 +165,11 @@ def entries_of(flat: Sequence[bytes], run: Run) -> list[Entry]:
 
 
 LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.REFUSED})
-"""After these replies a run is its owner's no more."""
+"""After these replies a run does not belong to this process any more."""
 
 
 def checked(reply: Any) -> Any:
-    """A reply that is not a refusal.
+    """A reply, unless it is a refusal.
 
     Raises:
         LogUnavailable: it is one.
@@ -193,9 +181,9 @@ def checked(reply: Any) -> Any:
     return reply
 
 
-def text_of(word: bytes | None) -> str | None:
-    """Words that somebody has written, readable or not."""
-    return None if word is None else word.decode(errors="replace")
+def text_of(raw: bytes | None) -> str | None:
+    """A text, with what is no UTF-8 replaced."""
+    return None if raw is None else raw.decode(errors="replace")
 
 
 def appended_of(reply: Any) -> Appended:
@@ -212,7 +200,7 @@ def appended_of(reply: Any) -> Appended:
 
 
 def found(run_id: str, reply: Any) -> Run | None:
-    """The record of a run; None if there is none, or what lies there is none that can be read."""
+    """The record of a run from the reply to `HGETALL`; None if there is none, or it cannot be read."""
     if isinstance(reply, LogUnavailable):
         raise reply
     if isinstance(reply, Exception) or not reply:
@@ -223,17 +211,17 @@ def found(run_id: str, reply: Any) -> Run | None:
         return None
 
 
-def reason_of(word: str) -> str | None:
-    """The reason of a cancel request in an inbox; None if it has none, or none that can be read."""
+def reason_of(text: str) -> str | None:
+    """The reason of a cancel request in an inbox; None if it has none, or it cannot be read."""
     try:
-        reason = json.loads(word)
+        reason = json.loads(text)
     except ValueError:
         return None
     return reason if isinstance(reason, str) else None
 
 
 def page_of(run_id: str, after: int, reply: Any) -> Page | None:
-    """A page of a run; None if there is no such run, or nothing that can be read."""
+    """A page of a run; None if there is no such run, or it cannot be read."""
     flat, page = ([], []) if isinstance(reply, Exception) else reply
     run = found(run_id, reply if isinstance(reply, LogUnavailable) else flat)
     if run is None:

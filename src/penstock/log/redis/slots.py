@@ -1,4 +1,4 @@
-"""Which node of a cluster has which slots, as a cluster tells it. Pure, but for being kept up to date."""
+"""Which node of a cluster has which slots, and the key by which a command finds its slot. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from penstock.log.redis.urls import address_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.log.redis.backend import Command
+    from penstock.log.redis.scripts import Script
 
-NOWHERE: Final = ""
-"""The part of a slot that no node is known to have."""
+Command = tuple[Any, ...]
+"""A command and its arguments."""
+Place = tuple[str, int]
+"""The host and the port of a node."""
+
+NO_SHARD: Final = ""
+"""The shard of a slot that no node is known to have."""
+
+
+def call(script: Script, keys: Sequence[str], *args: Any) -> Command:
+    """The command that runs a script."""
+    return ("EVALSHA", script.digest, len(keys), *keys, *args)
 
 
 def key_of(command: Command) -> str:
-    """The key by whose slot a command finds its node: all keys of one are on the same slot."""
+    """The key by whose slot a command finds its node: all keys of one command are on the same slot."""
     return str(command[3 if command[0] == "EVALSHA" else 1])
 
 
@@ -29,39 +39,48 @@ def slot_of(key: str) -> int:
 
 
 class Slots:
-    """The primaries of a cluster, and their slots."""
+    """The primaries of a cluster, and the slots that each has.
+
+    Attributes:
+        primaries: host and port of each primary, by its address.
+        replicas: host and port of each replica.
+        since: when each slot came to its node, if that was seen; else minus infinity.
+    """
 
     def __init__(self) -> None:
-        self._owners = [NOWHERE] * REDIS_CLUSTER_HASH_SLOTS
+        self._owners = [NO_SHARD] * REDIS_CLUSTER_HASH_SLOTS
         self.since = [-inf] * REDIS_CLUSTER_HASH_SLOTS
-        """When each slot came to where it is, if that was seen."""
-        self.primaries: dict[str, tuple[str, int]] = {}
-        """Host and port of each primary, by its address."""
-        self.replicas: list[tuple[str, int]] = []
+        self.primaries: dict[str, Place] = {}
+        self.replicas: list[Place] = []
 
     def owner(self, key: str) -> str:
         """The address of the primary that has a key."""
         return self._owners[slot_of(key)]
 
     def moved(self, slot: int, host: str, port: int, *, now: float = 0.0) -> bool:
-        """A node has said at `now` whose a slot is; whether that was news."""
+        """Record which node has a slot, as a node said at `now`; whether the slot has changed its node."""
         address = address_of(host, port)
-        news = self._owners[slot] != address
-        if news:
+        changed = self._owners[slot] != address
+        if changed:
             self.since[slot] = now
         self._owners[slot] = address
         self.primaries[address] = (host, port)
-        return news
+        return changed
 
     def replace(self, ranges: Sequence[Any], asked: str, *, now: float = 0.0) -> bool:
-        """Take over the reply of `now` to `CLUSTER SLOTS`, of the node whose host is `asked`; whether anything is new.
+        """Take over a reply to `CLUSTER SLOTS` of time `now`; whether any slot has changed its node.
+
+        Args:
+            ranges: the reply.
+            asked: the host that was asked, which stands for a host that the reply leaves out.
+            now: Trio's clock.
 
         Raises:
-            ValueError: it is none, or the node knows of no slots.
+            ValueError: the reply cannot be read, or the node knows no slots.
         """
-        owners = [NOWHERE] * REDIS_CLUSTER_HASH_SLOTS
-        primaries: dict[str, tuple[str, int]] = {}
-        replicas: list[tuple[str, int]] = []
+        owners = [NO_SHARD] * REDIS_CLUSTER_HASH_SLOTS
+        primaries: dict[str, Place] = {}
+        replicas: list[Place] = []
         try:
             for first, last, primary, *others in ranges:
                 host, port = _place(primary, asked)
@@ -71,17 +90,16 @@ class Slots:
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError("the reply to CLUSTER SLOTS cannot be read") from error
         if not primaries or len(owners) != REDIS_CLUSTER_HASH_SLOTS:
-            raise ValueError("it knows of no slots: the cluster has not been made yet, or it has been left out")
-        news = owners != self._owners
-        if news and self.primaries:
+            raise ValueError("it knows no slots: the cluster has not been formed yet, or the node has been removed")
+        changed = owners != self._owners
+        if changed and self.primaries:
             for slot, (owner, before) in enumerate(zip(owners, self._owners, strict=True)):
                 if owner != before:
                     self.since[slot] = now
         self._owners, self.primaries, self.replicas = owners, primaries, replicas
-        return news
+        return changed
 
 
-def _place(node: Sequence[Any], asked: str) -> tuple[str, int]:
-    """Host and port of a node; one that does not know its own host has been asked at it."""
+def _place(node: Sequence[Any], asked: str) -> Place:
     host = node[0].decode() if node[0] else ""
     return (asked if host in {"", "?"} else host), int(node[1])

@@ -1,6 +1,6 @@
-"""The URLs that name a Redis, or many. What is wrong with one is said without quoting it: it may hold a password.
+"""The URLs that name a Redis or many, and the pools of connections that they describe.
 
-How connections are made: to a server that is named, or to the one that Sentinels name.
+An error never quotes a URL, which may hold a password.
 """
 
 from __future__ import annotations
@@ -28,26 +28,38 @@ from penstock.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-ONE: Final = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB]"
+SERVER: Final = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB]"
 CLUSTER: Final = "redis+cluster://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT],..."
 SENTINEL: Final = "redis+sentinel://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT],.../SERVICE[/DB]"
 ESCAPES: Final = "with % escapes for what is no letter or digit"
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
 LAST_PORT: Final = 65535
+SENTINEL_TIMEOUT: Final = 1.0
+"""Seconds that a Sentinel may take to answer before the next one is asked."""
+OPTIONS: Final[dict[str, Any]] = {
+    "protocol": 2,
+    "decode_responses": False,
+    "socket_timeout": None,
+    "socket_connect_timeout": None,
+    "health_check_interval": 0,
+    "max_connections": None,
+    "retry": Retry(NoBackoff(), 0),
+}
+"""How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
 
 
 @dataclass(frozen=True, slots=True)
-class Addresses:
+class ParsedUrl:
     """What a URL names.
 
     Attributes:
         label: where that is, without any password, for messages.
-        hosts: host and port of each server; empty for `unix://`.
-        service: the name that Sentinel knows the primary by; None: it is no URL of Sentinels.
-        options: how redis-py is to make connections: password, database, TLS.
-        shape: what such a URL looks like.
-        sentinel_options: the same for the Sentinels themselves.
+        hosts: host and port of each server; empty for one server.
+        options: how redis-py makes connections: password, database, TLS.
+        shape: what such a URL looks like, for messages.
+        service: the name by which Sentinels know the primary; None without Sentinels.
+        sentinel_options: `options` for the Sentinels themselves.
     """
 
     label: str
@@ -58,13 +70,13 @@ class Addresses:
     sentinel_options: dict[str, Any] | None = None
 
 
-def one(url: str) -> Addresses:
-    """What `redis://`, `rediss://` or `unix://` names.
+def parse_server(url: str) -> ParsedUrl:
+    """Read `redis://`, `rediss://` or `unix://`.
 
     Raises:
         ConfigurationError: redis-py cannot read it.
     """
-    shape = f"write {ONE}, {ESCAPES}"
+    shape = f"write {SERVER}, {ESCAPES}"
     try:
         parts = urlsplit(url)
         host = parts.hostname or "localhost"
@@ -75,25 +87,25 @@ def one(url: str) -> Addresses:
         raise ConfigurationError(f"this is no URL of a Redis; {shape}")
     if parts.fragment or (parts.scheme != "unix" and not (parts.path.strip("/") or "0").isdigit()):
         raise ConfigurationError(f"what follows the slash in the URL of a Redis is the number of a database; {shape}")
-    return Addresses(label, [], _options(url, shape), shape)
+    return ParsedUrl(label, [], _options(url, shape), shape)
 
 
-def cluster(url: str) -> Addresses:
-    """What `redis+cluster://` or `rediss+cluster://` names: some nodes of a cluster, which know the others.
+def parse_cluster(url: str) -> ParsedUrl:
+    """Read `redis+cluster://` or `rediss+cluster://`: some nodes of a cluster, which know the others.
 
     Raises:
         ConfigurationError: it cannot be read.
     """
     shape = f"write {CLUSTER}, {ESCAPES}"
-    scheme, user, hosts, path, query = _many(url, REDIS_PORT, shape)
+    scheme, user, hosts, path, query = _split(url, REDIS_PORT, shape)
     options = _options(f"{scheme}://{user}localhost{query}", shape)
     if path not in {"", "0"} or options.get("db"):
         raise ConfigurationError(f"a cluster has one database, so nothing follows its hosts; {shape}")
-    return Addresses(_label(hosts), hosts, _without_host(options), shape)
+    return ParsedUrl(_label(hosts), hosts, _without_host(options), shape)
 
 
-def sentinel(url: str) -> Addresses:
-    """What `redis+sentinel://` or `rediss+sentinel://` names: Sentinels, and a service that they watch.
+def parse_sentinel(url: str) -> ParsedUrl:
+    """Read `redis+sentinel://` or `rediss+sentinel://`: Sentinels, and the service that they watch.
 
     User and password are those of the Redis; `?sentinel_username=...&sentinel_password=...` those of the Sentinels.
 
@@ -101,48 +113,46 @@ def sentinel(url: str) -> Addresses:
         ConfigurationError: it cannot be read.
     """
     shape = f"write {SENTINEL}, {ESCAPES}"
-    scheme, user, hosts, path, query = _many(url, SENTINEL_PORT, shape)
+    scheme, user, hosts, path, query = _split(url, SENTINEL_PORT, shape)
     service, _, database = path.partition("/")
     if not service or not (database or "0").isdecimal() or not database.isascii():
-        words = "after the Sentinels comes the name of the service that they watch, and perhaps a database's number"
-        raise ConfigurationError(f"{words}; {shape}")
+        message = "after the Sentinels comes the name of the service that they watch, and perhaps a database's number"
+        raise ConfigurationError(f"{message}; {shape}")
     options = _without_host(_options(f"{scheme}://{user}localhost/{database or 0}{query}", shape))
     own = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     same = {name: value for name, value in options.items() if name not in {"db", "username", "password"}}
-    return Addresses(f"{_label(hosts)}/{unquote(service)}", hosts, options, shape, unquote(service), {**same, **own})
+    return ParsedUrl(f"{_label(hosts)}/{unquote(service)}", hosts, options, shape, unquote(service), {**same, **own})
 
 
-def _many(url: str, port: int, shape: str) -> tuple[str, str, list[tuple[str, int]], str, str]:
-    """A URL of many hosts: its scheme as redis-py has it, user with `@`, hosts, path, and query with `?`."""
+def _split(url: str, port: int, shape: str) -> tuple[str, str, list[tuple[str, int]], str, str]:
+    """A URL with many hosts: its scheme as redis-py has it, user with `@`, hosts, path, and query with `?`."""
     scheme, _, rest = url.partition("://")
     rest, mark, query = rest.partition("?")
-    place, _, path = rest.partition("/")
-    user, at, names = place.rpartition("@")
+    authority, _, path = rest.partition("/")
+    user, at, names = authority.rpartition("@")
     if "#" in url or "@" in path + query or {"@", ","} <= {*user} or not url.isprintable() or " " in url:
         raise ConfigurationError(f"this is no URL of a Redis; {shape}")
     hosts: list[tuple[str, int]] = []
     for name in names.split(","):
         try:
             parts = urlsplit(f"//{name}")
-            host, said = parts.hostname, parts.port if parts.netloc == name else 0
+            host, given = parts.hostname, parts.port if parts.netloc == name else 0
         except ValueError:
-            host, said = None, 0
-        if not host or said == 0:
-            words = "the hosts in the URL are names or addresses, each with a port from 1 to"
-            raise ConfigurationError(f"{words} {LAST_PORT}; {shape}")
-        hosts.append((host, said or port))
+            host, given = None, 0
+        if not host or given == 0:
+            message = "the hosts in the URL are names or addresses, each with a port from 1 to"
+            raise ConfigurationError(f"{message} {LAST_PORT}; {shape}")
+        hosts.append((host, given or port))
     return scheme.partition("+")[0], user + at, hosts, path.strip("/"), mark + query
 
 
 def _options(url: str, shape: str) -> dict[str, Any]:
     try:
         urlsplit(url)
-    except ValueError:  # it quotes what it does not understand
+    except ValueError:  # its message quotes the URL
         raise ConfigurationError(f"this is no URL of a Redis; {shape}") from None
-    try:
+    with _readable(shape):
         return dict(parse_url(url))
-    except (ValueError, TypeError, exceptions.RedisError) as error:
-        raise ConfigurationError(f"this is no URL of a Redis: {error}; {shape}") from None
 
 
 def _without_host(options: dict[str, Any]) -> dict[str, Any]:
@@ -154,71 +164,56 @@ def _label(hosts: Sequence[tuple[str, int]]) -> str:
 
 
 def address_of(host: str, port: int) -> str:
-    """A host and a port in one word."""
+    """A host and a port as one string."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-OPTIONS: Final[dict[str, Any]] = {
-    "protocol": 2,
-    "decode_responses": False,
-    "socket_timeout": None,
-    "socket_connect_timeout": None,
-    "health_check_interval": 0,
-    "max_connections": None,
-    "retry": Retry(NoBackoff(), 0),
-}
-"""How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
-SENTINEL_TIMEOUT: Final = 1.0
-"""How many seconds a Sentinel may take to answer before the next one is asked."""
-
-
 class Sentinels(Sentinel):
-    """Sentinels, which say in plain words when none of them helps."""
+    """Sentinels whose errors say plainly why none of them helps."""
 
     async def discover_master(self, service_name: str) -> Any:
-        """Where the primary is."""
         try:
             return await super().discover_master(service_name)
         except (MasterNotFoundError, exceptions.ResponseError) as error:
-            words = f"none of the Sentinels names a primary {service_name!r}"
+            message = f"none of the Sentinels names a primary {service_name!r}"
             if "AuthenticationError" in str(error):
-                words = "the Sentinels want a password, or another; write ?sentinel_password=PASSWORD at the end"
+                message = "the Sentinels want a password, or another; write ?sentinel_password=PASSWORD at the end"
             elif not isinstance(error, MasterNotFoundError):
-                words = "what answers is no Sentinel; write redis:// for a server"
-            raise exceptions.ConnectionError(words) from None
+                message = "what answers is no Sentinel; write redis:// for a server"
+            raise exceptions.ConnectionError(message) from None
 
 
-def sentinels_of(there: Addresses) -> Sentinels:
+def sentinels_of(parsed: ParsedUrl) -> Sentinels:
     """The Sentinels of a URL. One that does not answer is passed over for the next."""
-    options = {**(there.sentinel_options or {}), **OPTIONS}
+    options = {**(parsed.sentinel_options or {}), **OPTIONS}
     timeouts = {"socket_timeout": SENTINEL_TIMEOUT, "socket_connect_timeout": SENTINEL_TIMEOUT}
     secure = options.pop("connection_class", None) is not None
-    with _readable(there.shape):
-        return Sentinels(there.hosts, sentinel_kwargs={**options, **timeouts, "ssl": secure})  # type: ignore[no-untyped-call]
+    with _readable(parsed.shape):
+        return Sentinels(parsed.hosts, sentinel_kwargs={**options, **timeouts, "ssl": secure})  # type: ignore[no-untyped-call]
 
 
-def pool_of(options: dict[str, Any], shape: str) -> redis.asyncio.ConnectionPool:
+def server_pool(options: dict[str, Any], shape: str) -> redis.asyncio.ConnectionPool:
     """The connections to a server."""
     with _readable(shape):
         pool = redis.asyncio.ConnectionPool(**{**options, **OPTIONS})
-        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but it knows what it cannot be made of
+        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but unreadable options raise here
         return pool
 
 
-def watched_pool(there: Addresses, sentinel: Sentinels) -> redis.asyncio.ConnectionPool:
+def sentinel_pool(parsed: ParsedUrl, sentinels: Sentinels) -> redis.asyncio.ConnectionPool:
     """The connections to the server that Sentinels name."""
-    options = {**there.options, **OPTIONS}
+    options = {**parsed.options, **OPTIONS}
     secure = options.pop("connection_class", None) is not None
     kind = SentinelManagedSSLConnection if secure else SentinelManagedConnection
-    with _readable(there.shape):
-        pool = SentinelConnectionPool(there.service, sentinel, connection_class=kind, **options)  # type: ignore[no-untyped-call]
+    with _readable(parsed.shape):
+        pool = SentinelConnectionPool(parsed.service, sentinels, connection_class=kind, **options)  # type: ignore[no-untyped-call]
         pool.make_connection()  # type: ignore[no-untyped-call]
         return pool
 
 
 @contextmanager
 def _readable(shape: str) -> Iterator[None]:
-    """What redis-py cannot make anything of is said to be no URL."""
+    """Turn what redis-py raises for options that it cannot read into a `ConfigurationError`."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, exceptions.RedisError) as error:

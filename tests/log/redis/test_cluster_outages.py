@@ -1,19 +1,26 @@
-"""A node of a real cluster that stands still or is dead: its own runs wait for it, and no others do."""
+"""A node of a real cluster that stands still, is dead or takes no writes holds up its own runs, and no others."""
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from redis.crc import key_slot
+from trio.testing import wait_all_tasks_blocked
 
-from penstock.errors import LogUnavailable, ReaderReleased
+from penstock.errors import LogUnavailable
+from penstock.log import AppendStatus, Lease
+from penstock.log.open import open_log
 from penstock.log.redis.schema import Keys
+from penstock.supervisor import open_supervisor
 from tests.support.clustered import ClusteredServer
+from tests.support.logs import OBITUARY, batch, record
 from tests.support.redis_clusters import redis_cluster
 from tests.support.redis_runs import (
+    SOON,
     Ticks,
     counted,
     last_seq,
@@ -25,11 +32,12 @@ from tests.support.redis_runs import (
     until,
     until_it_is,
 )
-from tests.support.supervising import Notes, Witness, count, gists, read, readers
+from tests.support.supervising import Witness, count, gists, read, readers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
+    from penstock.log import EventLog
     from penstock.supervisor import Supervisor
     from tests.support.redis_clusters import Cluster
     from tests.support.redis_servers import RedisServer
@@ -39,20 +47,6 @@ MANY = 200
 """So many entries come to readers of other runs while a node is away."""
 PATIENT = 600.0
 """Seconds without an answer after which nodes take another for failed: no test waits for that."""
-
-
-class Outages(Notes):
-    """Counts the outages that it is told of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.began = self.over = 0
-
-    def outage_began(self) -> None:
-        self.began += 1
-
-    def outage_ended(self, seconds: float) -> None:  # noqa: ARG002
-        self.over += 1
 
 
 class Three:
@@ -101,8 +95,7 @@ async def goes_on(all_of: Sequence[Any], others: Sequence[Any] = ()) -> None:
 
 def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for a node that stands still waits for as long as it does, and not for a timeout."""
-    for module in ("client", "backend", "notifications"):
-        monkeypatch.setattr(f"penstock.log.redis.{module}.ANSWER_TIMEOUT", PATIENT)
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", PATIENT)
 
 
 async def test_while_a_node_stands_still_all_goes_on_that_is_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,83 +141,8 @@ async def test_while_a_node_stands_still_all_goes_on_that_is_on_others(monkeypat
             await nothing_is_left(each)
 
 
-async def test_what_is_left_for_the_background_waits_for_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait_for_ever(monkeypatch)
-    async with three() as works, supervisors(works.url, works.url, lease=3_600.0) as (owner, other):
-        free, _, paused = works.last_without_inbox(owner, other)
-        witness, ticks = Witness(), Ticks(0.02)
-        quiet = await owner.start(witness.waits, run_id=works.run_on(free))
-        await other.start(ticks, run_id=works.run_on(free), idempotency_key=works.key_on(paused))
-        async with readers((owner, quiet.id)) as (reader,):
-            await until(lambda: last_seq(reader) == 1)
-            paused.pause()
-            other._services._watch.renew_now()  # keeps the key, too
-            said = ticks.said
-            await until(lambda: ticks.said > said + 10)
-            await other.cancel(quiet.id, "enough")
-            with suppress(trio.TooSlowError):
-                await until(lambda: witness.left)
-            saw, witness.saw = witness.saw, None
-            paused.resume()
-        assert saw == "run cancelled: enough"
-
-
 async def is_renewed(works: Three, run_id: str, before: int) -> bool:
     return int(await works.server.command("HGET", record_of(run_id), "lease_end")) > before
-
-
-async def test_after_the_outage_limit_a_node_loses_its_runs_and_readers_and_is_of_use_again_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("penstock.log.redis.client.ANSWER_TIMEOUT", 2.0)
-    outages = Outages()
-    async with (
-        three() as works,
-        supervisors(works.url, lease=6.0, outage_limit=1.0, observer=outages) as (owner,),
-        supervisor_at(works.url, lease=6.0, outage_limit=1.0) as other,
-    ):
-        nodes = works.cluster.nodes
-        several = [Ticks() for _ in nodes]
-        ids = [works.run_on(node) for node in nodes]
-        for ticks, run_id in zip(several, ids, strict=True):
-            await owner.start(ticks, run_id=run_id)
-        async with readers(*((each, run_id) for run_id in ids for each in (owner, other))) as following:
-            await until(lambda: min(map(last_seq, following)) >= 20)
-            nodes[2].pause()
-            await until(lambda: several[2].left and all(reader.ended_at for reader in following[4:]), 30)
-            assert several[2].saw in {"log unavailable", None}  # None: it was not in its own sleep just then
-            assert [type(reader.error) for reader in following[4:]] == [ReaderReleased] * 2
-            await goes_on(following[:4])
-            assert (outages.began, outages.over) == (1, 0)
-            nodes[2].resume()
-            await until(lambda: outages.over)
-            with trio.fail_after(15):
-                again = await start_again(owner, works.run_on(nodes[2]))
-                for each in (owner, other):
-                    assert gists(await read(each, again)) == ["1", "2", "3", "[DONE]"]
-                assert (await other.wait(ids[2])).status == "lost"
-            await goes_on(following[:4])
-            for ticks in several[:2]:
-                ticks.enough.set()
-        for number, (run_id, ticks) in enumerate(zip(ids[:2], several[:2], strict=True)):
-            counted(await same_everywhere(works.server, run_id, following[2 * number : 2 * number + 2]), ticks)
-        lost = gists(await read(other, ids[2]))
-        assert lost[-2:] == ["error RUN_LOST", "[DONE]"]
-        assert lost[:-2] == [*map(str, range(1, len(lost) - 1))]
-        assert (outages.began, outages.over) == (1, 1)
-        for each in (owner, other):
-            await nothing_is_left(each)
-
-
-async def start_again(supervisor: Supervisor, run_id: str) -> str:
-    """Start a run as soon as its node takes it."""
-    while True:
-        try:
-            await supervisor.start(count, 3, run_id=run_id)
-        except LogUnavailable:
-            await trio.sleep(0.05)
-        else:
-            return run_id
 
 
 async def test_supervisors_that_open_while_a_node_is_dead_have_the_use_of_the_others() -> None:
@@ -274,3 +192,114 @@ async def test_a_cancel_reaches_an_owner_whose_inbox_is_dead(writes: bool) -> No
         counted(await same_everywhere(works.server, keyed.id, following[2:]), with_key)
         for each in (owner, other):
             await nothing_is_left(each)
+
+
+def name_on(cluster: Cluster[RedisServer], node: RedisServer, prefix: str, key_of: Callable[[str], str]) -> str:
+    """A name whose key has its slot on this node, in a cluster of three masters whose slots have not moved."""
+    number = cluster.nodes.index(node)
+    names = (f"{prefix}-{n}" for n in range(1_000))
+    return next(name for name in names if key_slot(key_of(name).encode()) * 3 // 16384 == number)
+
+
+def run_on(cluster: Cluster[RedisServer], node: RedisServer, prefix: str = "run") -> str:
+    """A run id whose slot is this node's."""
+    return name_on(cluster, node, prefix, record_of)
+
+
+@asynccontextmanager
+async def without(node: RedisServer) -> AsyncIterator[None]:
+    """The node stands still."""
+    node.pause()
+    try:
+        yield
+    finally:
+        node.resume()
+
+
+async def test_whichever_node_stands_still_listings_hold_up_nobody_else_and_the_log_is_ready_and_can_be_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wait_for_ever(monkeypatch)
+    async with redis_cluster(node_timeout=PATIENT) as cluster, open_log(cluster.url) as log:
+        for node in cluster.nodes:
+            await log.start(record(run_on(cluster, node)), Lease("owner", "epoch", PATIENT))
+        for node in cluster.nodes:
+            others = [each for each in cluster.nodes if each is not node]
+            wait_for_ever(monkeypatch)
+            async with without(node), trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(log.list)
+                await wait_all_tasks_blocked()
+                with trio.fail_after(SOON):
+                    for each in others:
+                        run_id = run_on(cluster, each)
+                        assert (await log.get(run_id)).id == run_id
+                        started = run_on(cluster, each, f"started-{node.port}")
+                        await log.start(record(started), Lease("owner", "epoch", PATIENT))
+                    await log.check()
+                nursery.cancel_scope.cancel()
+            assert len(await log.list()) >= len(cluster.nodes)
+
+            monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 2.0)
+            async with without(node):
+                with trio.fail_after(SOON):
+                    async with log.wakeups(name_on(cluster, node, "owner", Keys().process)):
+                        pass  # though the node is away that would tell it of cancel requests
+                    async with supervisor_at(cluster.url) as supervisor:
+                        await supervisor.check()
+                        run = await supervisor.start(count, 3, run_id=run_on(cluster, others[0], f"new-{node.port}"))
+                        assert gists(await read(supervisor, run.id)) == ["1", "2", "3", "[DONE]"]
+
+
+async def test_a_node_whose_replica_does_not_keep_what_it_must_is_away_and_new_runs_go_elsewhere() -> None:
+    async with (
+        redis_cluster(replicas=1, node_timeout=PATIENT) as cluster,
+        open_log(cluster.url, wait_replicas=1) as log,
+        open_supervisor(log, drain_timeout=0) as supervisor,
+    ):
+        await log.check()
+        node = cluster.nodes[1]
+        shard = log.shard(run_on(cluster, node))
+        for each in log.shards():
+            await log.check(each)
+        (replica,) = await cluster.replicas(node)
+        async with without(replica):
+            for ask in (
+                partial(supervisor.start, count, 1, run_id=run_on(cluster, node)),
+                partial(log.check, shard),
+                partial(log.reap, lambda: OBITUARY, shard=shard),
+            ):
+                with pytest.raises(LogUnavailable, match="0 of the 1 replicas"):
+                    await ask()
+            await until(lambda: supervisor._services._watch.is_away(shard))
+            runs = [await supervisor.start(count, 1) for _ in range(24)]
+            assert shard not in {log.shard(run.id) for run in runs}
+            assert {log.shard(run.id) for run in runs} == {*log.shards()} - {shard}
+            await supervisor.check()
+
+
+async def test_a_node_that_lets_only_readers_in_while_the_cluster_is_down_is_away_and_refuses_no_run() -> None:
+    whole: dict[str, Any] = {"cluster_require_full_coverage": "yes", "cluster_allow_reads_when_down": "yes"}
+    async with redis_cluster(node_timeout=1.0, **whole) as cluster, open_log(cluster.url) as log:
+        dead, there, _ = cluster.nodes
+        run_id = run_on(cluster, there)
+        await log.start(record(run_id), Lease("owner", "epoch", PATIENT))
+        assert await answer_to_append(log, run_id, 1) is AppendStatus.OK
+        await dead.kill()
+        await until_it_is(partial(state_of, there), "fail")
+        assert await answer_to_append(log, run_id, 2) in {"away", AppendStatus.AWAY}
+        assert (await log.get(run_id)).seq == 1
+
+
+async def state_of(node: RedisServer) -> str:
+    """What the cluster's state is by this node."""
+    state: str = (await node.command("CLUSTER INFO"))["cluster_state"]
+    return state
+
+
+async def answer_to_append(log: EventLog, run_id: str, seq: int) -> Any:
+    try:
+        (reply,) = await log.append([batch(seq, seq, run_id=run_id)])
+    except LogUnavailable:
+        return "away"
+    return reply.status
