@@ -6,25 +6,32 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from penstock.cli.demo import Cut, Reading, Received, difference, id_fault, judge_cancel, judge_reading
+from penstock.cli.demo import Cut, Reading, Received, check_cancel, check_reading, difference, id_fault
 from tests.support.command_line import penstock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WRITTEN = ["Listing '/lib'...", *(f"Compiling '/lib/{number}.py'..." for number in range(20))]
 COMPILED = 20
+COMMAND, CUTS, LINES, IDS, DONE = range(5)
+"""The checks of a reading."""
 
 
 def reading() -> Reading:
-    """What a whole reading brings."""
+    """What a reading without a fault received."""
     events = [Received(number, "stdout", line) for number, line in enumerate(WRITTEN, 1)]
     events += [Received(len(events) + 1, "exit", '{"exit_code":0}'), Received(len(events) + 2, "message", "[DONE]")]
     return Reading(events, [Cut(5, True, 3), Cut(10, True, 2)], 204)
 
 
-def held(tampered: Reading, written: list[str] = WRITTEN, compiled: int = COMPILED) -> list[bool]:
-    return [check.held for check in judge_reading(tampered, written, compiled)]
+def failed(got: Reading, written: list[str] = WRITTEN, compiled: int = COMPILED) -> list[int]:
+    """Which of the checks failed."""
+    return [number for number, check in enumerate(check_reading(got, written, compiled)) if not check.held]
 
 
 async def test_the_demo_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -76,86 +83,47 @@ async def test_a_port_in_use_fails_with_the_servers_words() -> None:
             await program.until("Address already in use")
 
 
+def data(number: int, text: str) -> Callable[[Reading], None]:
+    """Change what an event says."""
+    return lambda got: got.events.__setitem__(number, got.events[number]._replace(data=text))
+
+
 def test_a_whole_reading_holds() -> None:
-    assert all(held(reading()))
-
-
-def test_a_lost_line_fails() -> None:
-    tampered = reading()
-    del tampered.events[7]
-    assert held(tampered) == [True, True, False, False, True]
-
-
-def test_a_repeated_line_fails() -> None:
-    tampered = reading()
-    tampered.events.insert(7, tampered.events[7])
-    assert held(tampered) == [True, True, False, False, True]
-
-
-def test_two_lines_out_of_order_fail() -> None:
-    tampered = reading()
-    tampered.events[3], tampered.events[4] = tampered.events[4], tampered.events[3]
-    assert held(tampered) == [True, True, False, False, True]
-
-
-def test_a_changed_line_fails_although_the_ids_are_right() -> None:
-    tampered = reading()
-    tampered.events[3] = tampered.events[3]._replace(data="Compiling something else")
-    assert held(tampered) == [True, True, False, True, True]
-
-
-def test_a_line_that_the_command_did_not_write_fails() -> None:
-    assert held(reading(), WRITTEN[:-1], COMPILED - 1) == [True, True, False, True, True]
-
-
-def test_a_cut_after_the_end_fails() -> None:
-    tampered = reading()
-    tampered.cuts[1] = Cut(23, running=False, missed=0)
-    assert held(tampered) == [True, False, True, True, True]
-
-
-def test_a_cut_too_few_fails() -> None:
-    tampered = reading()
-    del tampered.cuts[1]
-    assert held(tampered) == [True, False, True, True, True]
-
-
-def test_done_before_the_end_fails() -> None:
-    tampered = reading()
-    tampered.events[-1] = tampered.events[-1]._replace(data="more")
-    assert held(tampered) == [True, True, True, True, False]
-
-
-def test_another_answer_than_204_at_the_end_fails() -> None:
-    tampered = reading()
-    tampered.status_at_end = 200
-    assert held(tampered) == [True, True, True, True, False]
-
-
-def test_a_command_that_failed_or_compiled_too_little_fails() -> None:
-    tampered = reading()
-    tampered.events[-2] = tampered.events[-2]._replace(data='{"exit_code":1}')
-    assert held(tampered) == [False, True, True, True, True]
-    assert held(reading(), compiled=COMPILED - 1) == [False, True, True, True, True]
-
-
-def test_nothing_at_all_fails_everything() -> None:
-    assert not any(check.held for check in judge_reading(Reading(), ["a line"], 0))
+    assert not failed(reading())
 
 
 @pytest.mark.parametrize(
-    "seconds,names,last,holds",
+    "tamper,faults",
     [
-        (0.02, ["message", "cancelled", "message"], "[DONE]", True),
-        (1.5, ["message", "cancelled", "message"], "[DONE]", False),
-        (0.02, ["message", "message"], "[DONE]", False),
-        (0.02, ["message", "cancelled"], "{}", False),
+        pytest.param(lambda got: got.events.pop(7), [LINES, IDS], id="a lost line"),
+        pytest.param(lambda got: got.events.insert(7, got.events[7]), [LINES, IDS], id="a repeated line"),
+        pytest.param(lambda got: got.events.insert(3, got.events.pop(4)), [LINES, IDS], id="two lines out of order"),
+        pytest.param(data(3, "Compiling something else"), [LINES], id="a changed line, with the right ids"),
+        pytest.param(lambda got: got.cuts.__setitem__(1, Cut(23, False, 0)), [CUTS], id="a cut after the end"),
+        pytest.param(lambda got: got.cuts.pop(), [CUTS], id="a cut too few"),
+        pytest.param(data(-1, "more"), [DONE], id="no last event"),
+        pytest.param(lambda got: setattr(got, "status_at_end", 200), [DONE], id="another response than 204 at the end"),
+        pytest.param(data(-2, '{"exit_code":1}'), [COMMAND], id="a command that failed"),
     ],
 )
-def test_a_cancel_holds_if_it_was_quick_and_the_stream_says_so(
-    seconds: float, names: list[str], last: str, holds: bool
-) -> None:
-    assert judge_cancel(seconds, names, last).held is holds
+def test_what_is_wrong_with_a_reading_fails_its_checks(tamper: Callable[[Reading], None], faults: list[int]) -> None:
+    tampered = reading()
+    tamper(tampered)
+    assert failed(tampered) == faults
+
+
+def test_what_the_command_did_not_write_or_compile_fails() -> None:
+    assert failed(reading(), WRITTEN[:-1], COMPILED - 1) == [LINES]
+    assert failed(reading(), compiled=COMPILED - 1) == [COMMAND]
+    assert failed(Reading(), ["a line"], 0) == [COMMAND, CUTS, LINES, IDS, DONE]
+
+
+def test_a_cancel_holds_if_it_was_quick_and_the_stream_says_so() -> None:
+    names = ["message", "cancelled", "message"]
+    assert check_cancel(0.02, names, "[DONE]").held
+    assert not check_cancel(1.5, names, "[DONE]").held
+    assert not check_cancel(0.02, ["message", "message"], "[DONE]").held
+    assert not check_cancel(0.02, names, "{}").held
 
 
 @pytest.mark.parametrize(

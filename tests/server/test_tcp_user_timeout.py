@@ -17,8 +17,7 @@ from penstock import ConfigurationError, create_app, serve
 from penstock.cli import serve as serve_command
 from penstock.server import hypercorn_fixes as corrections
 from penstock.server.hypercorn_fixes import MAX_USER_TIMEOUT
-from tests.cli.test_cli import ANY_PORT, ran, refused
-from tests.cli.test_cli import PRODUCERS as EXAMPLE
+from tests.support.command_line import ANY_PORT, PRODUCERS, ran, refused
 from tests.support.connections import SOON, readers
 from tests.support.endpoints import with_endless
 from tests.support.serving import Tap, eventually, quiet_config, serving
@@ -28,11 +27,10 @@ from tests.support.wire import DONE, ids
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from penstock.cli.host import Hosted
     from tests.support.serving import Server
 
 USER_TIMEOUT: Final = socket.TCP_USER_TIMEOUT
-SERVE: Final = ("serve", "--producers", EXAMPLE, *ANY_PORT)
+SERVE: Final = ("serve", "--producers", PRODUCERS, *ANY_PORT)
 
 
 def giving_up_after(seconds: float, **knobs: Any) -> AbstractAsyncContextManager[Server]:
@@ -83,17 +81,17 @@ async def test_a_timeout_that_no_socket_takes_is_refused(seconds: Any) -> None:
 
 
 def test_the_command_line_takes_a_timeout_up_to_what_a_socket_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosted: list[Hosted] = []
+    hosted: list[float] = []
 
-    def host(what: Hosted, *_sockets: Any, **_how: Any) -> int:
-        hosted.append(what)
+    def host(*_what: Any, tcp_user_timeout: float, **_how: Any) -> int:
+        hosted.append(tcp_user_timeout)
         return 0
 
     monkeypatch.setattr(serve_command, "host", host)
     for seconds in ("0", "0.5", "2147483.647"):
         assert ran(*SERVE, "--tcp-user-timeout", seconds).exit_code == 0
     assert ran(*SERVE).exit_code == 0
-    assert [each.tcp_user_timeout for each in hosted] == [0, 0.5, MAX_USER_TIMEOUT, 30.0]
+    assert hosted == [0, 0.5, MAX_USER_TIMEOUT, 30.0]
 
 
 @pytest.mark.parametrize("seconds", ["-0.001", "2147483.648", "nan", "inf", "soon"])

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from penstock.cli.sockets import check_certificate
 from penstock.errors import ConfigurationError
-from tests.cli.test_cli import ANY_PORT, PRODUCERS, refused
+from tests.support.command_line import ANY_PORT, PRODUCERS, refused
 from tests.support.processes import process
 from tests.support.wire import DONE, blocks_of, ids
 

@@ -9,7 +9,7 @@ import h11
 import pytest
 import trio
 
-from tests.cli.test_cli import refused
+from tests.support.command_line import refused
 from tests.support.serving import eventually
 from tests.support.wire import DONE
 from tests.support.workers import (

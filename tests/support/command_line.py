@@ -1,4 +1,4 @@
-"""`penstock` in a process of its own: started, listened to, signalled, and gone when the block is left."""
+"""The program `penstock`: a command line in this process, or a process of its own that ends with its block."""
 
 from __future__ import annotations
 
@@ -8,21 +8,42 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
+from click.testing import CliRunner
+
+from penstock.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
+
+    from click.testing import Result
 
 GUARD: Final = 60.0
 """Seconds after which a process has hung. No test comes near it."""
+EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "agent.py"
+PRODUCERS: Final = f"{EXAMPLE}:producers"
+ANY_PORT: Final = ("--bind", "127.0.0.1:0")
+
+
+def ran(*args: object, **env: str | None) -> Result:
+    """The result of a command line in this process; a variable that is None is unset."""
+    return CliRunner(env=env).invoke(main, [str(each) for each in args], prog_name="penstock")
+
+
+def refused(*args: object, **env: str | None) -> str:
+    """The message, on one line, with which a command line is refused."""
+    result = ran(*args, **env)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
 
 
 @dataclass
 class Program:
-    """A running `penstock`, and what it has printed so far, on stdout and stderr."""
+    """A running `penstock`, and the lines that it has printed so far, to stdout and stderr."""
 
     process: trio.Process
     lines: list[str] = field(default_factory=list)
@@ -40,7 +61,7 @@ class Program:
                 if found := re.search(pattern, line):
                     return found
             seen = len(self.lines)
-            assert await self._more(), f"it ended without {pattern!r}, having said:\n{self.words}"
+            assert await self._more(), f"it ended without {pattern!r}, having printed:\n{self.words}"
 
     async def end(self) -> int:
         """Its exit code, as soon as it has ended."""
@@ -57,7 +78,7 @@ class Program:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without settings of a penstock of its own."""
+    """This process's environment without penstock's own variables, and with `more`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     return {**kept, "PYTHONUNBUFFERED": "1", **more}
 

@@ -1,11 +1,11 @@
-"""A client of the HTTP API: requests, and what their answers mean.
+"""A client of the HTTP API: requests, and what their responses mean.
 
-    Server.ask, Server.stream ──▶ Answer  ──▶ decide, put_off, record_in, runs_in, refusal_in
-           └── or ──▶ an error of httpx2  ──▶ trouble_of
+    ApiClient.ask, ApiClient.stream ──▶ ApiResponse ──▶ decide, retry_or_stop, record_in, runs_in, cancelled_in
+               └── or ──▶ an error of httpx2 ──▶ connection_failed
 
-What is on the right is pure. What a server sends may be anything: a token that it repeats is blotted out, and no answer
-at all, or one that is not penstock's, is a `ConnectionFailed` or a `CommandFailed`, whose one line says what
-to do. `terminal.py` makes it harmless before a terminal sees it.
+The right-hand side is pure. A server may send anything: a token that it repeats is replaced; a missing response, or one
+that is not penstock's, becomes a `ConnectionFailed` or a `CommandFailed`, whose one line says what to do. `terminal.py`
+escapes control characters before a terminal sees them.
 """
 
 from __future__ import annotations
@@ -28,45 +28,44 @@ import httpx2
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-CONNECT: Final = 10.0
-"""The most seconds for a connection to be made."""
-PATIENCE: Final = 30.0
-"""The most seconds between two pieces of an answer that is no stream."""
-MAX_REFUSAL: Final = 4 * 1024 * 1024
-"""The most bytes that are read of an answer that refuses; one with a run's record may have a megabyte of metadata."""
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds to make a connection."""
+READ_TIMEOUT: Final = 30.0
+"""Seconds between two pieces of a response that is no stream."""
+MAX_ERROR_BYTES: Final = 4 * 1024 * 1024
+"""How much of an error response is read. One that holds a run's record may have a megabyte of metadata."""
 EVENT_STREAM: Final = "text/event-stream"
-HIDDEN: Final = "[token]"
 
-_COME_AGAIN: Final = frozenset({408, 425, 429})
-_NEVER: Final = frozenset({501, 505})
+_RETRIED: Final = frozenset({408, 425, 429})
+_NOT_RETRIED: Final = frozenset({501, 505})
 _SECONDS: Final = re.compile(r"[0-9]{1,9}")
 
 
 class CommandFailed(Exception):
-    """The command cannot go on; the words are its last line."""
+    """The command cannot go on; the message is its last line."""
 
 
 class ConnectionFailed(Exception):
-    """There was no answer, or not all of it.
+    """There was no response, or only a part of one.
 
     Attributes:
-        final: trying again would change nothing.
+        final: another try would fail in the same way.
     """
 
-    def __init__(self, words: str, *, final: bool = False) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
         self.final = final
 
 
 @dataclass(frozen=True, slots=True)
 class ApiResponse:
-    """What a server answered.
+    """A response of a server.
 
     Attributes:
         status: of HTTP.
         headers: by their names in lower case.
-        body: its bytes; none of a stream's.
-        token: what no words of this answer may show.
+        body: its bytes; empty for a stream.
+        token: what no message about this response may show.
     """
 
     status: int
@@ -76,11 +75,10 @@ class ApiResponse:
 
     @property
     def media_type(self) -> str:
-        """What it says it is, without parameters."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     def json(self) -> Any:
-        """The body's JSON value; None if it is none."""
+        """The body's JSON value; None if it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -88,16 +86,16 @@ class ApiResponse:
 
 
 class Refusal(NamedTuple):
-    """What an answer of penstock's says that refuses: its code, its words, and all of its members."""
+    """An error response of penstock: its code, its detail, and all of its members."""
 
     code: str
     detail: str
     members: Mapping[str, Any]
 
 
-def refusal_in(answer: ApiResponse) -> Refusal | None:
-    """The refusal, in either dialect; None if the answer is not penstock's."""
-    body = answer.json()
+def refusal_in(response: ApiResponse) -> Refusal | None:
+    """The error response, in either dialect; None if the response is not penstock's."""
+    body = response.json()
     if not isinstance(body, dict):
         return None
     members = body["detail"] if isinstance(body.get("detail"), dict) else body  # the latter: dialect plain
@@ -107,34 +105,36 @@ def refusal_in(answer: ApiResponse) -> Refusal | None:
     return Refusal(code, detail, members)
 
 
-def words_of(answer: ApiResponse) -> str:
-    """What an answer says that is not the one that was asked for, in one line."""
-    status, refusal = answer.status, refusal_in(answer)
+def describe(response: ApiResponse) -> str:
+    """What a response says that is not the expected one, in one line."""
+    status, refusal = response.status, refusal_in(response)
     if 300 <= status < 400:  # noqa: PLR2004  (the redirections, RFC 9110 section 15.4)
-        target = answer.headers.get("location", "nowhere")
-        words = f"the server answered {status} and points to {target}; that is not followed: is it the right --url?"
+        target = response.headers.get("location", "nowhere")
+        message = f"the server answered {status} and points to {target}; that is not followed: is it the right --url?"
     elif refusal is not None and status >= HTTPStatus.BAD_REQUEST:
-        words = f"the server answered {status} {refusal.code}: {refusal.detail}"
+        message = f"the server answered {status} {refusal.code}: {refusal.detail}"
     else:
-        words = f"the server answered {status} with {answer.media_type or 'nothing'}, and that is not penstock's way"
-        words += "" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else ": is it the right --url?"
+        message = (
+            f"the server answered {status} with {response.media_type or 'nothing'}, and that is not penstock's way"
+        )
+        message += "" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else ": is it the right --url?"
     if status == HTTPStatus.UNAUTHORIZED:
-        words += "; give a token in PENSTOCK_TOKEN, or with --token"
-    return words if answer.token is None else words.replace(answer.token, HIDDEN)
+        message += "; give a token in PENSTOCK_TOKEN, or with --token"
+    return message if response.token is None else message.replace(response.token, "[token]")
 
 
-# What an answer means
+# What a response means
 
 
 class Action(Enum):
-    """What a reader does after an answer."""
+    """What a reader does after a response."""
 
-    READ = "it is the stream"
-    OVER = "the run has ended, and nothing follows the cursor"
+    READ = "read the stream"
+    OVER = "stop: the run has ended, and no event follows the cursor"
     AGAIN = "ask again, after a pause"
-    SEEK = "the run is not there, and was: ask again, but not for long"
-    SKIP = "what follows the cursor is not there any more: go on at the oldest event"
-    STOP = "asking again would change nothing"
+    SEEK = "ask again, but not for long: the server knew the run before, and does not know it now"
+    SKIP = "continue at the oldest event: those that follow the cursor have expired"
+    STOP = "give up: another request would get the same response"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,49 +142,49 @@ class Decision:
     """What to do next.
 
     Attributes:
-        step: see there.
-        words: why, unless it is what was hoped for.
-        pause: how many seconds the server asks to wait for.
-        oldest: for `SKIP`: the id of the oldest event that there is.
+        action: see `Action`.
+        reason: why, for AGAIN, SEEK and STOP.
+        pause: how many seconds the server asks to wait.
+        oldest: for SKIP, the id of the oldest event.
     """
 
-    step: Action
-    words: str = ""
+    action: Action
+    reason: str = ""
     pause: float = 0.0
     oldest: int = 0
 
 
-def decide(answer: ApiResponse, *, cursor: int, seen: bool) -> Decision:
-    """What an answer to a request for a run's stream means.
+def decide(response: ApiResponse, *, cursor: int, seen: bool) -> Decision:
+    """What to do after the response to a request for a run's stream.
 
     Args:
-        answer: without its body, if it is a stream.
-        cursor: what the request asked to go on after.
+        response: without its body, if it is a stream.
+        cursor: the id after which the request wanted to continue.
         seen: whether the server has known the run before.
     """
-    if answer.status == HTTPStatus.OK and answer.media_type == EVENT_STREAM:
+    if response.status == HTTPStatus.OK and response.media_type == EVENT_STREAM:
         return Decision(Action.READ)
-    if answer.status == HTTPStatus.NO_CONTENT:
+    if response.status == HTTPStatus.NO_CONTENT:
         return Decision(Action.OVER)
-    refusal = refusal_in(answer) if answer.status == HTTPStatus.GONE else None
+    refusal = refusal_in(response) if response.status == HTTPStatus.GONE else None
     oldest = None if refusal is None else refusal.members.get("oldest_seq")
     if isinstance(oldest, int) and oldest > cursor + 1:
         return Decision(Action.SKIP, oldest=oldest)
-    return put_off(answer, seen=seen)
+    return retry_or_stop(response, seen=seen)
 
 
-def put_off(answer: ApiResponse, *, seen: bool) -> Decision:
-    """What an answer means that is not the one that was asked for: try again, or give up."""
-    status, words = answer.status, words_of(answer)
+def retry_or_stop(response: ApiResponse, *, seen: bool) -> Decision:
+    """What to do after a response that is not the expected one."""
+    status, reason = response.status, describe(response)
     if status == HTTPStatus.NOT_FOUND and seen:
-        return Decision(Action.SEEK, words)
-    if status in _COME_AGAIN or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _NEVER):
-        return Decision(Action.AGAIN, words, retry_after(answer.headers.get("retry-after", "")))
-    return Decision(Action.STOP, words)
+        return Decision(Action.SEEK, reason)
+    if status in _RETRIED or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _NOT_RETRIED):
+        return Decision(Action.AGAIN, reason, retry_after(response.headers.get("retry-after", "")))
+    return Decision(Action.STOP, reason)
 
 
 def retry_after(value: str, now: float | None = None) -> float:
-    """How many seconds from `now` (by default: this machine's clock) a `Retry-After` asks to wait for; else 0."""
+    """How many seconds from `now` (by default: this machine's clock) a `Retry-After` asks to wait; 0 if it is none."""
     if _SECONDS.fullmatch(value.strip()):
         return float(value)
     try:
@@ -193,66 +193,61 @@ def retry_after(value: str, now: float | None = None) -> float:
         return 0.0
 
 
-def record_in(answer: ApiResponse) -> dict[str, Any]:
+def record_in(response: ApiResponse) -> dict[str, Any]:
     """The record of a run.
 
     Raises:
-        Failure: it is none.
+        CommandFailed: the response holds none.
     """
-    return _checked_record(answer.json() if answer.status == HTTPStatus.OK else None, answer)
+    return _checked_record(response.json() if response.status == HTTPStatus.OK else None, response)
+
+
+def runs_in(response: ApiResponse) -> list[dict[str, Any]]:
+    """The records of a list of runs.
+
+    Raises:
+        CommandFailed: the response holds none.
+    """
+    body = response.json() if response.status == HTTPStatus.OK else None
+    if not isinstance(body, dict) or not isinstance(body.get("runs"), list):
+        raise CommandFailed(describe(response))
+    return [_checked_record(each, response) for each in body["runs"]]
+
+
+def _checked_record(record: Any, response: ApiResponse) -> dict[str, Any]:
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("id", "status")):
+        raise CommandFailed(describe(response))
+    return record
 
 
 class CancelResult(NamedTuple):
-    """What a cancel met: in words, the run's record, and whether it had ended."""
+    """What a cancel did: in a few words, the run's record, and whether the run had ended before."""
 
-    words: str
+    outcome: str
     record: dict[str, Any]
     ended: bool
 
 
-def cancelled_in(answer: ApiResponse) -> CancelResult:
-    """What an answer to a cancel says.
+def cancelled_in(response: ApiResponse) -> CancelResult:
+    """The result of a cancel.
 
     Raises:
-        Failure: it refuses, or is none.
+        CommandFailed: the response is an error, or holds no record.
     """
-    if answer.status == HTTPStatus.ACCEPTED:
-        return CancelResult("is asked to stop", _checked_record(answer.json(), answer), ended=False)
-    if answer.status == HTTPStatus.OK:
-        return CancelResult("was asked to stop before, and is still ending", record_in(answer), ended=False)
-    refusal = refusal_in(answer)
+    if response.status == HTTPStatus.ACCEPTED:
+        return CancelResult("is asked to stop", _checked_record(response.json(), response), ended=False)
+    if response.status == HTTPStatus.OK:
+        return CancelResult("was asked to stop before, and is still ending", record_in(response), ended=False)
+    refusal = refusal_in(response)
     if refusal is not None and refusal.code == "RUN_ENDED":
-        record = _checked_record(refusal.members.get("run"), answer)
+        record = _checked_record(refusal.members.get("run"), response)
         return CancelResult(f"had ended already: {record['status']} ({record.get('stop_reason')})", record, ended=True)
-    raise CommandFailed(words_of(answer))
+    raise CommandFailed(describe(response))
 
 
-def runs_in(answer: ApiResponse) -> list[dict[str, Any]]:
-    """The records of a list of runs.
-
-    Raises:
-        Failure: it is none.
-    """
-    body = answer.json() if answer.status == HTTPStatus.OK else None
-    if not isinstance(body, dict) or not isinstance(body.get("runs"), list):
-        raise CommandFailed(words_of(answer))
-    return [_checked_record(each, answer) for each in body["runs"]]
-
-
-def _checked_record(record: Any, answer: ApiResponse) -> dict[str, Any]:
-    if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("id", "status")):
-        raise CommandFailed(words_of(answer))
-    return record
-
-
-def connection_failed(error: Exception, *, asked: bool = False) -> ConnectionFailed:
-    """What an error of the connection comes to.
-
-    Args:
-        error: as httpx2 raised it.
-        asked: the beginning of the answer is there already.
-    """
-    if asked:
+def connection_failed(error: Exception, *, begun: bool = False) -> ConnectionFailed:
+    """The `ConnectionFailed` for an error of httpx2; `begun`: the beginning of the response has arrived."""
+    if begun:
         silent = isinstance(error, httpx2.TimeoutException)
         return ConnectionFailed("nothing came for too long" if silent else "the connection was cut")
     if isinstance(error, httpx2.TimeoutException):
@@ -260,7 +255,7 @@ def connection_failed(error: Exception, *, asked: bool = False) -> ConnectionFai
     causes = [error]
     while isinstance(cause := causes[-1].__cause__ or causes[-1].__context__, Exception):
         causes.append(cause)
-    if final := next(filter(None, map(_never_better, causes)), None):
+    if final := next(filter(None, map(_lasting, causes)), None):
         return ConnectionFailed(final, final=True)
     if isinstance(error, httpx2.ProxyError):
         return ConnectionFailed(f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY refuses ({error})")
@@ -270,19 +265,21 @@ def connection_failed(error: Exception, *, asked: bool = False) -> ConnectionFai
     return ConnectionFailed("the server hung up without an answer")
 
 
-def _never_better(error: Exception) -> str | None:
-    """The words for an error that is there to stay, before an answer has begun; None: another try may go better."""
+def _lasting(error: Exception) -> str | None:
+    """The message for an error before the response that another try would meet again; None: it may not."""
     match error:
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return None
         case ssl.SSLCertVerificationError():
-            words = f"the server's certificate is not trusted ({error.verify_message})"
-            return f"{words}; give the authority that vouches for it with --cafile"
+            return (
+                f"the server's certificate is not trusted ({error.verify_message}); give the certificate of its "
+                "authority with --cafile"
+            )
         case ssl.SSLError():
-            words = f"there is no TLS with this server ({getattr(error, 'reason', None) or error})"
-            return f"{words}: should it be http://, or another --cafile?"
+            reason = getattr(error, "reason", None) or error
+            return f"there is no TLS with this server ({reason}): should it be http://, or another --cafile?"
         case h11.RemoteProtocolError():
-            return "what answers there does not speak HTTP: is it the right --url?"
+            return "the server does not speak HTTP: is it the right --url?"
         case UnicodeError() | httpx2.InvalidURL() | httpx2.UnsupportedProtocol():
             return "there can be no server of that name: is it the right --url?"
     return None
@@ -292,15 +289,15 @@ def _never_better(error: Exception) -> str | None:
 
 
 class ApiClient:
-    """A server: a context manager that closes its connections. It follows no redirection and repeats nothing.
+    """A server, as a context manager that closes its connections. It follows no redirection and repeats no request.
 
     Args:
-        url: http or https, a host, and perhaps a path that all others begin with; no slash at its end.
-        token: what lets this client in.
-        tls: whom it trusts; None: the usual authorities.
+        url: http or https, a host, and perhaps a path before that of each request; without a slash at its end.
+        token: authenticates this client.
+        tls: the authorities that it trusts; None: the usual ones.
 
     Raises:
-        Failure: the environment names a proxy that cannot be used.
+        CommandFailed: the environment names a proxy that cannot be used.
     """
 
     def __init__(self, url: str, token: str | None = None, tls: ssl.SSLContext | None = None) -> None:
@@ -312,7 +309,7 @@ class ApiClient:
                 verify=tls or True,
                 limits=httpx2.Limits(max_keepalive_connections=0),
             )
-        except (ValueError, ImportError):  # whose words may hold the proxy's password
+        except (ValueError, ImportError):  # whose message may hold the proxy's password
             raise CommandFailed("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that cannot be used") from None
 
     def __enter__(self) -> Self:
@@ -321,46 +318,31 @@ class ApiClient:
     def __exit__(self, *_exc: object) -> None:
         self._client.close()
 
-    def ask(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str | int] | None = None,
-        body: Mapping[str, Any] | None = None,
-        wait: float = PATIENCE,
-    ) -> ApiResponse:
-        """The answer to one request.
-
-        Args:
-            method: of HTTP.
-            path: from `/v1` on.
-            query: what comes after it.
-            body: a JSON object.
-            wait: the most seconds between two pieces of the answer.
+    def ask(self, method: str, path: str, *, wait: float = READ_TIMEOUT, **request: Any) -> ApiResponse:
+        """The response to one request; `wait` limits the seconds between two pieces of it.
 
         Raises:
-            Trouble: there is none.
+            ConnectionFailed: there is none.
         """
-        with self._opened(method, path, wait, params=query, json=body) as response:
-            return self._answer(response, limit=inf if response.is_success else MAX_REFUSAL)
+        with self._opened(method, path, wait, **request) as response:
+            return self._read(response, limit=inf if response.is_success else MAX_ERROR_BYTES)
 
     @contextmanager
     def stream(
         self, run_id: str, cursor: int, *, wait: float, silence: float
     ) -> Iterator[tuple[ApiResponse, Iterator[bytes]]]:
-        """Ask for a run's stream; the answer, and the pieces of it if it is one.
+        """Request a run's stream; yields the response, and the pieces of its body if it is a stream.
 
         Args:
-            run_id: whose.
+            run_id: of the run.
             cursor: the id of the last event that was seen.
-            wait: the most seconds for the answer to begin.
-            silence: the most seconds between two pieces, once it is a stream.
+            wait: the most seconds until the response begins.
+            silence: the most seconds between two pieces of the stream.
 
         Raises:
-            Trouble: there is no answer; or, out of the pieces, there are no more.
+            ConnectionFailed: there is no response; or, out of the pieces, there are no more.
         """
-        # Whoever accepts nothing but a stream, like a browser's EventSource, is never told why there is none.
+        # A client that accepts nothing but a stream, as a browser's EventSource does, gets no reason for a refusal.
         headers = {"Accept": f"{EVENT_STREAM}, application/problem+json", "Last-Event-ID": str(cursor)}
         with self._opened("GET", f"/v1/runs/{run_id}/stream", wait, headers=headers) as response:
             if response.is_success and ApiResponse(200, response.headers).media_type == EVENT_STREAM:
@@ -368,14 +350,14 @@ class ApiClient:
                 response.request.extensions["timeout"]["read"] = silence
                 yield ApiResponse(response.status_code, response.headers), _pieces(response)
             else:
-                yield self._answer(response, limit=MAX_REFUSAL if response.is_error else 0), iter(())
+                yield self._read(response, limit=MAX_ERROR_BYTES if response.is_error else 0), iter(())
 
     @contextmanager
     def _opened(self, method: str, path: str, wait: float, **request: Any) -> Iterator[httpx2.Response]:
-        timeout = httpx2.Timeout(wait, connect=min(wait, CONNECT))
+        timeout = httpx2.Timeout(wait, connect=min(wait, CONNECT_TIMEOUT))
         try:
-            asked = self._client.build_request(method, self._url + path, timeout=timeout, **request)
-            response = self._client.send(asked, stream=True)
+            prepared = self._client.build_request(method, self._url + path, timeout=timeout, **request)
+            response = self._client.send(prepared, stream=True)
         except (httpx2.RequestError, httpx2.InvalidURL, UnicodeError) as error:
             raise connection_failed(error) from None
         try:
@@ -383,7 +365,7 @@ class ApiClient:
         finally:
             response.close()
 
-    def _answer(self, response: httpx2.Response, *, limit: float) -> ApiResponse:
+    def _read(self, response: httpx2.Response, *, limit: float) -> ApiResponse:
         body = bytearray()
         pieces = _pieces(response)
         while len(body) < limit and (piece := next(pieces, None)) is not None:
@@ -396,4 +378,4 @@ def _pieces(response: httpx2.Response) -> Iterator[bytes]:
     try:
         yield from response.iter_bytes()
     except httpx2.RequestError as error:
-        raise connection_failed(error, asked=True) from None
+        raise connection_failed(error, begun=True) from None

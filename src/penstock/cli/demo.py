@@ -1,15 +1,13 @@
-"""What the demo claims, judged from what was received and what was written: pure functions.
-
-The main job, to watch: a real command's output over HTTP, cut twice, resumed, compared; then a cancel.
+"""`penstock demo`: a real command's output over HTTP, cut twice, resumed, compared; then a cancel.
 
     penstock serve        a process of its own, on a free port
       └─ tee ── compileall, over a part of the standard library ──▶ written.txt
            │
            └─▶ run ─▶ log ─▶ HTTP ─▶ httpx2:  connection 1 ✂   connection 2 ✂   connection 3, to the end
 
-Nothing that judges is penstock's: the client is httpx2, and what the command wrote is read from a file
-that the command's own process tree wrote. Everything happens in a temporary folder; the server is ended whatever
-happens, Ctrl-C included.
+The checks rely on nothing of penstock's: the client is httpx2, and what the command wrote is read from a file that the
+command's own processes wrote. All files are in a temporary folder. The server is ended on every way out, Ctrl-C
+included.
 """
 
 from __future__ import annotations
@@ -25,76 +23,82 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 import httpx2
 import trio
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from penstock.cli.demo_producers import COMPILED, COPY, FOLDERS
 from penstock.errors import single_error
+from penstock.exception_groups import open_nursery
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
-CANCEL_LIMIT_SECONDS: Final = 1.0
-CANCEL_TARGET_SECONDS: Final = 0.05
+CANCEL_LIMIT: Final = 1.0
+CANCEL_TARGET: Final = 0.05
+"""Seconds from the request to cancel a run to the end of its stream."""
 CUTS: Final = (0.25, 0.5)
-"""After which shares of the lines to be expected the connection is cut."""
+"""The shares of the expected lines after which the client cuts its connection."""
 MISSED: Final = 10
-"""How many more lines the command is let write after each cut, before the client comes back."""
+"""How many lines the command writes after each cut before the client reconnects."""
+GUARD: Final = 60.0
+"""Seconds after which the demo gives up; it takes a few seconds."""
+LEAVE_LIMIT: Final = 5.0
+"""Seconds from SIGTERM to the exit of the server."""
 NO_CONTENT: Final = 204
+INTERRUPTED: Final = 128 + signal.SIGINT
+
+
+class DemoError(Exception):
+    """The demo could not be carried out."""
+
+
+# Checks: pure functions
 
 
 class Received(NamedTuple):
-    """One event, as the client got it."""
+    """One event, as the client received it."""
 
     id: int
     event: str
     data: str
 
 
-@dataclass(slots=True)
-class Cut:
-    """How it was when a connection had been cut."""
+class Cut(NamedTuple):
+    """A cut after the event `after`; when the client reconnected, `missed` more were stored."""
 
     after: int
-    """The id of the last event that was read."""
     running: bool
-    """Whether the run was still going on when the client came back."""
     missed: int
-    """The events that were stored while nobody listened."""
 
 
 @dataclass(slots=True)
 class Reading:
-    """What all connections together brought."""
+    """What all connections together received, and the status of a last request with the last id."""
 
     events: list[Received] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     status_at_end: int = 0
-    """What a request with the last id was answered."""
 
     @property
     def last_id(self) -> int:
-        """The cursor to come back with."""
+        """The cursor for the next connection."""
         return self.events[-1].id if self.events else 0
-
-    @property
-    def lines(self) -> list[str]:
-        """The command's output, as it arrived."""
-        return [event.data for event in self.events if event.event in {"stdout", "stderr"}]
 
 
 class Check(NamedTuple):
     """One claim, and whether it held."""
 
     held: bool
-    words: str
+    claim: str
 
 
 def difference(written: Sequence[str], arrived: Sequence[str]) -> str | None:
-    """Where what arrived first differs from what was written; None if it does not."""
+    """The first difference between the lines that were written and those that arrived; None if there is none."""
     for number, (line, got) in enumerate(zip(written, arrived, strict=False), 1):
         if line != got:
             return f"line {number} was written as {line!r:.100}, and arrived as {got!r:.100}"
@@ -104,22 +108,23 @@ def difference(written: Sequence[str], arrived: Sequence[str]) -> str | None:
 
 
 def id_fault(ids: Sequence[int]) -> str | None:
-    """What is wrong with the ids, which are to be 1, 2, 3 …; None if nothing is."""
+    """The first id that is not the next of 1, 2, 3 …; None if all are."""
     for expected, got in enumerate(ids, 1):
         if got != expected:
             return f"id {got} came where {expected} was due"
     return None if ids else "there are none"
 
 
-def judge_reading(reading: Reading, written: Sequence[str], compiled: int) -> list[Check]:
-    """The checks of the first part."""
-    events, lines = reading.events, reading.lines
-    announced = sum(line.startswith("Compiling ") for line in written)
+def check_reading(reading: Reading, written: Sequence[str], compiled: int) -> list[Check]:
+    """Compare what arrived with the lines that the command wrote, and with the number of files that it compiled."""
+    events, cuts = reading.events, reading.cuts
+    lines = [event.data for event in events if event.event in {"stdout", "stderr"}]
     exits = [event.data for event in events if event.event == "exit"]
-    apart = difference(written, lines)
-    fault = id_fault([event.id for event in events])
-    done = bool(events) and events[-1].data == "[DONE]" and sum(event.data == "[DONE]" for event in events) == 1
-    cuts = "; ".join(f"after id {cut.after}, {cut.missed} more were stored before it came back" for cut in reading.cuts)
+    done = [event.data == "[DONE]" for event in events]
+    announced = sum(line.startswith("Compiling ") for line in written)
+    apart, fault = difference(written, lines), id_fault([event.id for event in events])
+    done_last = done.count(True) == 1 and done[-1]
+    missed = "; ".join(f"after id {cut.after}, {cut.missed} more were stored before it came back" for cut in cuts)
     return [
         Check(
             len(written) > MISSED and exits == ['{"exit_code":0}'] and compiled == announced,
@@ -127,8 +132,8 @@ def judge_reading(reading: Reading, written: Sequence[str], compiled: int) -> li
             f"its exit event: {', '.join(exits) or 'none'}",
         ),
         Check(
-            len(reading.cuts) == len(CUTS) and all(cut.running and cut.missed > 0 for cut in reading.cuts),
-            f"cut {len(reading.cuts)} times in mid-stream: {cuts}",
+            len(cuts) == len(CUTS) and all(cut.running and cut.missed > 0 for cut in cuts),
+            f"cut {len(cuts)} times in mid-stream: {missed}",
         ),
         Check(
             apart is None,
@@ -137,75 +142,55 @@ def judge_reading(reading: Reading, written: Sequence[str], compiled: int) -> li
         ),
         Check(
             fault is None,
-            f"ids 1 to {reading.last_id} over {len(reading.cuts) + 1} connections"
+            f"ids 1 to {reading.last_id} over {len(cuts) + 1} connections"
             + (", no gap, no repeat" if fault is None else f": {fault}"),
         ),
         Check(
-            done and reading.status_at_end == NO_CONTENT,
-            f"[DONE] came {'last' if done else 'NOT last, or not once'}; "
+            done_last and reading.status_at_end == NO_CONTENT,
+            f"[DONE] came {'last' if done_last else 'NOT last, or not once'}; "
             f"a request with the last id was answered {reading.status_at_end}",
         ),
     ]
 
 
-def judge_cancel(seconds: float, names: Sequence[str], last: str) -> Check:
-    """The check of the second part; `names` and `last` are the events' types and the last one's data."""
+def check_cancel(seconds: float, names: Sequence[str], last: str) -> Check:
+    """Check a cancel: its time, the types of the events, and the data of the last one."""
     return Check(
-        seconds < CANCEL_LIMIT_SECONDS and "cancelled" in names and last == "[DONE]",
+        seconds < CANCEL_LIMIT and "cancelled" in names and last == "[DONE]",
         f"a silent run was cancelled by another client: {seconds * 1000:.1f} ms from the request to the end of the "
-        f"stream (target {CANCEL_TARGET_SECONDS * 1000:.0f} ms, limit {CANCEL_LIMIT_SECONDS * 1000:.0f} ms)",
+        f"stream (target {CANCEL_TARGET * 1000:.0f} ms, limit {CANCEL_LIMIT * 1000:.0f} ms)",
     )
 
 
-GUARD_SECONDS: Final = 60.0
-"""After so long the demo gives up; it takes a few seconds."""
-LEAVE_LIMIT_SECONDS: Final = 5.0
-"""How long the server may take from SIGTERM to its exit."""
-INTERRUPTED: Final = 128 + signal.SIGINT
+# Output
 
 
-class DemoError(Exception):
-    """The demo could not be carried out."""
-
-
-# Showing
-
-
-class DemoScreen:
-    """Progress: a bar on a terminal, a line for each step elsewhere."""
+class DemoScreen(Progress):
+    """Prints a line for each step, above a progress bar if standard output is a terminal."""
 
     def __init__(self) -> None:
-        self._live = sys.stdout.isatty()
+        console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+        columns = (TextColumn(" "), BarColumn(30), MofNCompleteColumn(), TextColumn("lines, {task.description}"))
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_interactive)
+        self._task = self.add_task("", total=None, visible=False)
 
-    def step(self, words: str) -> None:
-        """Something begins."""
-        self._clear()
-        click.echo(f"  {words}")
+    def step(self, message: str) -> None:
+        self.console.print(f"  {message}")
 
-    def bar(self, done: int, total: int, words: str) -> None:
-        """How far it is."""
-        if self._live:
-            width = 30
-            filled = min(width, width * done // max(total, 1))
-            click.echo(f"\r  [{'#' * filled}{'-' * (width - filled)}] {done} lines, {words}\x1b[K", nl=False)
+    def bar(self, done: int, total: int, description: str) -> None:
+        self.update(self._task, completed=done, total=max(done, total), description=description, visible=done < total)
 
     def report(self, checks: Sequence[Check], seconds: float) -> None:
-        """Every claim, and the sum of it."""
-        self._clear()
         click.echo("")
         for check in checks:
             mark = click.style("ok    ", fg="green") if check.held else click.style("FAILED", fg="red", bold=True)
-            click.echo(f"  {mark}  {check.words}")
+            click.echo(f"  {mark}  {check.claim}")
         failed = sum(not check.held for check in checks)
-        sum_of_it = f"{failed} of {len(checks)} checks FAILED" if failed else f"all {len(checks)} checks held"
-        click.echo(f"\n  {sum_of_it}; {seconds:.1f} s")
-
-    def _clear(self) -> None:
-        if self._live:
-            click.echo("\r\x1b[K", nl=False)
+        summary = f"{failed} of {len(checks)} checks FAILED" if failed else f"all {len(checks)} checks held"
+        click.echo(f"\n  {summary}; {seconds:.1f} s")
 
 
-# Doing
+# I/O
 
 
 @dataclass(slots=True)
@@ -214,55 +199,59 @@ class DemoServer:
 
     process: trio.Process
     url: str = ""
-    said: list[str] = field(default_factory=list)
+    output: list[str] = field(default_factory=list)
 
     async def listen(self, task_status: trio.TaskStatus[None]) -> None:
-        """Take what it prints, so that no full pipe holds it up; it has started when it has said where it is."""
+        """Read what it prints, so that it never waits for a full pipe; it has started when it has printed its URL."""
         assert self.process.stderr is not None  # noqa: S101  (a pipe, as it was started)
         rest = b""
         async for piece in self.process.stderr:
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
-                self.said.append(line.decode(errors="replace"))
-                if not self.url and (found := re.search(r"serving on (http://\S+)", self.said[-1])):
+                self.output.append(line.decode(errors="replace"))
+                if not self.url and (found := re.search(r"serving on (http://\S+)", self.output[-1])):
                     self.url = found[1]
                     task_status.started()
         if not self.url:
-            raise DemoError("the server did not start; it said:\n" + "\n".join(self.said))
+            raise DemoError("the server did not start; it said:\n" + "\n".join(self.output))
 
     async def leave(self) -> Check:
-        """SIGTERM, and what came of it."""
+        """Send SIGTERM, and check how the server ends."""
         begun = time.perf_counter()
         self.process.terminate()
-        with trio.move_on_after(LEAVE_LIMIT_SECONDS):
+        with trio.move_on_after(LEAVE_LIMIT):
             await self.process.wait()
         took, code = time.perf_counter() - begun, self.process.returncode
         if code is None:
-            return Check(held=False, words=f"the server was still there {took:.1f} s after SIGTERM")
+            return Check(held=False, claim=f"the server was still there {took:.1f} s after SIGTERM")
         return Check(code == 0, f"the server left with exit code {code}, {took * 1000:.0f} ms after SIGTERM")
+
+    def client(self) -> httpx2.AsyncClient:
+        """A new client; without `trust_env`, since no proxy stands between the demo and this machine."""
+        return httpx2.AsyncClient(base_url=self.url, timeout=GUARD, trust_env=False)
 
 
 @asynccontextmanager
 async def serving(folder: Path, port: int) -> AsyncIterator[DemoServer]:
-    """A server that works in a folder; it is gone when the block is left, whatever the way out."""
+    """Start a server that works in `folder`; it has ended when the block is left, on every way out."""
     argv = [sys.executable, "-m", "penstock", "serve", "--producers", "penstock.cli.demo_producers:producers"]
     argv += ["--bind", f"127.0.0.1:{port}", "--log-level", "warning", "--drain-timeout", "0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     environment["PYTHONUNBUFFERED"] = "1"
-    # In a session of its own: a Ctrl-C in the terminal is the demo's, which then ends the server in good order.
+    # In a session of its own: a Ctrl-C in the terminal reaches the demo alone, which then ends the server in order.
     process = await trio.lowlevel.open_process(
         argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
+    server = DemoServer(process)
     try:
         async with trio.open_nursery() as nursery:
-            server = DemoServer(process)
             await nursery.start(server.listen)
             yield server
             nursery.cancel_scope.cancel(reason="the demo is over")
     finally:
         with trio.CancelScope(shield=True):  # it has a deadline: `leave` has one, and SIGKILL cannot be ignored
             if process.returncode is None:
-                await DemoServer(process).leave()
+                await server.leave()
             if process.returncode is None:
                 process.kill()
             await process.wait()
@@ -270,43 +259,27 @@ async def serving(folder: Path, port: int) -> AsyncIterator[DemoServer]:
             await process.stderr.aclose()
 
 
-def client_of(server: DemoServer) -> httpx2.AsyncClient:
-    """A client without a past; `trust_env`: no proxy stands between the demo and this machine."""
-    return httpx2.AsyncClient(base_url=server.url, timeout=GUARD_SECONDS, trust_env=False)
-
-
 async def start(client: httpx2.AsyncClient, producer: str) -> str:
-    """Start a run; the path of its record."""
-    answer = await client.post("/v1/runs", json={"producer": producer})
-    answer.raise_for_status()
-    return f"/v1/runs/{answer.json()['id']}"
+    """Start a run; returns the path of its record."""
+    response = await client.post("/v1/runs", json={"producer": producer})
+    return f"/v1/runs/{response.raise_for_status().json()['id']}"
 
 
-async def record(client: httpx2.AsyncClient, run: str) -> dict[str, Any]:
-    """A run's record."""
-    answer = await client.get(run)
-    answer.raise_for_status()
-    members: dict[str, Any] = answer.json()
-    return members
-
-
-def _events(source: httpx2.EventSource) -> AsyncGenerator[httpx2.ServerSentEvent, None]:
-    """The events, as the generator that they are: it is to be closed when the reading stops before their end."""
-    return cast("AsyncGenerator[httpx2.ServerSentEvent, None]", aiter(source))
+async def record(client: httpx2.AsyncClient, run: str) -> Any:
+    return (await client.get(run)).raise_for_status().json()
 
 
 async def read(server: DemoServer, run: str, reading: Reading, up_to: float, screen: DemoScreen, total: int) -> None:
-    """One connection: read on from where the reading stands, up to an id; then close the socket."""
+    """Read on from the last id, over one connection, up to another id; then close the socket."""
     headers = {"Last-Event-ID": str(reading.last_id)} if reading.events else {}
-    words = f"connection {len(reading.cuts) + 1}"
     async with (
-        client_of(server) as client,
+        server.client() as client,
         client.sse(f"{run}/stream", headers=headers) as source,
-        aclosing(_events(source)) as events,
+        aclosing(aiter(source)) as events,  # type: ignore[type-var]  # httpx2 does not say that it is a generator
     ):
         async for event in events:
             reading.events.append(Received(int(event.id or 0), event.event, event.data))
-            screen.bar(reading.last_id, total, words)
+            screen.bar(reading.last_id, total, f"connection {len(reading.cuts) + 1}")
             if reading.last_id >= up_to:
                 return
 
@@ -314,7 +287,7 @@ async def read(server: DemoServer, run: str, reading: Reading, up_to: float, scr
 async def read_with_cuts(server: DemoServer, run: str, screen: DemoScreen, total: int) -> Reading:
     """Read a run from its beginning to its end, over connections that are cut."""
     reading = Reading()
-    async with client_of(server) as other:
+    async with server.client() as other:
         for share in CUTS:
             await read(server, run, reading, int(total * share), screen, total)
             now = await record(other, run)
@@ -325,62 +298,55 @@ async def read_with_cuts(server: DemoServer, run: str, screen: DemoScreen, total
             reading.cuts.append(cut)
             screen.step(f"cut after id {cut.after}; the run goes on, {cut.missed} more are stored. Back with that id")
         await read(server, run, reading, float("inf"), screen, total)
-        answer = await other.get(f"{run}/stream", headers={"Last-Event-ID": str(reading.last_id)})
-        reading.status_at_end = answer.status_code
+        response = await other.get(f"{run}/stream", headers={"Last-Event-ID": str(reading.last_id)})
+        reading.status_at_end = response.status_code
     return reading
 
 
 async def cancel_silent_run(server: DemoServer) -> Check:
-    """Start a run that says nothing, read it, and have another client cancel it."""
-    names: list[str] = []
-    last, ended = "", 0.0
-    listening = trio.Event()
+    """Start a silent run, read it, and let another client cancel it."""
+    received: list[tuple[str, str]] = []
+    first = trio.Event()
 
     async def listen() -> None:
-        nonlocal last, ended
-        async with (
-            client_of(server) as client,
-            client.sse(f"{run}/stream") as source,
-            aclosing(_events(source)) as events,
-        ):
-            async for event in events:
-                names.append(event.event)
-                last = event.data
-                listening.set()
-        ended = time.perf_counter()
+        async with server.client() as client, client.sse(f"{run}/stream") as source:
+            async for event in source:
+                received.append((event.event, event.data))
+                first.set()
 
-    async with client_of(server) as other:
+    async with server.client() as other:
         run = await start(other, "silent")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(listen)
-            await listening.wait()
+            await first.wait()
             begun = time.perf_counter()
             (await other.post(f"{run}/cancel", json={"reason": "the demo's second client"})).raise_for_status()
-    return judge_cancel(ended - begun, names, last)
+        seconds = time.perf_counter() - begun
+    return check_cancel(seconds, [name for name, _ in received], received[-1][1])
 
 
 async def demonstrate(folder: Path, port: int, screen: DemoScreen) -> list[Check]:
-    """Everything, in a scratch folder."""
+    """Carry out the demo in a scratch folder."""
     total = sum(1 for where in FOLDERS for _ in where.glob("*.py")) + len(FOLDERS)
     async with serving(folder, port) as server:
         screen.step(f"penstock serve is up at {server.url}, process {server.process.pid}")
-        async with client_of(server) as client:
+        async with server.client() as client:
             run = await start(client, "build")
         screen.step(f"compileall runs over {total - len(FOLDERS)} files; its output is {server.url}{run}/stream")
         reading = await read_with_cuts(server, run, screen, total)
         written = (folder / COPY).read_bytes().decode().split("\n")[:-1]
         compiled = sum(1 for _ in (folder / COMPILED).rglob("*.pyc"))
-        checks = judge_reading(reading, written, compiled)
+        checks = check_reading(reading, written, compiled)
         screen.step("a silent run: one client reads it, another one cancels it")
         checks.append(await cancel_silent_run(server))
         checks.append(await server.leave())
         if not all(check.held for check in checks):
-            screen.step("\n    ".join(["the server said:", *server.said]))
+            screen.step("\n    ".join(["the server said:", *server.output]))
         return checks
 
 
 async def _until_signalled(port: int, screen: DemoScreen) -> list[Check] | None:
-    """The checks; None if a signal came first."""
+    """Carry out the demo; returns None if a signal ended it."""
     checks: list[Check] | None = None
 
     async def give_up(task_status: trio.TaskStatus[None]) -> None:
@@ -389,17 +355,17 @@ async def _until_signalled(port: int, screen: DemoScreen) -> list[Check] | None:
             await anext(aiter(signals))
             nursery.cancel_scope.cancel(reason="a signal")
 
-    with tempfile.TemporaryDirectory(prefix="penstock-demo-") as folder:
-        async with trio.open_nursery() as nursery:
+    with tempfile.TemporaryDirectory(prefix="penstock-demo-") as folder, screen:
+        async with open_nursery() as nursery:
             await nursery.start(give_up)
-            with trio.fail_after(GUARD_SECONDS):
+            with trio.fail_after(GUARD):
                 checks = await demonstrate(Path(folder), port, screen)
             nursery.cancel_scope.cancel(reason="the demo is over")
     return checks
 
 
 def run_demo(port: int = 0) -> int:
-    """Carry it out, with progress and a report on stdout; the exit code: 0 only if every check held."""
+    """Carry out the demo, with progress and a report on stdout; returns 0 only if every check held."""
     begun = time.perf_counter()
     screen = DemoScreen()
     click.echo("penstock demo: a real command over HTTP, cut twice, resumed, compared; then a cancel")
@@ -410,7 +376,7 @@ def run_demo(port: int = 0) -> int:
             case DemoError() | httpx2.HTTPError() | OSError() as failure:
                 click.echo(f"\nthe demo FAILED: {str(failure) or type(failure).__name__}", err=True)
             case trio.TooSlowError():
-                click.echo(f"\nthe demo FAILED: it was not done after {GUARD_SECONDS:g} s", err=True)
+                click.echo(f"\nthe demo FAILED: it was not done after {GUARD:g} s", err=True)
             case _:
                 raise
         return 1

@@ -1,6 +1,6 @@
-"""What `penstock demo` has its server run: a real command that takes some seconds, and a producer that says nothing.
+"""The producers of `penstock demo`: a real command that takes some seconds, and one that is silent.
 
-The server's working directory is the demo's scratch folder, and everything that is written goes there.
+The server's working directory is the demo's scratch folder; all files are written there.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
 COPY: Final = "written.txt"
-"""Where the command's own copy of its output is."""
+"""The file to which the command copies its output."""
 COMPILED: Final = "pycache"
-"""The folder that the compiled files go to, instead of beside their sources."""
+"""The folder of the compiled files."""
 
 _STDLIB: Final = Path(sysconfig.get_path("stdlib"))
 _PACKAGES: Final = (
     "asyncio concurrent/futures email encodings http importlib json logging multiprocessing unittest xml/dom"
 )
 FOLDERS: Final = (_STDLIB, *(folder for name in _PACKAGES.split() if (folder := _STDLIB / name).is_dir()))
-"""The part of the standard library that is compiled: these folders, without what is below them."""
+"""The folders of the standard library that are compiled, without their subfolders."""
 
 _TEE: Final = """
 import subprocess, sys
@@ -43,17 +43,17 @@ with (
             file.flush()
 sys.exit(child.returncode)
 """
-"""What `tee` does: everything that a command writes goes to a file, and on."""
+"""Does what `tee` does: copies the output of a command to a file."""
 
 
 def build(_input: Any) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-    """Compile a part of the standard library; what the compiler prints also goes to a file, past all of penstock."""
+    """Compile a part of the standard library. A file that penstock does not touch gets a copy of the output."""
     compiler = [sys.executable, "-IBu", "-X", f"pycache_prefix={Path.cwd() / COMPILED}", "-m", "compileall"]
     return command([sys.executable, "-I", "-c", _TEE, COPY, *compiler, "-f", "-r", "0", *FOLDERS])
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:  # noqa: ASYNC900  (that is what a producer is)
-    """Says one thing, and then nothing for an hour."""
+    """Yield one event, and no other for an hour."""
     yield Event(data="nothing more for an hour")
     await trio.sleep(3600)
     yield Event(data="an hour later")

@@ -1,13 +1,13 @@
-"""`penstock runs follow`: every event of a run once, in order, whatever happens to connections.
+"""`penstock runs follow`: every event of a run once, in order, over any number of connections.
 
     ┌──▶ request, after the cursor ──▶ READ   print, and move the cursor, event by event ──┐
     │                              ──▶ AGAIN, SEEK ◀─ cut off, refused, silent ◀───────────┤
     ├── pause ◀────────────────────────┘                                                   │
-    ├── SKIP: say what is missing                                                          │
-    └── it still runs ◀── ask for the record ◀── OVER ◀────────────────────────────────────┘ [DONE]
+    ├── SKIP: say which events are missing                                                 │
+    └── the run goes on ◀── request the record ◀── OVER ◀──────────────────────────────────┘ [DONE]
 
-What an answer means is decided in `client.py`. The cursor moves when an event has been printed, and nothing at or below
-it is ever printed again, so that a server may send what it likes twice.
+`api.py` decides what a response means. The cursor moves when an event has been printed, and no event at or below the
+cursor is printed, so that a server may send an event twice.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from http import HTTPStatus
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
-from tenacity import RetryCallState, Retrying, wait_random_exponential
-
-from penstock.cli.api import Action, CommandFailed, ConnectionFailed, Decision, decide, put_off, record_in
-from penstock.cli.terminal import Progress, Screen, event_as_json, event_as_words, how_it_ended
+from penstock.backoff import Backoff
+from penstock.cli.api import Action, CommandFailed, ConnectionFailed, Decision, decide, record_in, retry_or_stop
+from penstock.cli.terminal import Progress, Screen, describe_end, event_as_json, event_as_text
 from penstock.sse import Decoder
 
 if TYPE_CHECKING:
@@ -34,18 +33,17 @@ if TYPE_CHECKING:
     from penstock.sse import Message
 
 FIRST_PAUSE: Final = 0.1
-"""The longest first pause, in seconds. Each is drawn at random, and its limit doubles."""
 SHORTEST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 5.0
-"""The longest pause, in seconds, but for a server that asks for a longer one by `Retry-After`."""
+"""The pauses between tries, in seconds; see `Backoff`. A server may ask for a longer one by `Retry-After`."""
 SILENCE: Final = 60.0
-"""Seconds without any byte after which a connection is taken for dead: four times a server's ping interval."""
-LOST_AGAIN: Final = 15.0
-"""How many seconds a run may be unknown that was known before: a log that was emptied is given its runs again."""
-ENDING: Final = 15.0
-"""The most seconds for learning how a run ended whose last event has been printed."""
-LAST_TRY: Final = 1.0
-"""The least seconds that a server has to answer, however little patience is left."""
+"""Seconds without any byte after which a connection counts as dead: four times a server's ping interval."""
+SEEK_LIMIT: Final = 15.0
+"""Seconds for which a known run may be unknown: the owner of a run restores it in a log that was emptied."""
+RECORD_LIMIT: Final = 15.0
+"""The most seconds to request the record of a run whose last event has been printed."""
+LEAST_WAIT: Final = 1.0
+"""The least seconds that a server gets to respond, however close the time limit is."""
 EXIT_CODES: Final = {"completed": 0, "cancelled": 3, "failed": 4, "lost": 5}
 CANNOT_GO_ON: Final = 1
 INTERRUPTED: Final = 128 + signal.SIGINT
@@ -55,12 +53,7 @@ _SEQ: Final = re.compile(r"[0-9]{1,18}")
 
 
 class TimeLimit:
-    """How long something may go on that is not to go on.
-
-    Args:
-        limit: how many seconds.
-        clock: tells the seconds.
-    """
+    """How long something may fail. The time begins with the first failure, and again with the first after a success."""
 
     def __init__(self, limit: float, clock: Callable[[], float]) -> None:
         self.limit = limit
@@ -68,39 +61,17 @@ class TimeLimit:
         self._since: float | None = None
 
     def left(self) -> float:
-        """The seconds that are left; the first call after `renew` begins to count."""
+        """The seconds that are left; the first call after `restart` starts the time."""
         if self._since is None:
             self._since = self._clock()
         return self.limit - (self._clock() - self._since)
 
-    def renew(self) -> None:
-        """It does not go on."""
+    def restart(self) -> None:
         self._since = None
 
 
-class Backoff:
-    """How long to wait before the next try: longer each time, and at random, so that not all come at once."""
-
-    def __init__(self) -> None:
-        self._wait = wait_random_exponential(multiplier=FIRST_PAUSE, min=SHORTEST_PAUSE, max=LONGEST_PAUSE)
-        self.renew()
-
-    def next(self) -> float:
-        """The next pause, in seconds."""
-        pause = self._wait(self._state)
-        self._state.attempt_number += 1
-        return pause
-
-    def renew(self) -> None:
-        """Begin with short ones again."""
-        self._state = RetryCallState(Retrying(), None, (), {})
-
-
-# Following
-
-
 def seq_of(last_event_id: str) -> int | None:
-    """The seq that an event's id is; None if it is none."""
+    """The seq that the id of an event is; None if it is no seq."""
     return int(last_event_id) if _SEQ.fullmatch(last_event_id) else None
 
 
@@ -118,20 +89,20 @@ class Following:
     """One run that is followed.
 
     Attributes:
-        server: where.
-        run_id: which.
-        screen: where events go.
-        show: an event as it is printed.
-        cursor: the id of the last event that was printed, or that was to be left out.
-        give_up_after: how many seconds there may be no stream; inf: for ever.
+        server: where the run is.
+        run_id: of the run.
+        screen: prints the events.
+        show: the text of an event.
+        cursor: the id of the last event that was printed or skipped.
+        give_up_after: how many seconds there may be no stream; inf: no limit.
         silence: see `SILENCE`.
-        missing: events could not be had.
+        missing: whether the server did not have all events any more.
     """
 
     server: ApiClient
     run_id: str
     screen: Screen
-    show: Callable[[int, Message], str] = event_as_words
+    show: Callable[[int, Message], str] = event_as_text
     cursor: int = 0
     give_up_after: float = inf
     silence: float = SILENCE
@@ -139,67 +110,70 @@ class Following:
     sleep: Callable[[float], None] = time.sleep
     missing: bool = field(default=False, init=False)
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is something to go on with."""
-        return self._seen or self.cursor > 0
-
     def __post_init__(self) -> None:
-        self._alone = TimeLimit(self.give_up_after, self.clock)
-        self._unknown = TimeLimit(LOST_AGAIN, self.clock)
-        self._pauses = Backoff()
-        self._seen = self._repeated = self._last_ones = False
+        self._without_stream = TimeLimit(self.give_up_after, self.clock)
+        self._unknown = TimeLimit(SEEK_LIMIT, self.clock)
+        self._backoff = Backoff(first=FIRST_PAUSE, shortest=SHORTEST_PAUSE, longest=LONGEST_PAUSE)
+        self._seen = self._repeated = self._from_tail = False
         self._retry = 0.0
 
-    def to_the_end(self, tail: int | None = None) -> int:
-        """Print what there is and what comes, until the run has ended; how it ended, as an exit code.
+    @property
+    def begun(self) -> bool:
+        """Whether the run is known to exist, so that a user may continue later."""
+        return self._seen or self.cursor > 0
+
+    def run(self, tail: int | None = None) -> int:
+        """Print the run's events until it has ended; returns the exit code.
 
         Args:
             tail: begin with the last so many events, if that is after the cursor.
 
         Raises:
-            Failure: it cannot go on.
+            CommandFailed: it cannot go on.
         """
         if tail is not None:
-            # Asked for here and not of the server: if the first connection breaks before its first event, the last
-            # ones are others then.
-            first = _count(self._record(self._alone).get("seq")) - tail
-            self._last_ones = first > self.cursor
+            # Computed here and not by the server: if the first connection breaks before its first event, the server's
+            # last events would be others by then.
+            seq = self._record(self._without_stream).get("seq")
+            first = (seq if isinstance(seq, int) else 0) - tail
+            self._from_tail = first > self.cursor
             self.cursor = max(self.cursor, first)
         while True:
-            decision = self._connection()
-            if decision.step is Action.STOP:
-                raise CommandFailed(decision.words)
-            if decision.step is Action.SKIP:
+            decision = self._connect()
+            if decision.action is Action.STOP:
+                raise CommandFailed(decision.reason)
+            if decision.action is Action.SKIP:
                 self._skip(decision.oldest)
-            elif decision.step is not Action.OVER:
-                self._pause(decision)
-            elif (record := self._ending())["status"] != "running":
-                return self._report(record)
-            else:  # an event with the words of the last one, in a type of the producer's own
-                self._pause(Decision(Action.AGAIN, "the stream ended, and the run goes on"))
+            elif decision.action is not Action.OVER:
+                self._pause(decision, self._without_stream)
+            elif (record := self._final_record())["status"] != "running":
+                self.screen.ended(describe_end(record), self.clock())
+                code = EXIT_CODES.get(record["status"], CANNOT_GO_ON)
+                return EVENTS_MISSING if self.missing and code == 0 else code
+            else:  # a producer's own event looked like the last one
+                self._pause(Decision(Action.AGAIN, "the stream ended, and the run goes on"), self._without_stream)
 
-    def _connection(self) -> Decision:
-        """Ask once, and print what comes; what to do next."""
-        wait = min(max(self._alone.left(), LAST_TRY), self.silence)
+    def _connect(self) -> Decision:
+        """Make one request, and print what comes; returns what to do next."""
+        wait = min(max(self._without_stream.left(), LEAST_WAIT), self.silence)
         self.screen.progress.until = None
         try:
-            with self.server.stream(self.run_id, self.cursor, wait=wait, silence=self.silence) as (answer, pieces):
-                decision = decide(answer, cursor=self.cursor, seen=self._seen)
-                if decision.step not in {Action.AGAIN, Action.STOP}:
-                    self._alone.renew()
-                if decision.step not in {Action.AGAIN, Action.STOP, Action.SEEK}:
-                    self._seen = True
-                    self._unknown.renew()
-                if decision.step is Action.READ:
-                    self.screen.connected()
-                    return self._read(pieces)
-                return decision
-        except ConnectionFailed as trouble:
-            return Decision(Action.STOP if trouble.final else Action.AGAIN, str(trouble))
+            with self.server.stream(self.run_id, self.cursor, wait=wait, silence=self.silence) as (response, pieces):
+                decision = decide(response, cursor=self.cursor, seen=self._seen)
+                if decision.action not in {Action.AGAIN, Action.STOP}:
+                    self._without_stream.restart()
+                    if decision.action is not Action.SEEK:
+                        self._seen = True
+                        self._unknown.restart()
+                if decision.action is not Action.READ:
+                    return decision
+                self.screen.connected()
+                return self._read(pieces)
+        except ConnectionFailed as error:
+            return Decision(Action.STOP if error.final else Action.AGAIN, str(error))
 
     def _read(self, pieces: Iterator[bytes]) -> Decision:
-        decoder = Decoder()
+        decoder = Decoder()  # not httpx2's EventSource: see docs/decisions/0027
         for piece in pieces:
             self.screen.progress.size += len(piece)
             for message in decoder.feed(piece):
@@ -211,7 +185,7 @@ class Following:
         return Decision(Action.AGAIN, "the stream ended before the run")
 
     def _print(self, message: Message) -> bool:
-        """Print an event, if it is new; whether it is the last one."""
+        """Print an event, if it is new; returns whether it is the last one."""
         seq = seq_of(message.last_event_id)
         if seq is not None and seq > self.cursor:
             self.screen.event(self.show(seq, message))
@@ -224,94 +198,81 @@ class Following:
             raise CommandFailed("the stream has an event without the id of a run's event: is it the right --url?")
         if not self._repeated:
             self._repeated = True
-            self.screen.tell(f"the server repeats events, such as {seq} after {self.cursor}; they are left out")
+            self.screen.warn(f"the server repeats events, such as {seq} after {self.cursor}; they are left out")
         return False
 
     def _move_to(self, seq: int) -> None:
         if seq > self.cursor:
             self.cursor = seq
-            self._last_ones = False
-            self._pauses.renew()
+            self._from_tail = False
+            self._backoff.reset()
 
     def _skip(self, oldest: int) -> None:
-        """Go on with the oldest event that there is."""
-        if not self._last_ones:  # who asks for the last ones has asked for no more than there are
+        """Continue with the oldest event that the server has."""
+        if not self._from_tail:  # --tail asks for no more events than there are
             first, last = self.cursor + 1, oldest - 1
             ids = f"event {first} is" if first == last else f"events {first} to {last} are"
-            self.screen.tell(f"{ids} missing: the server no longer has them")
+            self.screen.warn(f"{ids} missing: the server no longer has them")
             self.missing = True
-        self._last_ones = False
+        self._from_tail = False
         self.cursor = oldest - 1
 
-    def _pause(self, decision: Decision, patience: TimeLimit | None = None) -> None:
+    def _pause(self, decision: Decision, limit: TimeLimit) -> None:
         """Wait before the next try.
 
         Raises:
-            Failure: there have been enough of them.
+            CommandFailed: the time limit is over, or would be over after the pause.
         """
-        if decision.step is Action.SEEK:
-            patience = self._unknown
-        patience = patience or self._alone
-        left = patience.left()
+        if decision.action is Action.SEEK:
+            limit = self._unknown
+        left = limit.left()
         if left <= 0:
-            raise CommandFailed(f"gave up after {patience.limit:g} s: {decision.words}")
+            raise CommandFailed(f"gave up after {limit.limit:g} s: {decision.reason}")
         if decision.pause > left:
-            raise CommandFailed(f"gave up, since the server wants {decision.pause:g} s of patience: {decision.words}")
-        pause = max(min(max(self._pauses.next(), min(self._retry, LONGEST_PAUSE)), left), decision.pause)
-        self.screen.reconnecting(decision.words, self.cursor, pause, self.clock())
+            raise CommandFailed(
+                f"gave up, since the server asks for {decision.pause:g} s of patience: {decision.reason}"
+            )
+        pause = max(min(max(self._backoff.next(), min(self._retry, LONGEST_PAUSE)), left), decision.pause)
+        self.screen.reconnecting(decision.reason, self.cursor, pause, self.clock())
         self.sleep(pause)
 
-    # The record
-
-    def _ending(self) -> dict[str, Any]:
-        """The record of a run of which everything has been printed."""
+    def _final_record(self) -> dict[str, Any]:
+        """The record of a run whose events have all been printed."""
         try:
-            return self._record(TimeLimit(min(self.give_up_after, ENDING), self.clock))
-        except CommandFailed as failure:
-            raise CommandFailed(f"all events have come, but how the run ended is not known: {failure}") from None
+            return self._record(TimeLimit(min(self.give_up_after, RECORD_LIMIT), self.clock))
+        except CommandFailed as error:
+            raise CommandFailed(f"all events have come, but how the run ended is not known: {error}") from None
 
-    def _record(self, patience: TimeLimit) -> dict[str, Any]:
+    def _record(self, limit: TimeLimit) -> dict[str, Any]:
         while True:
             try:
-                wait = min(max(patience.left(), LAST_TRY), self.silence)
-                answer = self.server.ask("GET", f"/v1/runs/{self.run_id}", wait=wait)
-            except ConnectionFailed as trouble:
-                decision = Decision(Action.STOP if trouble.final else Action.AGAIN, str(trouble))
+                wait = min(max(limit.left(), LEAST_WAIT), self.silence)
+                response = self.server.ask("GET", f"/v1/runs/{self.run_id}", wait=wait)
+            except ConnectionFailed as error:
+                decision = Decision(Action.STOP if error.final else Action.AGAIN, str(error))
             else:
-                if answer.status == HTTPStatus.OK:
-                    patience.renew()
+                if response.status == HTTPStatus.OK:
+                    limit.restart()
                     self._seen = True
-                    return record_in(answer)
-                decision = put_off(answer, seen=self._seen)
-            if decision.step is Action.STOP:
-                raise CommandFailed(decision.words)
-            self._pause(decision, patience)
-
-    def _report(self, record: dict[str, Any]) -> int:
-        """Say how the run ended; the exit code."""
-        self.screen.ended(how_it_ended(record), self.clock())
-        code = EXIT_CODES.get(record["status"], CANNOT_GO_ON)
-        return EVENTS_MISSING if self.missing and code == 0 else code
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0
+                    return record_in(response)
+                decision = retry_or_stop(response, seen=self._seen)
+            if decision.action is Action.STOP:
+                raise CommandFailed(decision.reason)
+            self._pause(decision, limit)
 
 
 def follow(
     server: ApiClient, run_id: str, *, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
 ) -> int:
-    """Follow a run to its end; the exit code. What keeps it from that is said, and with which cursor one can go on."""
-    progress = Progress(time.monotonic())
-    with Screen(progress, quiet=quiet) as screen:
-        show = event_as_json if as_json else event_as_words
+    """Follow a run to its end; returns the exit code. An error message names the cursor with which one can continue."""
+    with Screen(Progress(time.monotonic()), quiet=quiet) as screen:
+        show = event_as_json if as_json else event_as_text
         following = Following(server, run_id, screen, show, cursor=after, give_up_after=give_up_after)
         try:
-            return following.to_the_end(tail)
-        except CommandFailed as failure:
-            go_on = f"; go on with --after {following.cursor}" if following.begun else ""
-            screen.tell(f"{failure}{go_on}")
+            return following.run(tail)
+        except CommandFailed as error:
+            screen.warn(f"{error}; go on with --after {following.cursor}" if following.begun else str(error))
             return CANNOT_GO_ON
         except KeyboardInterrupt:
-            screen.tell(f"stopped; go on with --after {following.cursor}")
+            screen.warn(f"stopped; go on with --after {following.cursor}")
             return INTERRUPTED

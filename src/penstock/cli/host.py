@@ -1,21 +1,14 @@
-"""Python's garbage collector in a process that serves.
-
-It looks for cycles whenever 700 more objects were made than were let go, and that many are made whenever a thousand
-readers are woken: with its default it takes about a quarter of the time of a large fan-out. Now and then it looks at
-every object there is, and everything waits.
-
-A server in a process of its own: its sockets, its words on the terminal, its exit code.
+"""A server in a process of its own: its log output, its secrets, its garbage collector, its exit code.
 
 | code | what happened |
 |---|---|
 | 0 | a clean shutdown |
-| 1 | a service of the supervisor died |
+| 1 | a service of the supervisor died, or the event log could not be reached |
 | 2 | a wrong argument |
-| 3 | a producer would not let go: the process ended without it |
-| 75 | a worker has not found the event log, and another may |
+| 3 | a producer ignored its cancellation, and the process ended without it |
+| 75 | a worker could not reach the event log; another try may succeed |
 
-Sockets come bound from `listening.py`, and are handed to Hypercorn: what is wrong with an address is known before
-anything starts.
+Hypercorn gets sockets that listen already (`sockets.py`): a wrong address is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -26,165 +19,136 @@ import os
 import signal
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 import trio
 from pythonjsonlogger.json import JsonFormatter
 
-from penstock.asgi.app import create_app
-from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES
-from penstock.cli.options import AuthOptions, forget_secrets
+from penstock.cli.options import forget_secrets
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
-from penstock.exception_groups import raise_single
-from penstock.log.open import open_log
+from penstock.exception_groups import open_nursery
 from penstock.observer.logging import SingleLineFormatter
-from penstock.server.serve import ABANDON_AFTER, MAX_HEADER_BYTES, SIGNALS, USER_TIMEOUT, Shutdown, new_config, serve
+from penstock.server.serve import ABANDON_AFTER, SIGNALS, USER_TIMEOUT, Shutdown, serve
 from penstock.server.workers import UNREACHABLE, ParentLink, ProcessManager
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from hypercorn.config import Config
+    from starlette.applications import Starlette
 
     from penstock.asgi.lifespan import AppLifespan
-    from penstock.observer import Observer
+    from penstock.log import EventLog
     from penstock.supervisor.services import StuckRun
-
-THRESHOLDS: Final = (10_000, 5, 5)
-"""How many more objects are made than let go before it looks at them; then of how many such looks one goes further.
-
-What a thousand readers make when they are woken is less than the first. The others see to it that what failing
-producers leave in cycles of their own does not wait ten times as long as it would.
-"""
-
-
-def collect_rarely() -> None:
-    """Let it look more rarely, and never at what the program has imported. Call it once, before there is anything else.
-
-    What it finds is found later, so more memory may wait for it.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*THRESHOLDS)
-
 
 SERVICE_DIED: Final = 1
 STUCK: Final = 3
 STOPPED: Final = "stopped; every run has its last entry"
 STOPPED_AFTER_DEATHS: Final = "stopped; the runs of workers that died end when their leases are over"
-COUNTS: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""The environment variable of the folder in which the workers count; see `penstock.metrics`."""
+METRICS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable of the folder in which the workers count; see `penstock.observer.prometheus`."""
 WORKER_OPTION: Final = "--inherit"
-"""The option that makes a process a worker: its number, and the file descriptors of its words and of its sockets."""
+"""The option that makes a process a worker: its number, and the file descriptors of its link and of its sockets."""
+GC_THRESHOLDS: Final = (10_000, 5, 5)
+"""The arguments of `gc.set_threshold`.
+
+Python's default of 700 objects is reached each time that a thousand readers wake up, so that a large fan-out spends a
+quarter of its time in the collector; 10,000 is more than they make. The lower second and third numbers keep the cycles
+that failing producers leave from waiting ten times as long as they would by default.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class Hosted:
-    """What a server serves, and how.
-
-    Attributes:
-        producers: what runs can be started of.
-        admission: who may use it.
-        log_url: the event log.
-        limits: `open_log`'s `ttl`, `max_entries`, `prefix` and `wait_replicas`.
-        ping_interval: see `create_app`.
-        max_body_bytes: see `create_app`.
-        body_timeout: see `create_app`.
-        max_header_bytes: see `new_config`.
-        knobs: the supervisor's.
-        tcp_user_timeout: see `serve`.
-        certfile: the path of a certificate, for TLS.
-        keyfile: that of its private key.
-        observer: told of what happens; by default it goes to penstock's log.
-    """
-
-    producers: Mapping[str, Any]
-    admission: AuthOptions = field(default_factory=AuthOptions)
-    log_url: str = "memory://"
-    limits: Mapping[str, Any] = field(default_factory=dict)
-    ping_interval: float | None = 15.0
-    max_body_bytes: int = MAX_BODY_BYTES
-    body_timeout: float = BODY_TIMEOUT
-    max_header_bytes: int = MAX_HEADER_BYTES
-    knobs: Mapping[str, Any] = field(default_factory=dict)
-    tcp_user_timeout: float = USER_TIMEOUT
-    certfile: str | None = None
-    keyfile: str | None = None
-    observer: Observer | None = None
-
-
-def say(words: str) -> None:
-    """One line to the terminal; standard output is for others. If nobody reads it any more, that ends no server."""
+def say(message: str) -> None:
+    """Write one line to standard error. A server goes on when its terminal is gone."""
     with suppress(OSError):
-        click.echo(f"penstock: {words}", err=True)
+        click.echo(f"penstock: {message}", err=True)
 
 
-def curl(options: str, *, asks: bool) -> str:
-    """The beginning of a command that talks to the server, which `asks` for tokens or not; the token is not in it."""
-    return f"curl {options}" + (' -H "Authorization: Bearer $PENSTOCK_TOKEN"' if asks else "")
+def curl(options: str, *, authenticated: bool) -> str:
+    """The beginning of a command line for a request; a token is named by its variable and not shown."""
+    return f"curl {options}" + (' -H "Authorization: Bearer $PENSTOCK_TOKEN"' if authenticated else "")
+
+
+def collect_rarely() -> None:
+    """Let the garbage collector run more rarely, and never over what is imported already.
+
+    Called once, before the process makes other objects. Garbage in cycles stays in memory longer.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """How what is logged goes to stderr: penstock's from `level` on, all else from WARNING on."""
+    """How log records reach standard error: penstock's from `level` on, all others from WARNING on."""
 
     level: str = "info"
     form: str = "text"
 
-    def take(self, worker: int | None) -> logging.Logger:
-        """Let it go there; Hypercorn's logger."""
-        handler = logging.StreamHandler(sys.stderr)
+    def apply(self, worker: int | None) -> logging.Logger:
+        """Configure Python's logging; `worker` is the number that records show. Returns Hypercorn's logger."""
+        formatter: logging.Formatter
         if self.form == "json":
-            parts = {"asctime": "time", "levelname": "level", "name": "logger"}
-            handler.setFormatter(
-                JsonFormatter(
-                    "{asctime}{levelname}{name}{message}",
-                    style="{",
-                    rename_fields=parts,
-                    static_fields={} if worker is None else {"worker": worker},
-                    datefmt="%Y-%m-%dT%H:%M:%S%z",
-                )
+            formatter = JsonFormatter(
+                "{asctime}{levelname}{name}{message}",
+                style="{",
+                rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+                static_fields={} if worker is None else {"worker": worker},
+                datefmt="%Y-%m-%dT%H:%M:%S%z",
             )
         else:
-            who = "" if worker is None else f"worker {worker}: "
-            handler.setFormatter(SingleLineFormatter(f"%(asctime)s %(levelname)s {who}%(message)s"))
+            prefix = "" if worker is None else f"worker {worker}: "
+            formatter = SingleLineFormatter(f"%(asctime)s %(levelname)s {prefix}%(message)s")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(formatter)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("penstock").setLevel(self.level.upper())
         return logging.getLogger("hypercorn.error")
 
 
 def host(
-    hosted: Hosted,
+    make_app: Callable[[EventLog], Starlette],
+    log: AbstractAsyncContextManager[EventLog],
+    config: Config,
     sockets: Sequence[socket.socket],
     *,
-    notes: LogConfig,
+    log_config: LogConfig,
     ready: Callable[[AppLifespan, Sequence[str], Shutdown], Awaitable[None]],
     link: ParentLink | None = None,
+    tcp_user_timeout: float = USER_TIMEOUT,
 ) -> int:
-    """Serve until a signal; the exit code.
+    """Serve until a signal; returns the exit code.
 
     Args:
-        hosted: what.
-        sockets: bound and listening; Hypercorn gets them.
-        notes: how what is logged is shown.
-        ready: called with the service, the URLs and what a shutdown can be asked of, once connections are accepted; it
-            is cancelled when the server has ended.
+        make_app: `create_app` with all its arguments but the log.
+        log: the event log, as `open_log` returns it.
+        config: Hypercorn's; where it binds and what it logs is set here.
+        sockets: listening; Hypercorn takes them over.
+        log_config: how log records are shown.
+        ready: called with the application's lifespan, its URLs and its shutdown once connections are accepted;
+            cancelled when the server has ended.
         link: to the parent, for a worker.
+        tcp_user_timeout: see `serve`.
 
     Raises:
-        UsageError: a knob has a value that it cannot have, or there is no such log.
-        KeyboardInterrupt: Ctrl-C, before signals were the server's.
+        UsageError: a setting has a value that it cannot have, or there is no such log.
+        KeyboardInterrupt: Ctrl-C, before the server handled signals.
         SystemExit: with code 0, if it was shut down before it was ready.
     """
-    unstored = 0
+    config.errorlog = log_config.apply(None if link is None else link.number)
+    config.loglevel = "WARNING"
+    config.bind = [f"fd://{sock.detach()}" for sock in sockets]
+    forget_secrets()
+    collect_rarely()
     try:
-        logger = notes.take(None if link is None else link.number)
-        forget_secrets()
-        collect_rarely()
-        unstored = trio.run(partial(_host, hosted, sockets, logger, ready, link))
+        unstored = trio.run(_serve, make_app, log, config, ready, link, tcp_user_timeout)
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from None
     except LogUnavailable as error:
@@ -195,7 +159,7 @@ def host(
             say("stopped before it was ready")
         sys.exit(0)
     except SupervisorFailed:
-        say("a service of the supervisor died (its traceback is above); readers were told to come back")
+        say("a service of the supervisor died (its traceback is above); readers were asked to reconnect")
         return SERVICE_DIED
     except BaseExceptionGroup as group:
         if isinstance(single_error(group), KeyboardInterrupt):
@@ -212,75 +176,60 @@ def host(
     return 0
 
 
-async def _host(
-    hosted: Hosted,
-    sockets: Sequence[socket.socket],
-    logger: logging.Logger,
+async def _serve(
+    make_app: Callable[[EventLog], Starlette],
+    log: AbstractAsyncContextManager[EventLog],
+    config: Config,
     ready: Callable[[AppLifespan, Sequence[str], Shutdown], Awaitable[None]],
     link: ParentLink | None,
+    tcp_user_timeout: float,
 ) -> int:
-    """Serve; the number of runs whose last entries could not be stored."""
+    """Serve; returns the number of runs whose last entries could not be stored."""
     shutdown = Shutdown()
-    try:
-        async with trio.open_nursery() as nursery:
-            if link is not None:
-                await nursery.start(link.obey, shutdown)
-            signals = SIGNALS if link is None else ()
-            unstored = await _serve(hosted, sockets, logger, ready, shutdown, signals)
-            nursery.cancel_scope.cancel(reason="the server has ended")
-    except BaseExceptionGroup as group:
-        raise_single(group, trio.Cancelled)
-    return unstored
+    async with open_nursery() as outer:
+        if link is not None:
+            await outer.start(link.obey, shutdown)
+        async with log as opened:
+            app = make_app(opened)
+            serve_app = partial(
+                serve,
+                app,
+                config,
+                signals=SIGNALS if link is None else (),
+                shutdown=shutdown,
+                abandon=_abandon,
+                tcp_user_timeout=tcp_user_timeout,
+            )
 
+            async def serve_until_the_end(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128
+                await serve_app(task_status=task_status)
+                inner.cancel_scope.cancel(reason="the server has ended")
 
-async def _serve(
-    hosted: Hosted,
-    sockets: Sequence[socket.socket],
-    logger: logging.Logger,
-    ready: Callable[[AppLifespan, Sequence[str], Shutdown], Awaitable[None]],
-    shutdown: Shutdown,
-    signals: Sequence[signal.Signals],
-) -> int:
-    async with open_log(hosted.log_url, **hosted.limits) as log:
-        app = create_app(
-            hosted.producers,
-            log,
-            authorizer=hosted.admission.authorizer,
-            allowed_hosts=hosted.admission.allowed_hosts,
-            allowed_origins=hosted.admission.allowed_origins,
-            observer=hosted.observer,
-            ping_interval=hosted.ping_interval,
-            max_body_bytes=hosted.max_body_bytes,
-            body_timeout=hosted.body_timeout,
-            **hosted.knobs,
-        )
-        config = new_config(hosted.max_header_bytes)
-        config.errorlog = logger
-        config.loglevel = "WARNING"
-        config.bind = [f"fd://{sock.detach()}" for sock in sockets]
-        config.certfile, config.keyfile = hosted.certfile, hosted.keyfile
-        serve_app = partial(
-            serve,
-            app,
-            config,
-            signals=signals,
-            shutdown=shutdown,
-            abandon=_abandon,
-            tcp_user_timeout=hosted.tcp_user_timeout,
-        )
-
-        async def server(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  (serve passes it on)
-            await serve_app(task_status=task_status)
-            nursery.cancel_scope.cancel(reason="the server has ended")
-
-        try:
-            async with trio.open_nursery() as nursery:
-                urls = await nursery.start(server)
+            async with open_nursery() as inner:  # inside the log's block: the log outlives the server
+                urls = await inner.start(serve_until_the_end)
                 await ready(app.state.penstock, urls, shutdown)
-        except BaseExceptionGroup as group:
-            raise_single(group, trio.Cancelled)
-        service: AppLifespan = app.state.penstock
-        return service.supervisor.unstored if service.running else 0
+        outer.cancel_scope.cancel(reason="the server has ended")
+    lifespan: AppLifespan = app.state.penstock
+    return lifespan.supervisor.unstored if lifespan.running else 0
+
+
+def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:
+    """End the process although producers still run: Trio cannot abandon a task."""
+    for run in stuck:
+        say(f"the producer of run {run.run_id} has not let go, and stands here:\n{run.stack.rstrip()}")
+    plural = "s" if len(stuck) > 1 else ""
+    lost = sum(not run.stored for run in stuck)
+    stored = f"{lost} of their runs have no last entries" if lost else "all runs have their last entries"
+    say(
+        f"{len(stuck)} producer{plural} did not end within {ABANDON_AFTER:g} s; {stored}, and the process ends with "
+        f"code {STUCK}"
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STUCK)
+
+
+# Workers
 
 
 def host_workers(
@@ -291,35 +240,39 @@ def host_workers(
     environment: Mapping[str, str],
     announce: Callable[[str], None],
 ) -> int:
-    """Keep `count` workers until a signal; the exit code.
+    """Keep `count` workers until a signal; returns the exit code.
 
     Args:
         count: how many.
-        sockets: from `listening`; they are closed in the end.
-        arguments: of `penstock serve`; one is added that makes it a worker.
+        sockets: listening; they are closed in the end.
+        arguments: of `penstock serve`; one more makes it a worker.
         max_deaths: see `ProcessManager`.
-        environment: what workers find in theirs, beside what is in this process's.
-        announce: says that the server is there, from what the first worker has said of itself.
+        environment: variables that the workers get beside this process's own.
+        announce: called with what the first worker that is ready has sent.
     """
 
-    def command(number: int, fds: Sequence[int], words: int) -> list[str]:
-        worker = ",".join(map(str, (number, words, *fds)))
-        # Python's -P: as with the program `penstock`, no file of the present folder hides a module.
+    def command(number: int, fds: Sequence[int], link: int) -> list[str]:
+        worker = ",".join(map(str, (number, link, *fds)))
+        # Python's -P: as with the program `penstock`, no file of the working directory hides a module.
         return [sys.executable, "-P", "-m", "penstock", "serve", f"{WORKER_OPTION}={worker}", *arguments]
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it does not hear how a child has ended
-    with _counting() as folder:
-        parent = ProcessManager(
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it gets no exit codes
+    with _metrics_folder() as folder:
+        manager = ProcessManager(
             count,
             command,
             sockets,
             say=say,
             announce=announce,
             max_deaths=max_deaths,
-            environment={**environment, COUNTS: folder},
-            on_end=partial(_forget, folder=folder),
+            environment={**environment, METRICS_FOLDER: folder},
+            on_end=partial(_forget_metrics, folder=folder),
         )
-        code, deaths = trio.run(_keep, parent)
+
+        async def keep() -> tuple[int, int]:
+            return await manager.run(), manager.recent_deaths
+
+        code, deaths = trio.run(keep)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # all is over, and the code is known
     if code:
@@ -330,37 +283,17 @@ def host_workers(
 
 
 @contextmanager
-def _counting() -> Iterator[str]:
-    """The folder in which the workers count for their metrics; one of its own, unless the environment names another."""
-    if COUNTS in os.environ:
-        yield os.environ[COUNTS]
+def _metrics_folder() -> Iterator[str]:
+    """The folder in which the workers count: the one that the environment names, or a temporary one."""
+    if METRICS_FOLDER in os.environ:
+        yield os.environ[METRICS_FOLDER]
     else:
         with TemporaryDirectory(prefix="penstock-metrics-", ignore_cleanup_errors=True) as folder:
             yield folder
 
 
-def _forget(pid: int, *, folder: str) -> None:
-    from penstock.observer.prometheus import forget  # noqa: PLC0415  (only a parent needs it, and not before a worker has ended)
+def _forget_metrics(pid: int, *, folder: str) -> None:
+    from penstock.observer.prometheus import forget  # noqa: PLC0415  (only a parent needs it, once a worker has ended)
 
-    with suppress(OSError):  # the folder is somebody else's, perhaps
+    with suppress(OSError):  # the folder may belong to another program
         forget(pid, folder)
-
-
-async def _keep(parent: ProcessManager) -> tuple[int, int]:
-    return await parent.run(), parent.recent_deaths
-
-
-def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:
-    """End the process without the tasks that hold it up."""
-    for run in stuck:
-        say(f"the producer of run {run.run_id} has not let go, and stands here:\n{run.stack.rstrip()}")
-    several = "s" if len(stuck) > 1 else ""
-    lost = sum(not run.stored for run in stuck)
-    stored = f"{lost} of their runs have no last entries" if lost else "all runs have their last entries"
-    say(
-        f"{len(stuck)} producer{several} would not let go within {ABANDON_AFTER:g} s; {stored}, and the process ends "
-        f"with code {STUCK}"
-    )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(STUCK)

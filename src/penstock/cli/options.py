@@ -1,7 +1,4 @@
-"""Options: what is common to all commands, and one option for each knob of `Settings`, made from its fields.
-
-Who may use a server: the options that say so, and what becomes of them.
-"""
+"""Command-line options: those of several commands, one for each field of `Settings`, and those of authorization."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from penstock.asgi.auth import Token, TokenAuthorizer, check_origins, read_tokens, rights_of
+from penstock.asgi.auth import Links, Token, TokenAuthorizer, check_origins, new_secret, read_tokens, rights_of
 from penstock.errors import ConfigurationError
 from penstock.sse.dialects import DIALECTS
 from penstock.supervisor.settings import MIB, Settings
@@ -22,6 +19,8 @@ from penstock.supervisor.settings import MIB, Settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from dataclasses import Field
+
+    _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 option: Final = partial(click.option, show_envvar=True)
 FORMATS: Final = ("text", "json")
@@ -32,15 +31,15 @@ CONTEXT: Final = {
     "max_content_width": 110,
     "show_default": True,
 }
-"""What click is told of every command."""
+"""The settings of every click command."""
 ARGUMENTS: Final = "penstock.arguments"
-"""Where click's context has the words of the whole command line."""
+"""The key under which click's context keeps all arguments of the program."""
 UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES", "runs": "RUNS", "readers": "READERS"}
-"""How a unit is written where an option's value stands."""
+"""How the help shows the unit of a setting."""
 
 
 def shared_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that `serve` and `exec` share, but for those of `admitting.py`."""
+    """Add the options that `serve` and `exec` share: `bind`, `log_level` and `log_format`."""
     options = (
         option(
             "--bind",
@@ -53,55 +52,56 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
             "--log-level",
             type=click.Choice(LEVELS),
             default="info",
-            help="From which level on penstock's own log goes to stderr.",
+            help="The lowest level of penstock's own log records that are written to standard error.",
         ),
         option(
             "--log-format",
             type=click.Choice(FORMATS),
             default="text",
-            help="Whether it is written for people, or as one JSON object a line.",
+            help="Whether log records are text or one JSON object a line.",
         ),
     )
+    return _with(options, function)
+
+
+def settings_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each field of `Settings`."""
+    return _with([_setting_option(setting) for setting in fields(Settings)], function)
+
+
+def _with(options: Sequence[_Decorator], function: Callable[..., None]) -> Callable[..., None]:
     for each in reversed(options):
         function = each(function)
     return function
 
 
-def settings_options(function: Callable[..., None]) -> Callable[..., None]:
-    """An option for each field of `Settings`."""
-    for knob in reversed(fields(Settings)):
-        function = _setting_option(knob)(function)
-    return function
-
-
-def _setting_option(knob: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    name = "--" + knob.name.replace("_", "-")
-    text: str = knob.metadata["help"]
-    default: Any = knob.default
-    details: dict[str, Any] = {
-        "default": default,
-        "help": text[0].upper() + text[1:] + ".",
-    }
-    if knob.name == "dialect":
+def _setting_option(setting: Field[Any]) -> _Decorator:
+    text: str = setting.metadata["help"]
+    default: Any = setting.default
+    details: dict[str, Any] = {"default": default, "help": f"{text[0].upper()}{text[1:]}."}
+    if setting.name == "dialect":
         details["type"] = click.Choice(sorted(DIALECTS))
     elif isinstance(default, bool):
         details["is_flag"] = True
-    elif "min" in knob.metadata:
+    elif "min" in setting.metadata:
         numbers = click.IntRange if isinstance(default, int) else click.FloatRange
-        details["type"] = numbers(min=knob.metadata["min"], min_open=knob.metadata["exclusive_min"])
-        if knob.metadata["unit"] == "bytes":
+        unit: str = setting.metadata["unit"]
+        details["type"] = numbers(min=setting.metadata["min"], min_open=setting.metadata["exclusive_min"])
+        details["metavar"] = UNITS.get(unit, unit.upper())
+        if unit == "bytes":
             details["show_default"] = binary(default)
-        details["metavar"] = UNITS.get(knob.metadata["unit"], knob.metadata["unit"].upper())
-    return option(name, knob.name, **details)
+    return option("--" + setting.name.replace("_", "-"), setting.name, **details)
 
 
 def binary(size: int) -> str:
-    """A size as people write it; the value itself is always in bytes."""
+    """A number of bytes, with the same size in a larger unit."""
     for unit, factor in (("MiB", MIB), ("KiB", MIB // 1024)):
         if size % factor == 0:
             return f"{size} = {size // factor} {unit}"
     return str(size)
 
+
+# Authorization
 
 TOKEN: Final = "PENSTOCK_TOKEN"  # noqa: S105  (a name, as the others are)
 TOKENS: Final = "PENSTOCK_TOKENS"
@@ -113,18 +113,20 @@ SECRETS: Final = (TOKEN, LINK_SECRET, INHERITED, "PENSTOCK_LOG")
 """The environment variables that only penstock itself may see; the last one may hold a password."""
 LOOPBACK: Final = "localhost"
 """The name of a server that only this machine reaches."""
+AUTH_OPTIONS: Final = ("token", "tokens", "link_secret", "allow_origin", "allow_host", "insecure")
+"""The names of the values that `authorization_options` adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuthOptions:
-    """What the options say.
+    """What the authorization options mean.
 
     Attributes:
-        authorizer: knows who may do what; None: nobody is asked.
-        for_workers: what workers find in their environment, so that all of them admit the same.
-        insecure: nobody need be asked, although other machines can reach the server.
-        allowed_origins: whose pages may use it from a browser.
-        allowed_hosts: the names that it answers to; None = any.
+        authorizer: decides which client may do what; None: every client may do everything.
+        for_workers: environment variables by which workers accept the same tokens and links.
+        insecure: no client needs a token, although other machines can reach the server.
+        allowed_origins: the origins whose pages may use the server from a browser.
+        allowed_hosts: the names under which the server answers; None = any.
     """
 
     authorizer: TokenAuthorizer | None = None
@@ -135,19 +137,24 @@ class AuthOptions:
 
     @property
     def anywhere(self) -> bool:
-        """Whether the server may be where other machines reach it."""
+        """Whether the server may listen where other machines can reach it."""
         return self.insecure or self.authorizer is not None
+
+    @property
+    def for_app(self) -> dict[str, Any]:
+        """The arguments of `create_app`."""
+        return {name: getattr(self, name) for name in ("authorizer", "allowed_origins", "allowed_hosts")}
 
 
 def authorization_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options, which come as `token`, `tokens`, `link_secret`, `allow_origin`, `allow_host` and `insecure`."""
+    """Add the options of `AUTH_OPTIONS`."""
     options = (
         option(
             "--token",
             envvar=TOKEN,
             metavar="TOKEN",
-            help="Whoever sends this token (Authorization: Bearer TOKEN) may do everything, and others nothing. It is "
-            "better kept in the environment variable: a command line can be read by everybody on this machine.",
+            help="A client that sends this token (Authorization: Bearer TOKEN) may do everything; other clients may do "
+            "nothing. Keep it in the environment variable: every user of this machine can read a command line.",
         ),
         option(
             "--tokens",
@@ -160,7 +167,7 @@ def authorization_options(function: Callable[..., None]) -> Callable[..., None]:
             "--link-secret",
             envvar=LINK_SECRET,
             metavar="SECRET",
-            help="What links to streams are signed with, for browsers, whose EventSource can send no token; at least "
+            help="The secret that signs links to streams, for browsers, whose EventSource can send no token; at least "
             "32 characters, the same for all servers that share runs. By default a new one, so that links end with "
             "the server.",
         ),
@@ -174,20 +181,18 @@ def authorization_options(function: Callable[..., None]) -> Callable[..., None]:
             "--allow-host",
             multiple=True,
             metavar="NAME",
-            help="Answer to this name, as a proxy may pass it on, and to no others but addresses. Without tokens a "
-            f"server on loopback answers to {LOOPBACK} alone, or pages of other sites could reach it through names of "
+            help="Answer requests for this host name, and no others but IP addresses. Without tokens a server on "
+            f"loopback answers to {LOOPBACK} alone; otherwise pages of other sites could reach it through names of "
             "their own.",
         ),
         option(
             "--insecure",
             is_flag=True,
-            help="Ask nobody for a token, on addresses that other machines can reach: whoever reaches the server can "
-            "start, read and cancel every run.",
+            help="Ask for no token, on addresses that other machines can reach: every client that reaches the server "
+            "can start, read and cancel every run.",
         ),
     )
-    for each in reversed(options):
-        function = each(function)
-    return function
+    return _with(options, function)
 
 
 def auth_options(
@@ -200,14 +205,14 @@ def auth_options(
     insecure: bool,
     worker: bool = False,
 ) -> AuthOptions:
-    """What the options say; for a worker, what its parent has read, so that all of them know the same tokens.
+    """Check the options; a worker takes the tokens that its parent has read, so that all workers accept the same ones.
 
     Raises:
         BadParameter: a token, the file of tokens, the secret or an origin is not what it must be.
         UsageError: the options do not go together.
     """
     known = _inherited() if worker else _tokens(token, tokens)
-    with _blamed_on("--allow-origin"):
+    with _error_of("--allow-origin"):
         check_origins(allow_origin, anybody=not known)
     if not known:
         if link_secret is not None:
@@ -215,21 +220,20 @@ def auth_options(
         hosts = (LOOPBACK, *allow_host) if allow_host or not insecure else None
         return AuthOptions(insecure=insecure, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
     if insecure:
-        raise click.UsageError("--insecure asks nobody for a token, and there are tokens; give one or the other")
-    from penstock.asgi.auth import Links, new_secret  # noqa: PLC0415  (its library takes a while to import)
-
+        raise click.UsageError("--insecure asks for no token, and there are tokens; give one or the other")
     secret = new_secret() if link_secret is None else link_secret
-    with _blamed_on("--link-secret"):
+    with _error_of("--link-secret"):
         links = Links(secret)
-    with _blamed_on("--tokens"):
+    with _error_of("--tokens"):
         authorizer = TokenAuthorizer(known, links)
-    for_workers = {LINK_SECRET: secret, INHERITED: json.dumps({name: _written(each) for name, each in known.items()})}
+    digests = {name: [each.digest.hex(), sorted(each.rights)] for name, each in known.items()}
     hosts = (LOOPBACK, *allow_host) if allow_host else None
+    for_workers = {LINK_SECRET: secret, INHERITED: json.dumps(digests)}
     return AuthOptions(authorizer, for_workers, allowed_origins=tuple(allow_origin), allowed_hosts=hosts)
 
 
 def forget_secrets() -> None:
-    """Take what is secret out of the environment, which the programs that producers start would find there."""
+    """Remove secrets from the environment, which programs that producers start would inherit."""
     for name in SECRETS:
         os.environ.pop(name, None)
 
@@ -240,27 +244,23 @@ def _tokens(token: str | None, tokens: str | None) -> dict[str, Token]:
             raise click.UsageError(f"{name} is empty, as when it could not be made; give it a value, or unset it")
     known: dict[str, Token] = {}
     if tokens is not None:
-        with _blamed_on("--tokens"):
+        with _error_of("--tokens"):
             known = read_tokens(tokens)
     if token is not None:
         if TOKEN in known:
-            raise click.BadParameter(f"[{TOKEN}] is what --token is called; choose another name", param_hint="--tokens")
-        with _blamed_on("--token"):
+            raise click.BadParameter(f"[{TOKEN}] is the name of --token; choose another name", param_hint="--tokens")
+        with _error_of("--token"):
             known[TOKEN] = Token.of(token)
     return known
 
 
 def _inherited() -> dict[str, Token]:
-    written: dict[str, list[Any]] = json.loads(os.environ.get(INHERITED, "{}"))
-    return {name: Token(bytes.fromhex(digest), rights_of(rights)) for name, (digest, rights) in written.items()}
-
-
-def _written(token: Token) -> list[Any]:
-    return [token.digest.hex(), sorted(token.rights)]
+    digests: dict[str, list[Any]] = json.loads(os.environ.get(INHERITED, "{}"))
+    return {name: Token(bytes.fromhex(digest), rights_of(rights)) for name, (digest, rights) in digests.items()}
 
 
 @contextmanager
-def _blamed_on(name: str) -> Iterator[None]:
+def _error_of(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:

@@ -1,8 +1,7 @@
-"""Finding the producers that a command line names: `MODULE:ATTRIBUTE` or `path/to/file.py:ATTRIBUTE`.
+"""Loads the producers that a command line names: `MODULE:ATTRIBUTE` or `path/to/file.py:ATTRIBUTE`.
 
-The attribute is a mapping of names to producers. Whatever is wrong with the words is a `ConfigurationError` that says
-what to do; whatever the module itself raises while it is imported is its author's, and comes as a `ModuleFailed`
-whose traceback begins in the module.
+The attribute is a mapping of names to producers. A wrong name is a `ConfigurationError`, whose message says what to do.
+What the module itself raises while it is imported is a `ModuleFailed`, whose traceback begins in the module.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from penstock.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType, TracebackType
+    from types import ModuleType
 
 
 class ModuleFailed(Exception):
@@ -32,57 +31,52 @@ class ModuleFailed(Exception):
 
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__(f"importing {name!r} failed: {type(error).__name__}: {error}")
-        own = error.with_traceback(_from_module_on(error.__traceback__))
-        self.traceback = "".join(traceback.format_exception(own))
+        frames = error.__traceback__
+        while frames is not None and _imports(frames.tb_frame.f_code.co_filename):
+            frames = frames.tb_next
+        self.traceback = "".join(traceback.format_exception(error.with_traceback(frames)))
 
 
-def load_producers(words: str) -> Mapping[str, Callable[..., Any]]:
-    """The producers that `MODULE:ATTRIBUTE` or `FILE.py:ATTRIBUTE` names.
+def load_producers(name: str) -> Mapping[str, Callable[..., Any]]:
+    """Load the producers that `MODULE:ATTRIBUTE` or `FILE.py:ATTRIBUTE` names.
 
-    As with `python -m`, modules are looked for in the working directory, too; a file's own folder comes first for what
-    it imports.
+    Modules are also looked for in the working directory, as with `python -m`. A file's own folder comes first for what
+    the file imports.
 
     Raises:
         ConfigurationError: there is no such module, file or attribute, or it is no mapping of producers.
         ModuleFailed: the module raised while it was imported.
     """
-    where, _, attribute = words.rpartition(":")
+    where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
-    is_module = all(part.isidentifier() for part in where.split("."))
-    if not (is_file or is_module) or not attribute.isidentifier():
+    if not attribute.isidentifier() or not (is_file or all(each.isidentifier() for each in where.split("."))):
         raise ConfigurationError(
-            f"{words!r} is not MODULE:ATTRIBUTE, such as mypackage.agents:producers or agents.py:producers"
+            f"{name!r} is not MODULE:ATTRIBUTE, such as mypackage.agents:producers or agents.py:producers"
         )
     module = _import_file(Path(where)) if is_file else _import_module(where)
     try:
         producers = getattr(module, attribute)
     except AttributeError:
         raise ConfigurationError(f"there is no {attribute!r} in {where}{_advice(module, attribute)}") from None
-    return _checked(producers, words, attribute)
-
-
-def _checked(producers: object, words: str, attribute: str) -> Mapping[str, Callable[..., Any]]:
     example = f'{attribute} = {{"agent": agent}}, with an async generator function agent(input)'
     if not isinstance(producers, Mapping):
-        raise ConfigurationError(
-            f"{words} is a {type(producers).__name__}, and must be a mapping of names to producers, such as {example}"
-        )
-    for name, producer in producers.items():
-        if not isinstance(name, str) or not name:
-            raise ConfigurationError(f"{words} has the key {name!r}; a producer's name is a string, such as {example}")
+        kind = type(producers).__name__
+        raise ConfigurationError(f"{name} is a {kind}, and must be a mapping of names to producers, such as {example}")
+    for each, producer in producers.items():
+        if not isinstance(each, str) or not each:
+            raise ConfigurationError(f"{name} has the key {each!r}; a producer's name is a string, such as {example}")
         if not callable(producer):
             raise ConfigurationError(
-                f"{words}: the producer {name!r} is called once for each run, and {producer!r} cannot be; "
+                f"{name}: the producer {each!r} is called once for each run, and {producer!r} cannot be; "
                 "give the function itself, or a lambda that makes the source"
             )
     return producers
 
 
 def _advice(module: ModuleType, attribute: str) -> str:
-    """What the module has instead."""
+    """Which mappings the module has instead."""
     mappings = [name for name, value in vars(module).items() if isinstance(value, dict) and not name.startswith("_")]
-    close = difflib.get_close_matches(attribute, mappings, n=1, cutoff=0.5) or mappings
-    if close:
+    if close := difflib.get_close_matches(attribute, mappings, n=1, cutoff=0.5) or mappings:
         return f"; it has {', '.join(sorted(close))}"
     return f"; define it there, as in {attribute} = {{'agent': agent}}"
 
@@ -91,6 +85,7 @@ def _import_module(name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
+        # Not pkgutil.resolve_name: an AttributeError of the module would look like an attribute that is missing.
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # something that the module imports
@@ -120,11 +115,6 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _from_module_on(tb: TracebackType | None) -> TracebackType | None:
-    """The traceback without the frames of this file and of Python's import system."""
-    while tb is not None:
-        file = tb.tb_frame.f_code.co_filename
-        if file != __file__ and "importlib" not in Path(file).parts and not file.startswith("<frozen importlib"):
-            break
-        tb = tb.tb_next
-    return tb
+def _imports(file: str) -> bool:
+    """Whether a frame of this file only does the importing."""
+    return file == __file__ or file.startswith("<frozen importlib") or "importlib" in Path(file).parts

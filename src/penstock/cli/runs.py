@@ -1,9 +1,9 @@
 """`penstock runs list | show | follow | cancel`: runs of a server, for people and for programs.
 
-Here are the commands and their options. `client.py` asks the server, `following.py` follows a run, `screen.py` is what
-a terminal sees. They are imported when a command is carried out: what they need is not needed for a `--help`.
+Here are the commands and their options. `api.py` makes the requests, `follow.py` follows a run, `terminal.py` prints.
+These three are imported when a command runs: their libraries take a while to import, and `--help` needs none of them.
 
-Standard output is for what was asked for, standard error for everything else.
+Standard output gets what the command asked for, standard error everything else.
 """
 
 from __future__ import annotations
@@ -38,45 +38,46 @@ CANNOT: Final = 1
 INTERRUPTED: Final = 128 + signal.SIGINT
 TERMINATED: Final = 128 + signal.SIGTERM
 MAX_LIST: Final = 1000
-LOOK: Final = 0.2
-"""Seconds between two looks whether anybody still reads standard output."""
+POLL_INTERVAL: Final = 0.2
+"""Seconds between two checks whether standard output still has a reader."""
 _TOKEN: Final = re.compile(r"[\x21-\x7e]+")
+_SEQ: Final = click.IntRange(0, 10**18 - 1)
 
 
 # Options
 
 
 def _connection_options(*, group: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that say where the server is, as the group has them, and as each command has them again."""
+    """The options that name the server; the group has them, and each command has them again."""
     each = option if group else partial(click.option, allow_from_autoenv=False, show_default=False)
     url: dict[str, Any] = {"default": "http://127.0.0.1:8000"} if group else {}
 
     def with_options(function: Callable[..., None]) -> Callable[..., None]:
-        for given in (
+        for add in (
             each(
                 "--cafile",
                 metavar="PATH",
-                help="Trust the authority whose certificate is in this file (PEM), and not the usual ones.",
+                help="Trust the authority whose certificate is in this file (PEM), instead of the usual ones.",
             ),
             each(
                 "--token",
                 metavar="TOKEN",
-                help="What lets you in, sent as `Authorization: Bearer TOKEN`. Better kept in PENSTOCK_TOKEN: every "
-                "user of this machine may see the words of a command line in the list of processes.",
+                help="The token to send, as `Authorization: Bearer TOKEN`. Keep it in PENSTOCK_TOKEN: every user of "
+                "this machine can read a command line in the list of processes.",
             ),
-            each("--url", metavar="URL", help="Where the server is; PENSTOCK_URL says the same.", **url),
+            each("--url", metavar="URL", help="The URL of the server; PENSTOCK_URL sets it, too.", **url),
         ):
-            function = given(function)
+            function = add(function)
         return function
 
     return with_options
 
 
-def _server(url: str, token: str | None, cafile: str | None) -> ApiClient:
-    """Where the server is, checked. No value is repeated: there may be secrets in it.
+def _client(url: str, token: str | None, cafile: str | None) -> ApiClient:
+    """Check the options, whose values may hold secrets: no message repeats them.
 
     Raises:
-        BadParameter: there can be no server there.
+        BadParameter: an option has a value that it cannot have.
     """
     from penstock.cli.api import ApiClient  # noqa: PLC0415  (see above)
 
@@ -96,12 +97,13 @@ def _server(url: str, token: str | None, cafile: str | None) -> ApiClient:
     if cafile is not None:
         try:
             tls = ssl.create_default_context(cafile=cafile)
-        except ssl.SSLError:
-            words = f"there is no certificate of an authority in {cafile}: in PEM it begins with -----BEGIN CERTIFICATE"
-            raise click.BadParameter(words, param_hint="--cafile") from None
-        except OSError as error:
-            words = f"{cafile} cannot be read: {error.strerror}"
-            raise click.BadParameter(words, param_hint="--cafile") from None
+        except OSError as error:  # SSLError is one, too
+            message = f"{cafile} cannot be read: {error.strerror}"
+            if isinstance(error, ssl.SSLError):
+                message = (
+                    f"there is no certificate of an authority in {cafile}: in PEM it begins with -----BEGIN CERTIFICATE"
+                )
+            raise click.BadParameter(message, param_hint="--cafile") from None
     return ApiClient(url.rstrip("/"), token, tls)
 
 
@@ -112,31 +114,31 @@ def _run_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str
         raise click.BadParameter(str(error)) from None
 
 
-def _command(runs: click.Group, **settings: Any) -> Callable[[Callable[..., None]], click.Command]:
-    """A command of the group: what it does is given a server, and what ends it early becomes one line and a code."""
+def _command(group: click.Group, **settings: Any) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of the group, whose function gets a client; a failure becomes one line and an exit code."""
 
     def decorated(function: Callable[..., None]) -> click.Command:
         @wraps(function)
         @click.pass_context
         def run(ctx: click.Context, /, **given: Any) -> None:
             from penstock.cli.api import CommandFailed, ConnectionFailed  # noqa: PLC0415  (see above)
-            from penstock.cli.terminal import tell  # noqa: PLC0415
+            from penstock.cli.terminal import warn  # noqa: PLC0415
 
             own = {name: given.pop(name) for name in ("url", "token", "cafile")}
             where = {name: ctx.obj[name] if value is None else value for name, value in own.items()}
             if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than others
+                sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters of a producer's
             try:
-                with _server(**where) as server:
-                    function(server, **given)
+                with _client(**where) as client:
+                    function(client, **given)
             except (CommandFailed, ConnectionFailed) as error:
-                tell(str(error))
+                warn(str(error))
                 sys.exit(CANNOT)
             except KeyboardInterrupt:
                 say("stopped")
                 sys.exit(INTERRUPTED)
 
-        return runs.command(context_settings=CONTEXT, **settings)(_connection_options(group=False)(run))
+        return group.command(context_settings=CONTEXT, **settings)(_connection_options(group=False)(run))
 
     return decorated
 
@@ -157,7 +159,7 @@ def runs(ctx: click.Context, /, **where: str | None) -> None:
       penstock runs follow exec | head
       penstock runs follow r1 --json --after 41 | jq -r .data
       penstock runs --url https://runs.example.com cancel r1 --reason enough
-    """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
+    """  # noqa: D301  (click reads this backspace as: leave these lines as they are)
     ctx.obj = where
 
 
@@ -165,53 +167,51 @@ def runs(ctx: click.Context, /, **where: str | None) -> None:
 
 
 @_command(runs, name="list")
-@option("--limit", default=20, type=click.IntRange(1, MAX_LIST), metavar="RUNS", help="How many of them.")
-@option("--status", type=click.Choice([each.value for each in RunStatus]), help="Only those that are at this point.")
-@_json(help="One JSON object per line: the records as they come.")
-def list_runs(server: ApiClient, /, *, limit: int, status: str | None, as_json: bool) -> None:
-    """The runs of the server, the newest first."""
-    from penstock.cli.api import runs_in  # noqa: PLC0415  (see above)
-    from penstock.cli.terminal import emit, show, table_of  # noqa: PLC0415
+@option("--limit", default=20, type=click.IntRange(1, MAX_LIST), metavar="RUNS", help="The most runs to list.")
+@option("--status", type=click.Choice([each.value for each in RunStatus]), help="List only runs with this status.")
+@_json(help="Print the records as the server sends them, one JSON object per line.")
+def list_runs(client: ApiClient, /, *, limit: int, status: str | None, as_json: bool) -> None:
+    """List the runs of the server, the newest first."""
+    from penstock.cli import api, terminal  # noqa: PLC0415  (see above)
 
-    query: dict[str, str | int] = {"limit": limit} if status is None else {"limit": limit, "status": status}
-    records = runs_in(server.ask("GET", "/v1/runs", query=query))
+    params: dict[str, str | int] = {"limit": limit} if status is None else {"limit": limit, "status": status}
+    records = api.runs_in(client.ask("GET", "/v1/runs", params=params))
     if as_json:
         for record in records:
-            emit(json.dumps(record))
+            terminal.emit(json.dumps(record))
     elif records:
-        show(table_of(records))
+        terminal.show(terminal.table_of(records))
     else:
         say("there are no runs" + ("" if status is None else f" that are {status}"))
 
 
 @_command(runs, name="show")
 @_argument
-@_json(help="The record on one line, as it comes.")
-def show_run(server: ApiClient, /, *, run_id: str, as_json: bool) -> None:
-    """Everything that is known of a run, but its events."""
-    from penstock.cli.api import record_in  # noqa: PLC0415  (see above)
-    from penstock.cli.terminal import emit, fields_of, show  # noqa: PLC0415
+@_json(help="Print the record as the server sends it, on one line.")
+def show_run(client: ApiClient, /, *, run_id: str, as_json: bool) -> None:
+    """Show the record of a run."""
+    from penstock.cli import api, terminal  # noqa: PLC0415  (see above)
 
-    record = record_in(server.ask("GET", f"/v1/runs/{run_id}"))
+    record = api.record_in(client.ask("GET", f"/v1/runs/{run_id}"))
     if as_json:
-        emit(json.dumps(record))
+        terminal.emit(json.dumps(record))
     else:
-        show(fields_of(record))
+        terminal.show(terminal.fields_of(record))
 
 
 @_command(runs, name="cancel")
 @_argument
-@option("--reason", metavar="WORDS", help="Why; whoever follows the run is told.")
-@_json(help="The record on one line, as it comes.")
-def cancel_run(server: ApiClient, /, *, run_id: str, reason: str | None, as_json: bool) -> None:
+@option("--reason", metavar="TEXT", help="Why; the run's readers see it.")
+@_json(help="Print the record as the server sends it, on one line.")
+def cancel_run(client: ApiClient, /, *, run_id: str, reason: str | None, as_json: bool) -> None:
     """Ask a run to stop. The exit code is 1 if it had ended already."""
-    from penstock.cli.api import cancelled_in  # noqa: PLC0415  (see above)
-    from penstock.cli.terminal import emit, visible  # noqa: PLC0415
+    from penstock.cli import api, terminal  # noqa: PLC0415  (see above)
 
     body = {} if reason is None else {"reason": reason}
-    met = cancelled_in(server.ask("POST", f"/v1/runs/{run_id}/cancel", body=body))
-    emit(json.dumps(met.record) if as_json else visible(f"run {run_id} {met.words}", one_line=True))
-    if met.ended:
+    result = api.cancelled_in(client.ask("POST", f"/v1/runs/{run_id}/cancel", json=body))
+    message = terminal.visible(f"run {run_id} {result.outcome}", one_line=True)
+    terminal.emit(json.dumps(result.record) if as_json else message)
+    if result.ended:
         sys.exit(CANNOT)
 
 
@@ -225,76 +225,65 @@ Exit codes:
 
 @_command(runs, name="follow", epilog=FOLLOW_CODES, short_help="Print every event of a run once, in order.")
 @_argument
-@option(
-    "--after", default=0, type=click.IntRange(0, 10**18 - 1), metavar="ID", help="Begin after the event of this id."
-)
-@option("--tail", type=click.IntRange(0, 10**18 - 1), metavar="EVENTS", help="Begin with the last so many events.")
+@option("--after", default=0, type=_SEQ, metavar="ID", help="Begin after the event with this id.")
+@option("--tail", type=_SEQ, metavar="EVENTS", help="Begin with the last so many events.")
 @option(
     "--give-up-after",
     default=60.0,
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="For how long to try when there is no stream to be had; 0 = for ever.",
+    help="How long to retry while there is no stream; 0 = without limit.",
 )
-@option("--quiet", is_flag=True, help="Nothing about progress on standard error; what goes wrong is said all the same.")
-@_json(help='One JSON object per line: {"id": 7, "event": "message", "data": "..."}.')
+@option("--quiet", is_flag=True, help="Print no progress to standard error, but warnings and errors.")
+@_json(help='Print one JSON object per line: {"id": 7, "event": "message", "data": "..."}.')
 def follow_run(
-    server: ApiClient, /, *, run_id: str, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
+    client: ApiClient, /, *, run_id: str, after: int, tail: int | None, give_up_after: float, quiet: bool, as_json: bool
 ) -> None:
     """Print every event of a run once, in order, until the run has ended: its id, its type, its data.
 
-    It goes on by itself when a connection breaks, a server is restarted, or one asks for patience; whatever a server
-    sends twice is printed once. The last event of a run is [DONE]. How it ended is said on standard error, and is the
-    exit code.
+    It reconnects by itself when a connection breaks, a server restarts, or a server asks it to wait. An event that a
+    server sends twice is printed once. The last event of a run is [DONE]. The last line on standard error and the exit
+    code say how the run ended.
     """
     from penstock.cli.follow import follow  # noqa: PLC0415  (see above)
 
     limit = give_up_after if give_up_after > 0 else inf
-    with _leaving_in_order():
-        sys.exit(follow(server, run_id, after=after, tail=tail, give_up_after=limit, quiet=quiet, as_json=as_json))
+    with _ending_in_order():
+        sys.exit(follow(client, run_id, after=after, tail=tail, give_up_after=limit, quiet=quiet, as_json=as_json))
 
 
 @contextmanager
-def _leaving_in_order() -> Iterator[None]:
-    """SIGTERM leaves a terminal as it should be; and nobody at the other end of standard output ends a silent wait."""
-    if sys.platform == "win32":  # where there are no such signals
+def _ending_in_order() -> Iterator[None]:
+    """End on SIGTERM, so that the terminal is restored; and when the reader of standard output has closed it."""
+    if sys.platform == "win32":  # it has no such signals
         yield
         return
 
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        with _noticed_unread():
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _noticed_unread() -> Iterator[None]:
-    """If standard output is a pipe: look now and then whether anybody has its other end, and leave if not."""
     from penstock.cli.terminal import leave_unread  # noqa: PLC0415  (see above)
 
-    def look(*_signal: object) -> None:
+    def check(*_signal: object) -> None:
         if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
             leave_unread()
 
-    fd = _pipe()
-    if fd is None:
-        yield
-        return
     poll = select.poll()
-    poll.register(fd, 0)
-    ticking = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, LOOK, LOOK)
+    fd = _stdout_pipe()
+    on_alarm = signal.getsignal(signal.SIGALRM)
+    on_terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
+        if fd is not None:
+            poll.register(fd, 0)
+            signal.signal(signal.SIGALRM, check)
+            signal.setitimer(signal.ITIMER_REAL, POLL_INTERVAL, POLL_INTERVAL)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, ticking)
+        if fd is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, on_alarm)
+        signal.signal(signal.SIGTERM, on_terminate)
 
 
-def _pipe() -> int | None:
-    """The file descriptor of standard output, if that is a pipe; a file and a terminal have no other end."""
+def _stdout_pipe() -> int | None:
+    """The file descriptor of standard output, if that is a pipe; a file and a terminal have no reader to lose."""
     with suppress(OSError, ValueError, AttributeError):  # it is closed, or not of this process
         fd = sys.stdout.fileno()
         if stat.S_ISFIFO(os.fstat(fd).st_mode):

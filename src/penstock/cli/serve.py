@@ -1,4 +1,4 @@
-"""`penstock serve`: its options, what it says, and whether it is one process, several workers' parent, or a worker."""
+"""`penstock serve`: its options, its announcement, and its roles: a single process, a parent of workers, a worker."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 
 import click
 
+from penstock.asgi.app import create_app
 from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES
-from penstock.cli.host import WORKER_OPTION, Hosted, LogConfig, curl, host, host_workers, say
+from penstock.cli.host import WORKER_OPTION, LogConfig, curl, host, host_workers, say
 from penstock.cli.options import (
     ARGUMENTS,
+    AUTH_OPTIONS,
     CONTEXT,
     auth_options,
     authorization_options,
@@ -28,8 +30,9 @@ from penstock.cli.options import (
 from penstock.cli.producers import ModuleFailed, load_producers
 from penstock.cli.sockets import check_certificate, listening
 from penstock.errors import ConfigurationError
+from penstock.log.open import open_log
 from penstock.server.hypercorn_fixes import MAX_USER_TIMEOUT
-from penstock.server.serve import MAX_HEADER_BYTES, USER_TIMEOUT
+from penstock.server.serve import MAX_HEADER_BYTES, USER_TIMEOUT, new_config
 from penstock.server.workers import DEATHS, DEATHS_WITHIN, ParentLink
 
 if TYPE_CHECKING:
@@ -39,12 +42,14 @@ if TYPE_CHECKING:
     from penstock.server.serve import Shutdown
 
 LEAST_HEADER_BYTES: Final = 1024
-"""A browser's own headers take about this much."""
+"""A browser's own headers take about this many bytes."""
+FROM_1: Final = click.IntRange(min=1)
+ABOVE_0: Final = click.FloatRange(min=0, min_open=True)
 EXIT_CODES: Final = """\b
 Exit codes:
   0  a clean shutdown           2  a wrong argument
-  1  a part of the server died, or the log could not be reached, to begin with or in the end
-  3  a producer would not let go
+  1  a service of the server died, or the log could not be reached at the start or at the end
+  3  a producer ignored its cancellation
 """
 
 
@@ -62,39 +67,27 @@ Exit codes:
     default="memory://",
     metavar="URL",
     envvar="PENSTOCK_LOG",
-    help="The event log. memory:// is this process's memory, gone with it; redis://[:PASSWORD@]HOST[:PORT][/DB] "
+    help="The event log. memory:// is this process's memory and ends with it; redis://[:PASSWORD@]HOST[:PORT][/DB] "
     "(rediss:// over TLS, unix:///PATH) is a Redis that any number of servers share; "
-    "redis+sentinel://HOST[:PORT],.../SERVICE[/DB] is the one that Sentinels name, redis+cluster://HOST[:PORT],... a "
-    "cluster. A password is better kept in the environment variable.",
+    "redis+sentinel://HOST[:PORT],.../SERVICE[/DB] is the Redis that Sentinels name; redis+cluster://HOST[:PORT],... "
+    "is a cluster. Keep a password in the environment variable rather than here.",
 )
 @shared_options
 @authorization_options
-@option(
-    "--ttl",
-    default=10_800.0,
-    metavar="SECONDS",
-    help="How long a run is kept after its end.",
-    type=click.FloatRange(min=0, min_open=True),
-)
-@option(
-    "--max-entries",
-    default=10_000,
-    metavar="ENTRIES",
-    type=click.IntRange(min=1),
-    help="How many entries are kept of one run.",
-)
+@option("--ttl", default=10_800.0, metavar="SECONDS", type=ABOVE_0, help="How long a run is kept after its end.")
+@option("--max-entries", default=10_000, metavar="ENTRIES", type=FROM_1, help="How many entries of one run are kept.")
 @option(
     "--prefix",
     default="sse:run:",
     metavar="PREFIX",
-    help="What the keys of entries in Redis begin with; it ends with run:, and all others begin with what is before.",
+    help="The prefix of the keys of entries in Redis. It ends with run:; other keys begin with what is before that.",
 )
 @option(
     "--wait-replicas",
     default=0,
     metavar="REPLICAS",
     type=click.IntRange(min=0),
-    help="How many replicas must have a write in Redis before it counts: a failover then loses less, and each commit "
+    help="How many Redis replicas must have a write before it counts: a failover then loses less, and each commit "
     "takes longer.",
 )
 @option(
@@ -102,21 +95,21 @@ Exit codes:
     default=15.0,
     metavar="SECONDS",
     type=click.FloatRange(min=0),
-    help="After how long without a send a stream is pinged; 0 = never.",
+    help="How long a stream may be silent before it sends a ping; 0 = never.",
 )
 @option(
     "--max-body-bytes",
     default=MAX_BODY_BYTES,
     show_default=binary(MAX_BODY_BYTES),
     metavar="BYTES",
-    type=click.IntRange(min=1),
+    type=FROM_1,
     help="The largest body of a request.",
 )
 @option(
     "--body-timeout",
     default=BODY_TIMEOUT,
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=ABOVE_0,
     help="How long a request's body may take to arrive.",
 )
 @option(
@@ -125,27 +118,27 @@ Exit codes:
     show_default=binary(MAX_HEADER_BYTES),
     metavar="BYTES",
     type=click.IntRange(min=LEAST_HEADER_BYTES),
-    help="The largest headers of a request, with its first line.",
+    help="The largest headers of a request, including its first line.",
 )
 @option(
     "--workers",
     default=1,
     metavar="WORKERS",
-    type=click.IntRange(min=1),
+    type=FROM_1,
     help="How many processes serve behind the same address. Several need a log that they share, such as redis://.",
 )
 @option(
     "--max-worker-deaths",
     default=DEATHS,
     metavar="DEATHS",
-    type=click.IntRange(min=1),
-    help=f"A worker that dies is replaced; so many that die within {DEATHS_WITHIN:g} s end the server.",
+    type=FROM_1,
+    help=f"A worker that dies is replaced; so many deaths within {DEATHS_WITHIN:g} s end the server.",
 )
 @option(
     "--certfile",
     metavar="PATH",
-    help="Serve TLS with this certificate (PEM, with those that vouch for it). Browsers then use HTTP/2; otherwise "
-    "they read no more than six streams at a time.",
+    help="Serve TLS with this certificate (PEM, with its chain). Browsers then use HTTP/2; otherwise they read no "
+    "more than six streams at a time.",
 )
 @option("--keyfile", metavar="PATH", help="The certificate's private key (PEM), if it is not in the same file.")
 @option(
@@ -153,7 +146,8 @@ Exit codes:
     default=USER_TIMEOUT,
     metavar="SECONDS",
     type=click.FloatRange(min=0, max=MAX_USER_TIMEOUT),
-    help="After how long a client that takes nothing in is given up; 0 = when the system does. Linux only.",
+    help="How long a client may read nothing before its connection is closed; 0 = as long as the system allows. "
+    "Linux only.",
 )
 @click.option(WORKER_OPTION, "inherit", hidden=True, allow_from_autoenv=False)
 @settings_options
@@ -167,12 +161,6 @@ def serve(
     bind: Sequence[str],
     log_level: str,
     log_format: str,
-    token: str | None,
-    tokens: str | None,
-    link_secret: str | None,
-    allow_origin: Sequence[str],
-    allow_host: Sequence[str],
-    insecure: bool,
     ttl: float,
     max_entries: int,
     prefix: str,
@@ -187,12 +175,12 @@ def serve(
     keyfile: str | None,
     tcp_user_timeout: float,
     inherit: str | None,
-    **knobs: Any,
+    **settings: Any,
 ) -> None:
     """Serve producers over HTTP, with a page for browsers.
 
-    Ctrl-C or SIGTERM drains: no new runs, those that are there may go on for --drain-timeout, then they are
-    interrupted; a second signal skips the waiting. Every run gets its last entry.
+    Ctrl-C or SIGTERM drains: no run can be started any more, the present runs may go on for --drain-timeout, then they
+    are interrupted. A second signal skips the waiting. Every run gets its last entry.
 
     \b
     Examples:
@@ -205,52 +193,43 @@ def serve(
     """  # noqa: D301  (click takes this backspace for: leave these lines as they are)
     keyfile = keyfile or certfile
     _check(workers, log_url, certfile, keyfile)
-    admitted = auth_options(
-        token=token,
-        tokens=tokens,
-        link_secret=link_secret,
-        allow_origin=allow_origin,
-        allow_host=allow_host,
-        insecure=insecure,
-        worker=inherit is not None,
-    )
+    auth = auth_options(worker=inherit is not None, **{name: settings.pop(name) for name in AUTH_OPTIONS})
     if workers > 1 and inherit is None:
-        words: list[str] = ctx.meta[ARGUMENTS]
-        arguments = words[words.index(str(ctx.info_name)) + 1 :]
-        with listening(bind, anywhere=admitted.anywhere) as sockets:
-            announce = partial(_announce, log_url=log_url, workers=workers)
-            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, admitted.for_workers, announce))
+        given: list[str] = ctx.meta[ARGUMENTS]
+        arguments = given[given.index(str(ctx.info_name)) + 1 :]
+        announce_first = partial(announce, log_url=log_url, workers=workers)
+        with listening(bind, anywhere=auth.anywhere) as sockets:
+            sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, auth.for_workers, announce_first))
     link, inherited = (None, []) if inherit is None else _inherited(inherit)
     try:
-        hosted = Hosted(
+        make_app = partial(
+            create_app,
             load_producers(producers),
-            admitted,
-            log_url=log_url,
-            limits={"ttl": ttl, "max_entries": max_entries, "prefix": prefix, "wait_replicas": wait_replicas},
+            **auth.for_app,
             ping_interval=ping_interval or None,
             max_body_bytes=max_body_bytes,
             body_timeout=body_timeout,
-            max_header_bytes=max_header_bytes,
-            knobs=knobs,
-            tcp_user_timeout=tcp_user_timeout,
-            certfile=certfile,
-            keyfile=keyfile,
+            **settings,
         )
-    except ConfigurationError as error:
+    except (ConfigurationError, ModuleFailed) as error:
+        if isinstance(error, ModuleFailed):
+            click.echo(error.traceback, err=True, nl=False)
         raise click.BadParameter(str(error), param_hint="--producers") from None
-    except ModuleFailed as error:
-        click.echo(error.traceback, err=True, nl=False)
-        raise click.BadParameter(str(error), param_hint="--producers") from None
-    notes = LogConfig(log_level, log_format)
+    log = open_log(log_url, ttl=ttl, max_entries=max_entries, prefix=prefix, wait_replicas=wait_replicas)
+    config = new_config(max_header_bytes)
+    config.certfile, config.keyfile = certfile, keyfile
+    run = partial(
+        host, make_app, log, config, log_config=LogConfig(log_level, log_format), tcp_user_timeout=tcp_user_timeout
+    )
     if link is not None:
-        sys.exit(host(hosted, inherited, notes=notes, ready=partial(_report, link), link=link))
-    with listening(bind, anywhere=admitted.anywhere) as sockets:
-        sys.exit(host(hosted, sockets, notes=notes, ready=partial(_ready, log_url)))
+        sys.exit(run(inherited, ready=partial(_report, link), link=link))
+    with listening(bind, anywhere=auth.anywhere) as sockets:
+        sys.exit(run(sockets, ready=partial(_announce_itself, log_url)))
 
 
-def _inherited(words: str) -> tuple[ParentLink, list[socket.socket]]:
-    """What a worker has from its parent."""
-    number, link_fd, *fds = map(int, words.split(","))
+def _inherited(numbers: str) -> tuple[ParentLink, list[socket.socket]]:
+    """The link and the sockets that a worker inherits from its parent."""
+    number, link_fd, *fds = map(int, numbers.split(","))
     link = ParentLink(number, link_fd)
     link.keep_signals()
     sockets = [socket.socket(fileno=fd) for fd in fds]
@@ -259,48 +238,48 @@ def _inherited(words: str) -> tuple[ParentLink, list[socket.socket]]:
     return link, sockets
 
 
-async def _report(link: ParentLink, service: AppLifespan, urls: Sequence[str], _shutdown: Shutdown) -> None:
-    """Tell the parent what there is to announce."""
-    await link.ready(_news(service, urls))
+async def _report(link: ParentLink, lifespan: AppLifespan, urls: Sequence[str], _shutdown: Shutdown) -> None:
+    await link.ready(_summary(lifespan, urls))
 
 
-async def _ready(log_url: str, service: AppLifespan, urls: Sequence[str], _shutdown: Shutdown) -> None:
-    _announce(_news(service, urls), log_url=log_url, workers=1)
+async def _announce_itself(log_url: str, lifespan: AppLifespan, urls: Sequence[str], _shutdown: Shutdown) -> None:
+    announce(_summary(lifespan, urls), log_url=log_url, workers=1)
 
 
-def _news(service: AppLifespan, urls: Sequence[str]) -> str:
-    return json.dumps([list(urls), sorted(service.producers), service.access.authorizer is not None])
+def _summary(lifespan: AppLifespan, urls: Sequence[str]) -> str:
+    """What `announce` needs to know of a server, as text that a worker can send to its parent."""
+    return json.dumps([list(urls), sorted(lifespan.producers), lifespan.access.authorizer is not None])
 
 
-def _announce(news: str, *, log_url: str, workers: int) -> None:
+def announce(summary: str, *, log_url: str, workers: int) -> None:
     """Say what is served, where, and how to try it."""
-    urls, names, asks = json.loads(news)
+    urls, names, authenticated = json.loads(summary)
     several = f"{workers} workers, " if workers > 1 else ""
     say(f"serving on {' and '.join(urls)} ({several}log: {log_url.partition('?')[0].rpartition('@')[2]})")
     say(f"producers: {', '.join(names) or 'none, so that nothing can be started'}")
     if names:
         body = json.dumps({"producer": names[0], "input": "hello", "stream": True}, ensure_ascii=False)
-        say(f"try:  {curl('-N', asks=asks)} -d {shlex.quote(body)} {urls[0]}/v1/runs")
-    if asks and any(url.startswith("http:") and not _stays_here(url) for url in urls):
+        say(f"try:  {curl('-N', authenticated=authenticated)} -d {shlex.quote(body)} {urls[0]}/v1/runs")
+    if authenticated and any(url.startswith("http:") and not _is_local(url) for url in urls):
         say("note: tokens cross the network unencrypted; give --certfile, or put a proxy that speaks TLS in front")
     say(f"or open {urls[0]}/ in a browser; Ctrl-C stops")
 
 
-def _stays_here(url: str) -> bool:
-    """Whether what is sent to this URL stays on this machine."""
+def _is_local(url: str) -> bool:
+    """Whether a request to this URL stays on this machine."""
     return ipaddress.ip_address((urlsplit(url).hostname or "").partition("%")[0]).is_loopback
 
 
 def _check(workers: int, log_url: str, certfile: str | None, keyfile: str | None) -> None:
-    """Refuse what does not go together."""
+    """Refuse options that do not go together."""
     if workers > 1 and log_url.startswith("memory:"):
         raise click.BadParameter(
-            "memory:// is one process's memory, and several workers have nothing in common there; give them a Redis, "
-            "with --log redis://localhost, or serve with one",
+            "memory:// is one process's memory, which several workers do not share; give them a Redis, with "
+            "--log redis://localhost, or serve with one",
             param_hint="--workers",
         )
     if workers > 1 and sys.platform == "win32":
-        raise click.BadParameter("this system hands no sockets on to other processes", param_hint="--workers")
+        raise click.BadParameter("this system passes no sockets on to other processes", param_hint="--workers")
     if certfile is None and keyfile is not None:
         raise click.BadParameter("a private key alone is no certificate; give --certfile, too", param_hint="--keyfile")
     if certfile is not None and keyfile is not None:

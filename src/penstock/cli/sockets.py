@@ -1,4 +1,4 @@
-"""Where a server listens, and with which certificate: what can be wrong with either is known before anything starts."""
+"""Binds the addresses of a server and checks its certificate, so that an error is known before anything starts."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MAX_PORT: Final = 65535
 
 
 def check_certificate(certfile: str, keyfile: str) -> None:
-    """Read a certificate and its private key, to see whether a server could.
+    """Check that a server could use a certificate.
 
     Args:
-        certfile: the path of the certificate and those that vouch for it, in PEM.
+        certfile: the path of the certificate and of its chain, in PEM.
         keyfile: the path of its private key, in PEM; may be the same file.
 
     Raises:
-        ConfigurationError: it could not.
+        ConfigurationError: a file cannot be read, or the two do not belong together.
     """
-    locked = False
+    encrypted = False
 
     def passphrase() -> str:
-        nonlocal locked
-        locked = True
+        nonlocal encrypted
+        encrypted = True
         return "-"
 
     for path, what in ((certfile, "CERTIFICATE"), (keyfile, "PRIVATE KEY")):
@@ -44,26 +44,25 @@ def check_certificate(certfile: str, keyfile: str) -> None:
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
         if f"{what}-----".encode() not in content:
-            raise ConfigurationError(
-                f"there is no {what.lower()} in {path}: in PEM it begins with -----BEGIN {what}-----"
-            )
+            message = f"there is no {what.lower()} in {path}: in PEM it begins with -----BEGIN {what}-----"
+            raise ConfigurationError(message)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, passphrase)
     except ssl.SSLError as error:
-        if locked:
-            raise ConfigurationError(
-                f"the private key in {keyfile} is encrypted, and nobody is asked for its passphrase; decrypt it first: "
+        message = f"{certfile} and {keyfile} are not a whole certificate and its private key ({error.reason or error})"
+        if encrypted:
+            message = (
+                f"the private key in {keyfile} is encrypted, and a server asks for no passphrase; decrypt it first: "
                 f"openssl pkey -in {keyfile} -out plain.pem"
-            ) from None
-        if error.reason == "KEY_VALUES_MISMATCH":
-            raise ConfigurationError(f"the private key in {keyfile} belongs to another certificate") from None
-        words = f"{certfile} and {keyfile} are not a whole certificate and its private key ({error.reason or error})"
-        raise ConfigurationError(words) from None
+            )
+        elif error.reason == "KEY_VALUES_MISMATCH":
+            message = f"the private key in {keyfile} belongs to another certificate"
+        raise ConfigurationError(message) from None
 
 
 @contextmanager
 def listening(binds: Sequence[str], *, anywhere: bool) -> Iterator[list[socket.socket]]:
-    """Sockets from `listen`, closed in the end.
+    """Hold the sockets of `listen` open.
 
     Raises:
         BadParameter: it cannot listen there.
@@ -71,17 +70,14 @@ def listening(binds: Sequence[str], *, anywhere: bool) -> Iterator[list[socket.s
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # closed by whoever started this, and no place for a socket
+        except OSError:  # the parent process closed it: a socket must not become standard input, output or error
             os.open(os.devnull, os.O_RDWR)
-    try:
-        sockets = listen(binds, anywhere=anywhere)
-    except ConfigurationError as error:
-        raise click.BadParameter(str(error), param_hint="--bind") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            sockets = [stack.enter_context(sock) for sock in listen(binds, anywhere=anywhere)]
+        except ConfigurationError as error:
+            raise click.BadParameter(str(error), param_hint="--bind") from None
         yield sockets
-    finally:
-        for sock in sockets:
-            sock.close()
 
 
 def listen(binds: Sequence[str], *, anywhere: bool) -> list[socket.socket]:
@@ -89,7 +85,7 @@ def listen(binds: Sequence[str], *, anywhere: bool) -> list[socket.socket]:
 
     Args:
         binds: `HOST:PORT` each; a port of 0 is a free one.
-        anywhere: allow addresses that others than this machine can reach.
+        anywhere: allow addresses that other machines can reach.
 
     Raises:
         ConfigurationError: an address is not one, is not loopback, or cannot be bound.
@@ -105,33 +101,26 @@ def _listen(bind: str, *, anywhere: bool) -> socket.socket:
     port = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= len(str(MAX_PORT)) else -1
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not 0 <= port <= MAX_PORT:
-        raise ConfigurationError(
-            f"{bind!r} is not HOST:PORT, such as 127.0.0.1:8000 or [::1]:8000 (port 0: a free one)"
-        )
+        message = f"{bind!r} is not HOST:PORT, such as 127.0.0.1:8000 or [::1]:8000 (port 0: a free one)"
+        raise ConfigurationError(message)
     try:
         family, _, _, _, address = min(
             socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
-            key=lambda found: found[0] is not socket.AF_INET,  # a name with both gets the one that clients try first
+            key=lambda found: found[0] is not socket.AF_INET,  # of a name with both, clients try the IPv4 address first
         )
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"{bind}: there is no address of that name ({error}); check the spelling") from None
     if not anywhere and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise ConfigurationError(
             f"{bind} can be reached from other machines, and whoever reaches it can start, read and cancel every run; "
-            "give --token or --tokens, bind to 127.0.0.1 behind a proxy that asks who is there, or add --insecure if "
-            "the network itself is safe"
+            "give --token or --tokens, bind to 127.0.0.1 behind a proxy that authenticates its clients, or add "
+            "--insecure if the network itself is safe"
         )
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # Not Hypercorn's Config.create_sockets: it binds [::] to IPv4, too, looks a name up as IPv4 alone, and leaves the
+    # sockets open that it has bound when a later one fails.
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if family is socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
+        return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
-        sock.close()
-        raise ConfigurationError(
-            f"{bind} cannot be bound: {error.strerror}; choose another port, or 0 for a free one"
-        ) from None
-    return sock
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        message = f"{bind} cannot be bound: {reason}; choose another port, or 0 for a free one"
+        raise ConfigurationError(message) from None

@@ -1,7 +1,6 @@
-"""What the terminal sees: lines on standard output and standard error, and a status line while a run is followed.
+"""Output for a terminal: lines on standard output and standard error, and a status line while a run is followed.
 
-What comes from a server may hold what anybody has sent there, so nothing of it reaches a terminal but through
-`visible`, or as JSON in ASCII.
+What a server sends may hold control sequences. It reaches a terminal only through `visible`, or as JSON in ASCII.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 UNWRITTEN: Final = 1
 """The exit code when standard output cannot be written."""
 NATURAL_WIDTH: Final = 10_000
-"""How wide a table may be: no cell is cut or folded, so that an id can be copied and a line be searched."""
+"""The width of a table in columns. No cell is cut or folded, so that an id can be copied and a line be searched."""
 STYLES: Final = {"running": "cyan", "completed": "green", "failed": "red", "cancelled": "yellow", "lost": "magenta"}
 NOTHING: Final = "–"
 
@@ -47,42 +46,42 @@ _UNSAFE: Final = re.compile(
 
 
 def visible(text: str, *, one_line: bool = False) -> str:
-    r"""The text with everything that could drive a terminal written as an escape: ESC becomes `\x1b`.
+    r"""The text with all that could control a terminal written as an escape: ESC becomes `\x1b`.
 
     Args:
         text: anything.
-        one_line: so are TAB and LF, which otherwise stay.
+        one_line: escape TAB and LF, too.
     """
     if one_line:
         text = text.replace("\t", "\\t").replace("\n", "\\n")
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def tell(words: str) -> None:
-    """One line on standard error, whatever is in it."""
-    say(visible(words, one_line=True))
+def warn(message: str) -> None:
+    """Write one line to standard error, whatever is in it."""
+    say(visible(message, one_line=True))
 
 
 def emit(text: str) -> None:
-    """Lines on standard output, at once. If nobody reads them any more that is the end of the program, and no error."""
+    """Write lines to standard output, at once. If its reader has closed it, the program ends, without an error."""
     try:
         click.echo(text)
     except BrokenPipeError:
         leave_unread()
     except OSError as error:
         _drop_stdout()
-        tell(f"standard output cannot be written: {error.strerror}")
+        warn(f"standard output cannot be written: {error.strerror}")
         sys.exit(UNWRITTEN)
 
 
 def leave_unread() -> None:
-    """End the program, since nobody reads what it prints."""
+    """End the program, since the reader of standard output has closed it."""
     _drop_stdout()
     sys.exit(0)
 
 
 def _drop_stdout() -> None:
-    """Python flushes it once more at its exit, and would complain."""
+    # Python flushes standard output once more at its exit, and would report an error.
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -90,26 +89,25 @@ def _drop_stdout() -> None:
 # Records
 
 
-def show(what: RenderableType) -> None:
-    """Print it on standard output, as wide as it is."""
+def show(renderable: RenderableType) -> None:
+    """Print it to standard output in its full width."""
     coloured = sys.stdout is not None and sys.stdout.isatty()
-    text = io.StringIO()  # and not standard output itself, whose errors rich would take for its own affair
+    text = io.StringIO()  # not standard output itself, whose errors rich would handle
     console = Console(
         file=text, force_terminal=coloured, width=NATURAL_WIDTH, markup=False, emoji=False, highlight=False
     )
-    console.print(what, crop=False)
+    console.print(renderable, crop=False)
     emit("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def _in_one_line(value: Any) -> str:
-    """A member of a record, in a cell."""
     if value is None:
         return NOTHING
     return visible(value if isinstance(value, str) else json.dumps(value), one_line=True)
 
 
 def _local_time(value: Any) -> str:
-    """Seconds since 1970, as the clock on the wall showed them."""
+    """Seconds since 1970 as a local time."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value:
         return NOTHING
     try:
@@ -126,12 +124,12 @@ def _took(record: Mapping[str, Any]) -> str:
 
 
 def _status(record: Mapping[str, Any]) -> str:
-    why = record.get("stop_reason")
-    return _in_one_line(record["status"]) + ("" if why is None else f" ({_in_one_line(why)})")
+    reason = record.get("stop_reason")
+    return _in_one_line(record["status"]) + ("" if reason is None else f" ({_in_one_line(reason)})")
 
 
 def table_of(records: list[dict[str, Any]]) -> RenderableType:
-    """Records as people read them, one on each line."""
+    """A table of records for people, one record a line."""
     table = Table("id", "producer", "status", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("entries", justify="right")
     table.add_column("started")
@@ -149,17 +147,17 @@ def table_of(records: list[dict[str, Any]]) -> RenderableType:
 
 
 def fields_of(record: dict[str, Any]) -> RenderableType:
-    """All of a record, one member on each line."""
+    """A table of all members of a record, one member a line."""
     grid = Table.grid("name", "value", padding=(0, 2, 0, 0))
-    shown = {"seq": "entries"}
     for name, value in record.items():
-        words = _in_one_line(value)
+        text = _in_one_line(value)
         if name.endswith("_at"):
-            words = _local_time(value)
+            text = _local_time(value)
         elif isinstance(value, dict) and value:
-            words = "\n".join(f"{_in_one_line(key)}: {_in_one_line(each)}" for key, each in value.items())
+            text = "\n".join(f"{_in_one_line(key)}: {_in_one_line(each)}" for key, each in value.items())
         style = STYLES.get(value, "") if name == "status" and isinstance(value, str) else ""
-        grid.add_row(Text(_in_one_line(shown.get(name, name).replace("_", " ")), "dim"), Text(words, style))
+        label = "entries" if name == "seq" else name.replace("_", " ")
+        grid.add_row(Text(_in_one_line(label), "dim"), Text(text, style))
         if name == "ended_at":
             grid.add_row(Text("took", "dim"), Text(_took(record)))
     return grid
@@ -170,7 +168,16 @@ def fields_of(record: dict[str, Any]) -> RenderableType:
 
 @dataclass
 class Progress:
-    """How far it is."""
+    """How far the following of a run is.
+
+    Attributes:
+        began: when it began, by the screen's clock.
+        events: how many were printed.
+        size: how many bytes of streams were read.
+        reconnects: how often a stream was requested again.
+        state: of the connection, in a few words.
+        until: when the next try is due.
+    """
 
     began: float
     events: int = 0
@@ -178,29 +185,27 @@ class Progress:
     reconnects: int = 0
     state: str = "connecting"
     until: float | None = None
-    """When the next try is due."""
 
-    def words(self, now: float) -> str:
-        """The line that a person watches."""
+    def line(self, now: float) -> str:
+        """The text of the status line."""
         due = "" if self.until is None else f", again in {max(self.until - now, 0):.1f} s"
         return f"{self.state}{due} · {self.figures(now)}"
 
     def figures(self, now: float) -> str:
-        """What there was of everything."""
         figures = f"{_counted(self.events, 'event')}, {_counted(self.size, 'byte')}, {now - self.began:.1f} s"
         return figures + (f", {_counted(self.reconnects, 'reconnect')}" if self.reconnects else "")
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 class Screen:
-    """Where events and words go: a context manager, with a status line on a terminal for as long as it is open.
+    """Prints events and messages: a context manager, with a status line on a terminal for as long as it is open.
 
     Args:
         progress: what the status line shows.
-        quiet: leave out progress; what went wrong is said all the same.
+        quiet: print no progress, but warnings.
     """
 
     def __init__(self, progress: Progress, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
@@ -213,7 +218,7 @@ class Screen:
             self._shared = _one_terminal()
             self._live = Live(
                 get_renderable=lambda: Text(
-                    visible(progress.words(clock()), one_line=True), no_wrap=True, overflow="ellipsis"
+                    visible(progress.line(clock()), one_line=True), no_wrap=True, overflow="ellipsis"
                 ),
                 console=self._console,
                 transient=True,
@@ -230,35 +235,32 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
-    def event(self, line: str) -> None:
-        """Print an event to standard output. If the status line is on the same terminal, above that."""
+    def event(self, text: str) -> None:
+        """Print an event to standard output; above the status line, if both are on the same terminal."""
         if self._shared:
-            self._console.out(line)
+            self._console.out(text)
         else:
-            emit(line)
+            emit(text)
 
-    def tell(self, words: str) -> None:
-        """Say something that is to be seen."""
+    def warn(self, message: str) -> None:
+        """Print one line to standard error, also when quiet."""
         if self._live is None:
-            tell(words)
+            warn(message)
         else:
-            self._console.out(f"penstock: {visible(words, one_line=True)}")
+            self._console.out(f"penstock: {visible(message, one_line=True)}")
 
     def connected(self) -> None:
-        """The stream is there."""
         self.progress.state, self.progress.until = "connected", None
 
-    def reconnecting(self, words: str, cursor: int, pause: float, now: float) -> None:
-        """It is not, and will be asked for again."""
+    def reconnecting(self, reason: str, cursor: int, pause: float, now: float) -> None:
         self.progress.reconnects += 1
-        self.progress.state, self.progress.until = words, now + pause
+        self.progress.state, self.progress.until = reason, now + pause
         if self._live is None and not self._quiet:
-            self.tell(f"{words}; going on after {cursor} in {pause:.1f} s")
+            self.warn(f"{reason}; going on after {cursor} in {pause:.1f} s")
 
-    def ended(self, words: str, now: float) -> None:
-        """The last line."""
+    def ended(self, outcome: str, now: float) -> None:
         if not self._quiet:
-            self.tell(f"{words}; {self.progress.figures(now)}")
+            self.warn(f"{outcome}; {self.progress.figures(now)}")
 
 
 def _one_terminal() -> bool:
@@ -269,24 +271,24 @@ def _one_terminal() -> bool:
         return False
 
 
-def event_as_words(seq: int, message: Message) -> str:
-    """An event as people read it; what its data has of further lines stands beneath the first."""
+def event_as_text(seq: int, message: Message) -> str:
+    """An event for people; further lines of its data stand beneath the first."""
     head = f"{seq}  {visible(message.event, one_line=True)}  "
     return head + visible(message.data).replace("\n", "\n" + " " * len(head))
 
 
 def event_as_json(seq: int, message: Message) -> str:
-    """An event as programs read it, in ASCII."""
+    """An event for programs, in ASCII."""
     return json.dumps({"id": seq, "event": message.event, "data": message.data})
 
 
-def how_it_ended(record: dict[str, Any]) -> str:
-    """A run's end in words."""
-    why = record.get("stop_reason")
-    words = f"run {record['id']}: {record['status']}" + (f" ({why})" if why else "")
+def describe_end(record: dict[str, Any]) -> str:
+    """How a run ended, in one line."""
+    reason = record.get("stop_reason")
+    text = f"run {record['id']}: {record['status']}" + (f" ({reason})" if reason else "")
     error = record.get("error")
     if isinstance(error, dict):
-        words += f", {error.get('code')}: {error.get('message')}"
+        text += f", {error.get('code')}: {error.get('message')}"
     elif record.get("cancel_reason"):
-        words += f": {record['cancel_reason']}"
-    return words
+        text += f": {record['cancel_reason']}"
+    return text

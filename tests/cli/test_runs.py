@@ -1,4 +1,4 @@
-"""`penstock runs list | show | cancel`: what they print, what they refuse, and what they make of any answer."""
+"""`penstock runs list | show | cancel`: what they print and refuse, and what they make of any response."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import pytest
 import trio
 import trustme
 
-from penstock.cli.api import ApiResponse, connection_failed, refusal_in, words_of
+from penstock.cli.api import ApiResponse, connection_failed, describe, refusal_in
 from penstock.cli.terminal import visible
-from tests.cli.test_cli import ran, refused
-from tests.support.command_line import environment
+from tests.support.command_line import environment, ran, refused
 from tests.support.runs_answers import Held, Reset, answer, answering, problem, record, record_of
 from tests.support.serving import quiet_config, serving
 
@@ -26,26 +25,23 @@ if TYPE_CHECKING:
     from click.testing import Result
 
     from tests.support.runs_answers import Said, Scripted
+    from tests.support.serving import Server
 
 TOKEN = "s3cret-t0ken/of+mine="  # noqa: S105  (it opens nothing)
 COMMANDS = [("list",), ("show", "r1"), ("cancel", "r1"), ("follow", "r1")]
 
 
 def runs(server: Scripted, *args: object, **env: str) -> Result:
-    """What a command of the group comes to, in this process."""
     return ran("runs", "--url", server.url, *args, **env)
 
 
-async def penstock_runs(url: str, *args: str, **env: str) -> subprocess.CompletedProcess[bytes]:
-    """The same in a process of its own."""
-    line = [sys.executable, "-m", "penstock", "runs", "--url", url, *args]
-    return await trio.run_process(
-        line, capture_stdout=True, capture_stderr=True, check=False, env=environment(TZ="UTC", **env)
-    )
+async def runs_of(server: Server, *args: object) -> Result:
+    """The same while a real server runs in this thread."""
+    return await trio.to_thread.run_sync(ran, "runs", "--url", server.url, *args)
 
 
 def failed_with_one_line(result: Result) -> str:
-    """The only thing that was said."""
+    """The only line of the output."""
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -61,46 +57,48 @@ async def test_runs_are_listed_shown_and_cancelled() -> None:
         await server.ended_run(done)
         await server.start("silent", run_id="silent")
 
-        listed = await penstock_runs(server.url, "list")
-        assert (listed.returncode, listed.stderr) == (0, b"")
-        head, *rows = listed.stdout.decode().splitlines()
+        listed = await runs_of(server, "list")
+        assert (listed.exit_code, listed.stderr) == (0, "")
+        head, *rows = listed.stdout.splitlines()
         assert head.split() == ["id", "producer", "status", "entries", "started", "took"]
         assert [row.split()[:2] for row in rows] == [["silent", "silent"], ["done", "count"]]
         assert "completed (end_turn)        4  20" in rows[1]
         assert rows[0].endswith("–")
-        assert b"\x1b" not in listed.stdout
+        assert "\x1b" not in listed.stdout
 
-        running = await penstock_runs(server.url, "list", "--status", "running", "--json", "--limit", "5")
+        running = await runs_of(server, "list", "--status", "running", "--json", "--limit", "5")
         (line,) = running.stdout.splitlines()
         assert json.loads(line) == await server.run("silent")
+        assert (
+            await runs_of(server, "list", "--status", "lost")
+        ).stderr == "penstock: there are no runs that are lost\n"
 
-        shown = await penstock_runs(server.url, "show", done)
-        words = shown.stdout.decode()
-        assert [line.split("  ")[0] for line in words.splitlines() if line[0] != " "] == [
+        shown = await runs_of(server, "show", done)
+        assert [line.split("  ")[0] for line in shown.stdout.splitlines() if line[0] != " "] == [
             *("id", "producer", "status", "stop reason", "cancel reason", "error", "entries"),
             *("created at", "started at", "ended at", "took", "metadata"),
         ]
-        assert "who: tests\n" in words
-        assert 'deep: {"a": [1]}' in words
-        as_json = await penstock_runs(server.url, "show", done, "--json")
+        assert "who: tests\n" in shown.stdout
+        assert 'deep: {"a": [1]}' in shown.stdout
+        as_json = await runs_of(server, "show", done, "--json")
         assert json.loads(as_json.stdout) == await server.run(done)
 
-        cancelled = await penstock_runs(server.url, "cancel", "silent", "--reason", "enough")
-        assert (cancelled.returncode, cancelled.stdout) == (0, b"run silent is asked to stop\n")
+        cancelled = await runs_of(server, "cancel", "silent", "--reason", "enough")
+        assert (cancelled.exit_code, cancelled.stdout) == (0, "run silent is asked to stop\n")
         ended = await server.ended_run("silent")
         assert (ended["status"], ended["cancel_reason"]) == ("cancelled", "enough")
-        again = await penstock_runs(server.url, "cancel", "silent")
-        assert (again.returncode, again.stdout) == (1, b"run silent had ended already: cancelled (cancelled)\n")
-        as_json = await penstock_runs(server.url, "cancel", "silent", "--json")
-        assert (as_json.returncode, json.loads(as_json.stdout)) == (1, ended)
+        again = await runs_of(server, "cancel", "silent")
+        assert (again.exit_code, again.stdout) == (1, "run silent had ended already: cancelled (cancelled)\n")
+        as_json = await runs_of(server, "cancel", "silent", "--json")
+        assert (as_json.exit_code, json.loads(as_json.stdout)) == (1, ended)
 
 
 async def test_the_dialect_letta_is_understood_too() -> None:
     async with serving(dialect="letta") as server:
         await server.ended_run(await server.start("count", 1, run_id="done"))
-        assert (await penstock_runs(server.url, "cancel", "done")).returncode == 1
-        missing = await penstock_runs(server.url, "show", "missing")
-        assert b"the server answered 404 RUN_NOT_FOUND: there is no run 'missing'" in missing.stderr
+        assert (await runs_of(server, "cancel", "done")).exit_code == 1
+        missing = await runs_of(server, "show", "missing")
+        assert "the server answered 404 RUN_NOT_FOUND: there is no run 'missing'" in missing.stderr
 
 
 async def test_a_server_with_a_certificate_of_its_own_authority_is_trusted_with_cafile(tmp_path: Path) -> None:
@@ -111,21 +109,17 @@ async def test_a_server_with_a_certificate_of_its_own_authority_is_trusted_with_
     with authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.tempfile() as pem:
         config.certfile = config.keyfile = pem
         async with serving(config=config) as server:
-            trusting = await penstock_runs(server.url, "list", "--cafile", str(path))
-            assert (trusting.returncode, trusting.stderr) == (0, b"penstock: there are no runs\n")
-            for options in ([], ["--cafile", str(other)]):
-                for command in (["list"], ["follow", "r1"]):
-                    careful = await penstock_runs(server.url, *command, *options)
-                    assert careful.returncode == 1
-                    assert b"is not trusted (" in careful.stderr
-                    assert b"with --cafile" in careful.stderr
-                    assert b"Traceback" not in careful.stderr
-            plain = await penstock_runs(server.url.replace("https", "http"), "list")
-            assert plain.stderr == b"penstock: the server hung up without an answer\n"
+            trusting = await runs_of(server, "list", "--cafile", path)
+            assert (trusting.exit_code, trusting.stderr) == (0, "penstock: there are no runs\n")
+            for options in ((), ("--cafile", other)):
+                message = failed_with_one_line(await runs_of(server, "list", *options))
+                assert "is not trusted (" in message
+                assert "with --cafile" in message
+            plain = await runs_of(server, "list", "--url", server.url.replace("https", "http"))
+            assert failed_with_one_line(plain) == "the server hung up without an answer"
     async with serving() as server:
-        clear = await penstock_runs(server.url.replace("http", "https"), "follow", "r1")
-        assert clear.returncode == 1
-        assert b"there is no TLS with this server (" in clear.stderr
+        clear = await runs_of(server, "list", "--url", server.url.replace("http", "https"))
+        assert "there is no TLS with this server (" in failed_with_one_line(clear)
 
 
 # Where the server is
@@ -236,22 +230,24 @@ def test_no_help_shows_the_token(command: tuple[str, ...]) -> None:
         assert "PENSTOCK_TOKEN" in result.output
 
 
-def test_the_help_waits_for_nothing_that_only_a_command_needs() -> None:
+def test_the_help_imports_nothing_that_only_a_command_needs() -> None:
     program = (
         "import sys; from penstock.cli.main import main; main(sys.argv[1:], standalone_mode=False); "
         "print([name for name in ('httpx2', 'rich', 'httpcore2') if name in sys.modules])"
     )
-    for words in (["--help"], ["runs", "--help"], ["runs", "follow", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True, env=environment()
-        )
-        assert done.stdout.splitlines()[-1] == "[]"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "runs", "follow", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 # Wrong answers
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     "said,words",
     [
@@ -268,15 +264,21 @@ def test_the_help_waits_for_nothing_that_only_a_command_needs() -> None:
             r"answered 301 and points to http://else/\x07; that is not followed",
         ),
         (answer(308), "answered 308 and points to nowhere; that is not followed"),
-        (b"-ERR unknown command\r\n\r\n", "what answers there does not speak HTTP: is it the right --url?"),
+        (b"-ERR unknown command\r\n\r\n", "the server does not speak HTTP: is it the right --url?"),
     ],
 )
-def test_what_is_not_the_answer_is_said_in_one_line(command: tuple[str, ...], said: bytes, words: str) -> None:
+def test_an_unexpected_response_is_described_in_one_line(said: bytes, words: str) -> None:
     with answering(said) as server:
-        assert words in failed_with_one_line(runs(server, *command))
+        assert words in failed_with_one_line(runs(server, "show", "r1"))
 
 
-@pytest.mark.parametrize("command", COMMANDS[:3])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_describes_an_unexpected_response(command: tuple[str, ...]) -> None:
+    for said in (answer(200, b"{}", content_type="application/json"), answer(308), b"-ERR unknown command\r\n\r\n"):
+        with answering(said) as server:
+            assert "is it the right --url?" in failed_with_one_line(runs(server, *command))
+
+
 @pytest.mark.parametrize(
     "said,words",
     [
@@ -288,10 +290,11 @@ def test_what_is_not_the_answer_is_said_in_one_line(command: tuple[str, ...], sa
         (answer(200, b"[" * 100_000), "that is not penstock's"),
     ],
 )
-def test_nothing_but_follow_asks_twice(command: tuple[str, ...], said: Said, words: str) -> None:
-    with answering(said) as server:
-        assert words in failed_with_one_line(runs(server, *command))
-    assert len(server.requests) == 1
+def test_nothing_but_follow_asks_twice(said: Said, words: str) -> None:
+    for command in COMMANDS[:3]:
+        with answering(said) as server:
+            assert words in failed_with_one_line(runs(server, *command))
+        assert len(server.requests) == 1
 
 
 def test_an_endless_refusal_is_not_read_to_its_end() -> None:
@@ -310,7 +313,7 @@ def test_a_name_that_no_server_can_have_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "text,words,line",
+    "text,shown,line",
     [
         ("plain [bold]x[/bold] é 漢", "plain [bold]x[/bold] é 漢", "plain [bold]x[/bold] é 漢"),
         ("a\tb\nc", "a\tb\nc", r"a\tb\nc"),
@@ -319,14 +322,8 @@ def test_a_name_that_no_server_can_have_is_said() -> None:
         ("\u202eabc\u2066\u2028\ud800", r"\u202eabc\u2066\u2028\ud800", r"\u202eabc\u2066\u2028\ud800"),
     ],
 )
-def test_what_could_drive_a_terminal_is_made_visible(text: str, words: str, line: str) -> None:
-    assert (visible(text), visible(text, one_line=True)) == (words, line)
-
-
-def test_every_control_character_is_made_visible() -> None:
-    controls = [chr(code) for code in [*range(0x20), *range(0x7F, 0xA0)]]
-    assert [each for each in controls if visible(each) == each] == ["\t", "\n"]
-    assert [each for each in controls if visible(each, one_line=True) == each] == []
+def test_what_could_control_a_terminal_is_made_visible(text: str, shown: str, line: str) -> None:
+    assert (visible(text), visible(text, one_line=True)) == (shown, line)
 
 
 def test_a_record_that_holds_anything_is_shown_without_harm() -> None:
@@ -377,11 +374,9 @@ def test_cancel_says_what_it_met(said: bytes, code: int, words: str) -> None:
     assert [each.rpartition("\r\n")[2] for each in server.requests] == ["{}", '{"reason":"é"}']
 
 
-@pytest.mark.parametrize("command", COMMANDS[:3])
-def test_a_standard_output_that_nobody_reads_or_that_is_full_ends_without_a_traceback(command: tuple[str, ...]) -> None:
-    said = {"list": answer(200, json.dumps({"runs": [record_of()]}).encode()), "show": record(), "cancel": record()}
-    with answering(said[command[0]]) as server:
-        line = f"{sys.executable} -m penstock runs --url {server.url} {' '.join(command)}"
+def test_a_standard_output_without_a_reader_or_that_is_full_ends_without_a_traceback() -> None:
+    with answering(record()) as server:
+        line = f"{sys.executable} -m penstock runs --url {server.url} show r1"
         for target, code in (("| true; exit ${PIPESTATUS[0]}", 0), (">/dev/full", 1), (">&-", 0)):
             done = subprocess.run(
                 ["/bin/bash", "-c", f"{line} {target}"], capture_output=True, env=environment(), text=True, check=False
@@ -413,7 +408,7 @@ def test_what_is_no_refusal_is_none(body: bytes) -> None:
 
 def test_a_token_is_blotted_out_however_the_server_has_escaped_it() -> None:
     body = json.dumps({"code": "A", "detail": TOKEN}).replace("/", "\\/").replace("s3", "\\u00733").encode()
-    assert words_of(ApiResponse(400, body=body, token=TOKEN)) == "the server answered 400 A: [token]"
+    assert describe(ApiResponse(400, body=body, token=TOKEN)) == "the server answered 400 A: [token]"
 
 
 def chained(error: Exception, cause: Exception) -> Exception:
@@ -445,5 +440,5 @@ def test_what_an_error_of_the_connection_comes_to(error: Exception, final: bool,
 
 def test_once_an_answer_has_begun_no_error_is_final() -> None:
     errors = [httpx2.ReadError("x"), chained(httpx2.ReadError("x"), ssl.SSLError(1, "bad record"))]
-    assert [connection_failed(error, asked=True).final for error in errors] == [False, False]
-    assert str(connection_failed(httpx2.ReadTimeout("x"), asked=True)) == "nothing came for too long"
+    assert [connection_failed(error, begun=True).final for error in errors] == [False, False]
+    assert str(connection_failed(httpx2.ReadTimeout("x"), begun=True)) == "nothing came for too long"

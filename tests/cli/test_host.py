@@ -1,4 +1,4 @@
-"""Python's garbage collector: a process that serves tunes it; a program that uses penstock keeps its own."""
+"""A process that serves tunes the garbage collector; a program that uses penstock keeps its own settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx2
 import pytest
 
-from penstock.cli.host import THRESHOLDS
+from penstock.cli.host import GC_THRESHOLDS
 from tests.support.command_line import GUARD, environment, penstock
 from tests.support.wire import blocks_of
 
@@ -97,8 +97,8 @@ async def test_a_process_that_serves_looks_rarely_and_never_at_what_it_has_impor
         seen: Any = blocks_of(answer.text)[0].json
         program.process.terminate()
         assert await program.end() == 0
-    assert seen["threshold"] == list(THRESHOLDS)
-    assert default()[0] < THRESHOLDS[0]
+    assert seen["threshold"] == list(GC_THRESHOLDS)
+    assert default()[0] < GC_THRESHOLDS[0]
     assert seen["enabled"]
     assert seen["frozen"] > 10_000
     assert (seen["early"], seen["late"]) == (False, True)
