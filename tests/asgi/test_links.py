@@ -180,7 +180,7 @@ async def test_a_link_ends_and_a_stream_that_was_opened_with_it_goes_on(later: A
             for path in (url, url.replace("/stream", "")):
                 answer = await server.client.get(path, headers={"last-event-id": "1"})
                 words = problem(answer, 401, "NOT_AUTHENTICATED")["detail"]
-                assert words == "this link's time is over; ask for a new one"
+                assert words == "the lifetime of this link is over; ask for a new one"
                 assert answer.headers["www-authenticate"] == "Bearer"
             tap.feed("after")
             tap.end()

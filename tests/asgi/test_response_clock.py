@@ -15,7 +15,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, MemoryLog, open_supervisor
-from penstock.asgi.response import RETRY
+from penstock.asgi.errors import RETRY
 from penstock.asgi.sender import BURST, MAX_SEND
 from penstock.errors import CursorExpired, LogUnavailable, RunNotFound
 from penstock.supervisor.timers import SWEEP_AT_LEAST, Timers
@@ -163,7 +163,7 @@ async def test_an_alarm_that_rings_in_the_step_in_which_a_response_is_cancelled_
             hand.strike()
         nursery.cancel_scope.cancel()
         hand.strike()
-    words = RETRY if kind is AtOnce else b""  # FAREWELL is less than it takes
+    words = RETRY if kind is AtOnce else b""  # FINAL_SEND_TIMEOUT is less than it takes
     assert client.body in {ONE + words, ONE + PING + words}
     assert client.complete == (kind is AtOnce)
     assert not waiting(hand)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.lowlevel
@@ -21,6 +21,9 @@ from penstock.errors import (
 )
 from tests.support.asgi import PING, Client, Errors, get, on_both
 
+if TYPE_CHECKING:
+    from penstock.supervisor.timers import Timers
+
 
 class Follower:
     """A reader of a run that says what it is told to: bodies, seconds to wait, exceptions."""
@@ -29,6 +32,8 @@ class Follower:
         self.steps = list(steps)
         self.at_end = at_end
         self.entering = entering
+        self.clock: Timers | None = None
+        self.cursor = 0
         self.log: list[str] = []
         self.limits: set[int] = set()
 
