@@ -14,8 +14,8 @@ from starlette.responses import HTMLResponse, Response
 
 from penstock import Event, Token, TokenAuthorizer, serve
 from penstock.asgi.auth import Links
-from tests.asgi.test_access import SECRET, TOKEN, bearer, link
 from tests.support.browser import WHY_NOT, chromium, executable
+from tests.support.guarded import SECRET, TOKEN, bearer, link
 from tests.support.serving import PRODUCERS, Tap, serving
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from penstock.asgi.auth import Links
 from penstock.cli import serve as serving
 from penstock.cli.main import main
 from penstock.cli.options import AuthOptions, auth_options
-from tests.asgi.test_access import SECRET, bearer, link
 from tests.support.command_line import environment, penstock
+from tests.support.guarded import SECRET, bearer, link
 from tests.support.http2_clients import UNCHECKED, Windows
 from tests.support.serving import GUARD
 from tests.support.wire import DONE, Wire, blocks_of, ids

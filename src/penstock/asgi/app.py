@@ -207,7 +207,7 @@ def _check_producers(producers: Mapping[str, Any]) -> None:
             )
         if not callable(producer):
             raise ConfigurationError(
-                f"the producer {name!r} must be callable: it is called for each run; {producer!r} is not"
+                f"the producer {name!r} is called once for each run, but {producer!r} is not callable"
             )
 
 
