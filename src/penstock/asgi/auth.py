@@ -302,8 +302,8 @@ class Token:
         """
         if _TOKEN.fullmatch(token) is None or not MIN_TOKEN <= len(token) <= MAX_TOKEN:
             raise ConfigurationError(
-                f"a token has {MIN_TOKEN} to {MAX_TOKEN} letters, digits or -._~+/ (and = at its end), and this one does "
-                "not; make one with: openssl rand -base64 32"
+                f"a token has {MIN_TOKEN} to {MAX_TOKEN} letters, digits or -._~+/ (and = at its end), and this one "
+                "does not; make one with: openssl rand -base64 32"
             )
         return cls(sha256(token.encode()).digest(), rights_of(rights))
 
