@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from penstock import ConfigurationError, TokenAuthorizer, create_app
-from tests.asgi.test_access import bearer, guarded, guarded_requests, link
+from tests.support.guarded import bearer, guarded, guarded_requests, link
 from tests.support.serving import Tap, problem, serving
 from tests.support.wire import DONE, Block
 

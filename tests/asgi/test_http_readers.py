@@ -146,33 +146,6 @@ async def test_a_client_that_never_reads_holds_up_nobody() -> None:
 # Many
 
 
-async def test_twenty_readers_of_one_run_see_the_same() -> None:
-    tap = Tap()
-    async with serving({"tap": tap}) as server:
-        run_id = await server.start("tap")
-        seen: list[list[Block]] = []
-        ready = trio.Semaphore(0)
-
-        async def read() -> None:
-            async with server.reading(run_id) as reader:
-                ready.release()
-                seen.append(await reader.rest())
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(20):
-                nursery.start_soon(read)
-            for _ in range(20):
-                await ready.acquire()
-            for number in range(200):
-                tap.feed(str(number))
-                if number % 7 == 0:
-                    await trio.lowlevel.checkpoint()
-            tap.end()
-        assert len(seen) == 20
-        assert all(each == seen[0] for each in seen)
-        assert ids(seen[0]) == list(range(1, 202))
-
-
 async def test_many_runs_whose_readers_are_cut_at_random_arrive_once_and_in_order() -> None:
     async def bursts(seed: int) -> AsyncIterator[Event]:
         chance = random.Random(seed)
@@ -204,11 +177,11 @@ async def test_many_runs_whose_readers_are_cut_at_random_arrive_once_and_in_orde
             assert seen == [*(Block(n, data=f"{seed}:{n}") for n in range(1, 61)), Block(61, data=DONE)]
 
         async with trio.open_nursery() as nursery:
-            for seed in range(50):
+            for seed in range(15):
                 nursery.start_soon(follow, seed)
-        assert cuts > 100
+        assert cuts > 15
         statuses = [run["status"] for run in (await server.client.get("/v1/runs?limit=100")).json()["runs"]]
-        assert statuses == ["completed"] * 50
+        assert statuses == ["completed"] * 15
 
 
 # Cancelled from afar

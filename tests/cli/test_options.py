@@ -17,9 +17,9 @@ import trio
 
 from penstock.asgi.auth import Links
 from penstock.cli.options import AuthOptions, auth_options
-from tests.asgi.test_access import SECRET, bearer, link
 from tests.support import command_line
 from tests.support.command_line import ANY_PORT, environment, penstock
+from tests.support.guarded import SECRET, bearer, link
 from tests.support.http2_clients import UNCHECKED, Windows
 from tests.support.serving import GUARD
 from tests.support.wire import DONE, Wire, blocks_of, ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, MemoryLog, open_supervisor
+from penstock.asgi.sender import MAX_SEND
 from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
 from penstock.log import Entry
 from penstock.supervisor.fetcher import MISSING_GRACE, Prefetch
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
+    from penstock.log import Page
     from penstock.supervisor.follower import Follower
 
 HALF: Final = 100_000
@@ -296,3 +299,22 @@ async def test_of_a_run_that_has_ended_the_rest_can_be_read_when_the_supervisor_
     await follower.__aexit__(None, None, None)
     tails: Any = supervisor._services.tails
     assert (tails.all(), tails.size) == ([], 0)
+
+
+async def test_a_page_that_was_read_ahead_while_the_log_had_lost_its_entries_is_read_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with reading(tail_entries=1) as works:
+        await works.run(12, COMPLETED, size=MAX_SEND * 2)
+        read, pages = works.log.read, 0
+
+        async def without_entries_once(*args: Any, **options: Any) -> Page:
+            nonlocal pages
+            pages += 1
+            page = await read(*args, **options)
+            return replace(page, entries=[]) if pages == 3 else page
+
+        works.log.read = without_entries_once  # type: ignore[method-assign]
+        async with works.follow() as follower:
+            assert await read_to_the_end(follower) == list(range(1, 13))
+        assert pages > 3

@@ -6,7 +6,7 @@ import asyncio  # noqa: TID251  (the response serves under asyncio, too, so it i
 import functools
 import inspect
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.lowlevel
@@ -19,6 +19,8 @@ from penstock.sse import Decoder, Message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from penstock.supervisor.timers import Timers
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -161,6 +163,18 @@ class Client:
         return Decoder().feed(self.body)
 
 
+class OneAtATime(Client):
+    """A server that takes no message before it is done with the one before, as Hypercorn's is with the first."""
+
+    under_way: str | None = None
+
+    async def send(self, message: Any) -> None:
+        assert self.under_way is None, f"{message['type']} overtook {self.under_way}"
+        self.under_way = message["type"]
+        await super().send(message)
+        self.under_way = None
+
+
 async def get(source: Any, **options: Any) -> Client:
     return await Client().get(source, **options)
 
@@ -230,3 +244,38 @@ async def note(where: list[str]) -> None:
     """A background task. (One that is no coroutine would run in a thread, which a virtual clock does not wait for.)"""
     await anyio.lowlevel.checkpoint()
     where.append("background")
+
+
+class Follower:
+    """A reader of a run by a script: bodies, seconds to wait, exceptions."""
+
+    def __init__(self, *steps: Any, at_end: bool = False, entering: Exception | None = None) -> None:
+        self.steps = list(steps)
+        self.at_end = at_end
+        self.entering = entering
+        self.clock: Timers | None = None
+        self.cursor = 0
+        self.log: list[str] = []
+        self.limits: set[int] = set()
+
+    async def __aenter__(self) -> Self:
+        await anyio.sleep(1)
+        if self.entering is not None:
+            raise self.entering
+        self.log.append("entered")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.log.append("left")
+
+    async def next_body(self, limit: int) -> bytes:
+        self.limits.add(limit)
+        while self.steps:
+            step = self.steps.pop(0)
+            if isinstance(step, Exception):
+                raise step
+            if isinstance(step, bytes):
+                await anyio.lowlevel.checkpoint()
+                return step
+            await anyio.sleep(step)
+        return b""

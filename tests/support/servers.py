@@ -19,7 +19,7 @@ from hypercorn.config import Config
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TIMEOUT: Final = 20.0
+TIMEOUT: Final = 90.0
 """Seconds after which a client gives up. No test comes near it."""
 
 KINDS: Final = ("hypercorn-trio", "hypercorn-asyncio", "uvicorn")

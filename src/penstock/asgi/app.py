@@ -1,24 +1,22 @@
-"""The page at `/`: start runs, follow, cut, resume and cancel them from a browser.
-
-One file, `index.html`, which loads nothing from anywhere. Its Content-Security-Policy allows this page's own script and
-style, by a nonce that is new for each answer, and requests to this server; nothing else runs or is loaded.
-
-The HTTP API: runs are started, listed, followed and cancelled over these routes.
+"""The HTTP API: runs are started, listed, followed and cancelled over these routes.
 
     POST /v1/runs                    start a run; its record, or with "stream": true its stream
     GET  /v1/runs                    the newest records
     GET  /v1/runs/{id}               one record
     GET|POST|HEAD /v1/runs/{id}/stream   the stream, from a cursor on
-    POST /v1/runs/{id}/link          an address of the stream that needs no token, for a time
-    POST /v1/runs/{id}/cancel        ask it to stop
-    GET  /v1/producers               what runs can be started of
+    POST /v1/runs/{id}/link          an address of the stream that needs no token, for a limited time
+    POST /v1/runs/{id}/cancel        cancel it
+    GET  /v1/producers               the producers that runs can be started with
     GET  /healthz, /readyz           alive; able to serve
     GET  /metrics                    for Prometheus
-    GET  /                           a page for browsers
+    GET  /                           a page from which all of this can be used in a browser
 
-Each route but the two for health asks `access.py` first who is there and whether he may. Everything that comes in is
+Every route except the two for health asks `auth.py` first for the caller and their rights. Everything that comes in is
 then checked in `requests.py`; from there on a cursor is an int and a run id is a run id. Errors outside a stream are
-`application/problem+json` with a `code` (or what the dialect makes of it).
+`application/problem+json` with a `code`, or the dialect's equivalent.
+
+The page is one file, `index.html`, which loads nothing from elsewhere. Its Content-Security-Policy allows only its own
+script and style, by a nonce that is new for every response, and requests to this server.
 """
 
 from __future__ import annotations
@@ -41,10 +39,10 @@ from starlette.routing import Route
 
 from penstock.asgi import requests
 from penstock.asgi.auth import AccessControl, Right, check_origins
-from penstock.asgi.errors import ErrorResponse, error_response_for, is_expected
+from penstock.asgi.errors import ErrorResponse, error_response_for, is_expected, retry_instead_of
 from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES, AppLifespan, RequestLimits
 from penstock.asgi.request_body import DrainRequestBody
-from penstock.asgi.response import FOR_NOW, RETRY, EventStreamResponse, is_event_source
+from penstock.asgi.response import EventStreamResponse
 from penstock.errors import ConfigurationError, NotAuthenticated, PenstockError, RunEnded, RunExists, StreamRejected
 from penstock.log import CancelStatus
 from penstock.observer import new_error_id, notify
@@ -66,7 +64,7 @@ _PAGE: Final = (files("penstock.asgi") / "index.html").read_text(encoding="utf-8
 
 
 def page(status: int = 200, headers: Mapping[str, str] | None = None) -> HTMLResponse:
-    """The page. It asks for a token if what it asks for is answered 401, so it is the same for everybody."""
+    """The page. It is the same for every caller: it asks for a token when a request of its own gets a 401."""
     nonce = secrets.token_urlsafe(16)
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
@@ -90,14 +88,13 @@ CORS: Final[Mapping[str, Any]] = {
     "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
     "expose_headers": ["Location", "Penstock-Run-Id", "Retry-After"],
 }
-"""What the pages of other origins may send and see, if they may do anything."""
+"""What pages of the allowed origins may send and read."""
 
 
 class _Application(Starlette):
-    """Starlette, with `DrainRequestBody` around all of it, its own error page included."""
+    """Starlette, with `DrainRequestBody` around everything, even around Starlette's own error page."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        """The middleware around the routes."""
         service: AppLifespan = self.state.penstock
         return DrainRequestBody(super().build_middleware_stack(), service.limits)
 
@@ -114,31 +111,33 @@ def create_app(
     ping_interval: float | None = 15.0,
     max_body_bytes: int = MAX_BODY_BYTES,
     body_timeout: float = BODY_TIMEOUT,
-    **knobs: Any,
+    **settings: Any,
 ) -> Starlette:
-    """The ASGI application with the routes of penstock's HTTP API. For Hypercorn's trio worker; see `serve`.
+    """The ASGI application with the routes of penstock's HTTP API, for Hypercorn's trio worker; see `serve`.
 
     Args:
-        producers: what runs can be started of: name → producer, which is called with the request's `input` (any JSON
-            value).
+        producers: the producers that runs can be started with, by name. A producer is called with the request's
+            `input` (any JSON value).
         log: the event log, or its URL for `open_log`.
-        authorizer: decides who may do what, such as a `TokenAuthorizer`; None: everybody may do everything.
-        allowed_hosts: the names, without ports, under which it answers; None: any. Give them on a server that others
-            cannot reach and that has no authorizer, or a page of another site may drive it through a browser.
-        allowed_origins: the origins (`https://example.org`) whose pages may use it from a browser; `*` for all, which
-            needs an authorizer. By default none but its own.
-        observer: told of what happens; by default it goes to the logger `penstock`.
-        metrics: what `/metrics` shows; False: there is no such route; True: one of its own.
-        ping_interval: seconds without a send after which a stream is pinged; None = never.
-        max_body_bytes: the limit on a request's body, in bytes; beyond it the answer is 413.
-        body_timeout: the seconds in which a request's body has to arrive; after them the answer is 408.
-        knobs: the supervisor's; see `Settings`.
+        authorizer: decides what each caller may do, such as a `TokenAuthorizer`; None: every caller may do everything.
+        allowed_hosts: the host names, without ports, that requests may be addressed to; None: any. Set them on a server
+            that has no authorizer, even if it can be reached only from its own machine: otherwise a page of another
+            site may use it through a browser (DNS rebinding).
+        allowed_origins: the origins (`https://example.org`) whose pages may use the API from a browser; `*`: all of
+            them, which needs an authorizer. The default is none but the server's own.
+        observer: is notified of what happens; the default writes to the logger `penstock`.
+        metrics: the metrics that `/metrics` shows; True: new ones; False: there is no such route.
+        ping_interval: seconds without a send after which a ping is sent on a stream; None: no pings.
+        max_body_bytes: the limit on a request's body, in bytes. The response to a larger one is 413.
+        body_timeout: seconds from a request's headers to the end of its body. After that the response is 408.
+        settings: those of the supervisor; see `Settings`.
 
     Returns:
-        The application; mount it, add middleware to it, or serve it as it is.
+        The application. It can be mounted in another one, extended with middleware, or served as it is. The supervisor
+        is opened and closed by its lifespan.
 
     Raises:
-        ConfigurationError: a knob is unknown, or has a value that it cannot have; or a producer cannot be called.
+        ConfigurationError: a setting is unknown or has a value that it cannot have, or a producer is not callable.
     """
     check_duration("ping_interval", ping_interval)
     if body_timeout is None:
@@ -147,13 +146,13 @@ def create_app(
     _check_producers(producers)
     check_origins(allowed_origins, anybody=authorizer is None)
     if metrics is True:
-        from penstock.observer.prometheus import Metrics  # noqa: PLC0415  (its library decides on being imported how it counts)
+        from penstock.observer.prometheus import Metrics  # noqa: PLC0415  (its library decides at import how it counts)
 
         metrics = Metrics()
     service = AppLifespan(
         producers,
         log,
-        knobs,
+        settings,
         access=AccessControl(authorizer, allowed_hosts),
         limits=RequestLimits(max_body_bytes, body_timeout),
         observer=observer,
@@ -174,7 +173,7 @@ def create_app(
     app = _Application(
         routes=[
             Route("/", index, methods=["GET"]),
-            Route("/v1/runs", start_or_list_runs, methods=["GET", "POST"]),  # one route, or Allow would name one method
+            Route("/v1/runs", start_or_list_runs, methods=["GET", "POST"]),  # one, so that Allow names all
             Route("/v1/runs/{run_id}", get_run, methods=["GET"]),
             Route("/v1/runs/{run_id}/stream", _StreamRun(), methods=["GET", "POST"], name="stream_run"),
             Route("/v1/runs/{run_id}/link", share_run, methods=["POST"]),
@@ -194,7 +193,7 @@ def create_app(
             Exception: on_error,
         },
     )
-    app.router.redirect_slashes = False  # to what the client calls this server, before anybody has asked who it is
+    app.router.redirect_slashes = False  # a redirect would name the Host of the request, before that is checked
     app.state.penstock = service
     return app
 
@@ -203,26 +202,25 @@ def _check_producers(producers: Mapping[str, Any]) -> None:
     for name, producer in producers.items():
         if producer is command:
             raise ConfigurationError(
-                f"the producer {name!r} would run whatever program a client names; give it a fixed argv: "
+                f"the producer {name!r} would run any program that a client names; give it a fixed argv: "
                 "lambda _input: penstock.command([...])"
             )
         if not callable(producer):
-            raise ConfigurationError(f"the producer {name!r} is called once for each run, and {producer!r} cannot be")
+            raise ConfigurationError(
+                f"the producer {name!r} is called once for each run, but {producer!r} is not callable"
+            )
 
 
 def service_of(request: Request) -> AppLifespan:
-    """The service of the application that a request came to."""
     service: AppLifespan = request.app.state.penstock
     return service
 
 
 async def start_or_list_runs(request: Request) -> Response:
-    """GET, HEAD or POST /v1/runs."""
     return await (start_run if request.method == "POST" else list_runs)(request)
 
 
 async def start_run(request: Request) -> Response:
-    """POST /v1/runs."""
     service = service_of(request)
     access = service.access
     caller = await access.authenticate(request)
@@ -232,8 +230,8 @@ async def start_run(request: Request) -> Response:
         await access.check(caller, Right.READ, wanted.run_id)
     if wanted.producer not in service.producers:
         known = ", ".join(sorted(service.producers)) or "none"
-        words = f"there is no producer {wanted.producer!r:.200}; there are: {known}"
-        raise StreamRejected(400, "UNKNOWN_PRODUCER", words)
+        message = f"there is no producer {wanted.producer!r:.200}; there are: {known}"
+        raise StreamRejected(400, "UNKNOWN_PRODUCER", message)
     start = partial(
         service.supervisor.start_once,
         service.producers[wanted.producer],
@@ -255,7 +253,7 @@ async def start_run(request: Request) -> Response:
         "Penstock-Run-Id": started.run.id,
     }
     if wanted.stream:
-        if not started.created:  # it may be another's
+        if not started.created:  # another caller may have started it
             await access.check(caller, Right.READ, started.run.id)
         follower = service.supervisor.follow(started.run.id)
         return _stream(service, started.run.id, follower, status_code=status, headers=headers)
@@ -264,46 +262,40 @@ async def start_run(request: Request) -> Response:
 
 
 async def list_runs(request: Request) -> Response:
-    """GET /v1/runs."""
     service = service_of(request)
     caller = await service.access.authenticate(request)
     await service.access.check(caller, Right.LIST)
     limit, status = requests.list_query(request.query_params)
     runs = await service.supervisor.list(limit=limit, status=status)
-    seen = await service.access.visible_runs(caller, runs)
-    if len(seen) < len(runs) == limit:  # there may be more that he sees
-        seen = await service.access.visible_runs(
-            caller, await service.supervisor.list(limit=requests.MAX_LIST, status=status)
-        )
-    return JSONResponse({"runs": [run.to_json() for run in seen[:limit]]})
+    visible = await service.access.visible_runs(caller, runs)
+    if len(visible) < len(runs) == limit:  # older runs may be visible to the caller
+        runs = await service.supervisor.list(limit=requests.MAX_LIST, status=status)
+        visible = await service.access.visible_runs(caller, runs)
+    return JSONResponse({"runs": [run.to_json() for run in visible[:limit]]})
 
 
 async def get_run(request: Request) -> Response:
-    """GET /v1/runs/{id}."""
     run_id, _ = await _run_id(request, Right.READ)
     return JSONResponse((await service_of(request).supervisor.get(run_id)).to_json())
 
 
-async def stream_run(request: Request) -> Response:
-    """GET, POST or HEAD /v1/runs/{id}/stream."""
-    service = service_of(request)
-    run_id, _ = await _run_id(request, Right.READ)
-    body = await requests.json_body(request, service.limits.max_body_bytes) if request.method == "POST" else {}
-    wanted = requests.stream_request(body, request.query_params, request.headers)
-    follower = service.supervisor.follow(run_id, wanted.after, last=wanted.last)
-    return _stream(service, run_id, follower, pings=wanted.include_pings)
-
-
 class _StreamRun:
-    """`stream_run` as an application of its own: around a function Starlette handles errors, and each send, twice."""
+    """The route of a stream."""
+
+    # An ASGI application, not a function: Starlette wraps the send of a function's response in a second error handler.
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await stream_run(Request(scope, receive, send))
+        request = Request(scope, receive, send)
+        service = service_of(request)
+        run_id, _ = await _run_id(request, Right.READ)
+        body = await requests.json_body(request, service.limits.max_body_bytes) if request.method == "POST" else {}
+        wanted = requests.stream_request(body, request.query_params, request.headers)
+        follower = service.supervisor.follow(run_id, wanted.after, last=wanted.last)
+        response = _stream(service, run_id, follower, pings=wanted.include_pings)
         await response(scope, receive, send)
 
 
 async def cancel_run(request: Request) -> Response:
-    """POST /v1/runs/{id}/cancel."""
     service = service_of(request)
     run_id, caller = await _run_id(request, Right.CANCEL)
     reason = requests.cancel_reason(await requests.json_body(request, service.limits.max_body_bytes))
@@ -315,12 +307,11 @@ async def cancel_run(request: Request) -> Response:
 
 
 async def share_run(request: Request) -> Response:
-    """POST /v1/runs/{id}/link."""
     service = service_of(request)
     run_id, _ = await _run_id(request, Right.SHARE)
     if (links := service.access.links) is None:
         raise StreamRejected(
-            404, "NO_LINKS", "this server makes no links, since it asks nobody for a token or has no secret"
+            404, "NO_LINKS", "this server makes no links, because it requires no tokens or has no secret for links"
         )
     lifetime = requests.link_lifetime(await requests.json_body(request, service.limits.max_body_bytes))
     run = await service.supervisor.get(run_id)
@@ -329,14 +320,12 @@ async def share_run(request: Request) -> Response:
 
 
 async def list_producers(request: Request) -> Response:
-    """GET /v1/producers."""
     service = service_of(request)
     await service.access.require(request, Right.START)
     return JSONResponse({"producers": sorted(service.producers)})
 
 
 async def show_metrics(request: Request) -> Response:
-    """GET /metrics."""
     service = service_of(request)
     await service.access.require(request, Right.METRICS)
     if service.running:
@@ -347,7 +336,6 @@ async def show_metrics(request: Request) -> Response:
 
 
 async def index(request: Request) -> Response:
-    """GET /: a page to use all of this from a browser, which asks for a token if the server does."""
     service = service_of(request)
     try:
         await service.access.authenticate(request)
@@ -359,47 +347,46 @@ async def index(request: Request) -> Response:
 
 
 async def healthz(_request: Request) -> Response:
-    """GET /healthz: the process answers."""
     return JSONResponse({"status": "alive"})
 
 
 async def readyz(request: Request) -> Response:
-    """GET /readyz: runs can be started here."""
     await service_of(request).supervisor.check()
     return JSONResponse({"status": "ready"})
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """What an error becomes that was raised before there was a response."""
+    """The response to a request that failed before there was another response."""
     service = service_of(request)
     headers: list[tuple[bytes, bytes]] = []
     if isinstance(error, HTTPException):  # no such route, or no such method
         code = HTTPStatus(error.status_code).name
-        answer = ErrorResponse(error.status_code, code, HTTPStatus(error.status_code).description or code, {})
+        error_response = ErrorResponse(error.status_code, code, HTTPStatus(error.status_code).description or code, {})
         headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
     else:
-        answer = error_response_for(error, expose_errors=service.settings.expose_errors)
-    if not isinstance(error, HTTPException) and not is_expected(error):
-        answer.members["error_id"] = error_id = new_error_id()
-        where = f"{request.method} {request.url.path}"
-        notify(service.observer.on_error, error, error_id=error_id, where=where)
-    notify(service.observer.refused, answer.status, answer.code)
-    streams = isinstance(request.scope.get("endpoint"), _StreamRun) and request.method == "GET"
-    if streams and answer.status in FOR_NOW and is_event_source(request.scope):  # as in `response.py`
-        return Response(RETRY, media_type="text/event-stream", headers={"cache-control": "no-store"})
-    rendered, body = answer.render(service.dialect)
-    response = Response(body, answer.status)
+        error_response = error_response_for(error, expose_errors=service.settings.expose_errors)
+        if not is_expected(error):
+            error_response.members["error_id"] = error_id = new_error_id()
+            where = f"{request.method} {request.url.path}"
+            notify(service.observer.on_error, error, error_id=error_id, where=where)
+    notify(service.observer.refused, error_response.status, error_response.code)
+    if isinstance(request.scope.get("endpoint"), _StreamRun) and request.method == "GET":
+        retry = retry_instead_of(error_response, request.scope)
+        if retry is not None:
+            return Response(retry, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    rendered, body = error_response.render(service.dialect)
+    response = Response(body, error_response.status)
     response.raw_headers = rendered + headers
     return response
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
-    """The client went away while it was sending its request: there is nobody to answer."""
+    """The client disconnected while it was sending its request. Nothing receives this response."""
     return Response(status_code=400)
 
 
 async def _run_id(request: Request, right: Right) -> tuple[str, Any]:
-    """The run of the path, and the caller, who may do that to it."""
+    """The run id of the path, and the caller, who has that right to it."""
     caller = await service_of(request).access.require(request, right, request.path_params["run_id"])
     return requests.run_id(request.path_params), caller
 

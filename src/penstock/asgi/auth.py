@@ -1,30 +1,28 @@
-"""Who may do what: every route but `/healthz` and `/readyz` asks here first.
+"""Access control: who a caller is, and what they may do.
 
-| question | no |
+Every route except `/healthz` and `/readyz` asks here first.
+
+| question | if not |
 |---|---|
-| was it meant for this server? its `Host` is one of `allowed_hosts`, or an address (a page of another site may not drive a server on loopback through a name of its own: DNS rebinding) | 421 `MISDIRECTED` |
-| who is it? `Authorizer.authenticate` | 401 `NOT_AUTHENTICATED` |
-| may he do that? `Authorizer.allows`, for one of the rights, and one run or none | 403 `NOT_ALLOWED` |
+| is the request meant for this server? its `Host` is one of `allowed_hosts`, or an IP address | 421 `MISDIRECTED` |
+| who is the caller? `Authorizer.authenticate` | 401 `NOT_AUTHENTICATED` |
+| may they do this? `Authorizer.allows`, for one right, and one run or none | 403 `NOT_ALLOWED` |
 
-Without an authorizer nobody is asked, and everybody may do everything. The one that ships with penstock is in `tokens.py`.
+The first question keeps a page of another site from using a server on loopback through a host name of its own (DNS
+rebinding). Without an authorizer the other two are not asked, and every caller may do everything.
 
-Links: a run's stream for whoever has the address, for a time.
+`TokenAuthorizer` knows callers by bearer tokens with named rights (`Authorization: Bearer TOKEN`, RFC 6750, section
+2.1). It keeps only the SHA-256 of a token, and compares it with all of them in a time that reveals nothing about them.
 
-A browser's `EventSource` cannot send a token, so the address itself has to say that it may be read. A link is a JSON
-Web Token (RFC 7519), signed with HMAC-SHA256: `sub` is the run, `aud` what it is for, `exp` its end. Whoever knows the
-secret can make one, in any language:
+It also accepts links. A browser's `EventSource` cannot send a token, so the address itself must carry the right to read
+a run's stream, for a limited time. A link holds a JSON Web Token (RFC 7519), signed with HMAC-SHA256. Any program that
+has the secret can make one:
 
     {"sub": RUN_ID, "aud": "penstock:read", "exp": SECONDS_SINCE_THE_EPOCH}   as   /v1/runs/RUN_ID/stream?link=TOKEN
 
-A link ends new requests, not streams that are open. There is no list of links, so none can be taken back alone: a new
-secret takes back all.
-
-The authorizer that ships with penstock: bearer tokens with named rights, and links.
-
-A token comes in the header `Authorization: Bearer TOKEN` (RFC 6750, 2.1). Only its SHA-256 is kept, which is compared
-with that of every token, in a time that says nothing of them. A link (`links.py`) comes in the query, and allows to
-read the stream of one run.
-"""  # noqa: E501  (a table's rows are lines)
+The end of a link's lifetime refuses new requests; it does not end open streams. There is no list of links, so a single
+one cannot be revoked: a new secret revokes all of them.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +54,10 @@ _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
 class Right(StrEnum):
-    """What somebody may be allowed to do."""
+    """What a caller may be allowed to do."""
 
     START = "start"
-    """Start runs, and see what can be started."""
+    """Start runs, and see the producers."""
     READ = "read"
     """Read a run's record and its stream."""
     SHARE = "share"
@@ -67,19 +65,19 @@ class Right(StrEnum):
     CANCEL = "cancel"
     """Cancel a run."""
     LIST = "list"
-    """See the records of runs in the list."""
+    """See the records of runs in a list."""
     METRICS = "metrics"
     """Read the metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who a request comes from, and what he may do.
+    """Who a request comes from, and what they may do.
 
     Attributes:
-        name: what he is called.
-        rights: his rights.
-        run_id: the one run that they are for; None = all.
+        name: names the caller.
+        rights: what they may do.
+        run_id: the only run that the rights apply to; None: all runs.
     """
 
     name: str
@@ -88,112 +86,112 @@ class Caller:
 
 
 class Authorizer(Protocol):
-    """Decides who may do what. Both methods may wait; they are cancelled with the server, not when a client leaves.
+    """Decides what each caller may do.
 
-    What they raise that is no `PenstockError` is answered with 500, and the request goes no further.
+    Both methods may wait. They are cancelled when the server is, not when the client disconnects. If they raise
+    anything but a `PenstockError`, the response is a 500.
     """
 
     links: Links | None = None
-    """What signs links to a run's stream; None = there are none."""
+    """Signs links to a run's stream; None: there are no links."""
 
     async def authenticate(self, request: HTTPConnection) -> Any:
-        """Who the request comes from; only its headers, its query and its address are there to tell.
+        """Find out who the request comes from, by its headers, query and client address. Its body is not available.
 
         Returns:
-            What `allows` needs to know; for example a `Caller`.
+            The caller, as `allows` needs it; for example a `Caller`.
 
         Raises:
-            NotAuthenticated: nobody knows.
+            NotAuthenticated: the caller is unknown.
         """
 
     async def allows(self, caller: Any, right: Right, run_id: str | None) -> bool:
-        """Whether he may do that.
+        """Whether the caller has a right.
 
         Args:
-            caller: from `authenticate`.
-            right: what it is.
-            run_id: the run that it is done to; None for what is done to none, such as asking for the list, or a start
-                without an id of the caller's choice. It may be any string.
+            caller: what `authenticate` has returned.
+            right: what they want to do.
+            run_id: the run that they want to do it to, which may be any string. None if there is no such run: for a
+                list, or for a start without an id.
         """
         ...
 
 
 class AccessControl:
-    """An application's gate."""
+    """Asks the three questions for an application.
+
+    Raises:
+        ConfigurationError: `allowed_hosts` is a string.
+    """
 
     def __init__(self, authorizer: Authorizer | None, allowed_hosts: Iterable[str] | None) -> None:
         if isinstance(allowed_hosts, str):
-            raise ConfigurationError(f"allowed_hosts are a list of names, not the one {allowed_hosts!r}")
+            raise ConfigurationError(f"allowed_hosts is a list of names, not the string {allowed_hosts!r}")
         self.authorizer = authorizer
         self._hosts = None if allowed_hosts is None else frozenset(name.lower() for name in allowed_hosts)
 
     @property
     def links(self) -> Links | None:
-        """What signs links."""
         return getattr(self.authorizer, "links", None)
 
     async def authenticate(self, request: HTTPConnection) -> Any:
-        """Who it is.
+        """Find out who the request comes from.
 
         Raises:
-            StreamRejected: the request was meant for another server.
-            NotAuthenticated: nobody knows.
+            StreamRejected: the request is meant for another server.
+            NotAuthenticated: the caller is unknown.
         """
         name = _name_of(request.headers.get("host", ""))
         if self._hosts is not None and name not in self._hosts and not _is_address(name):
-            words = f"this server does not answer to the name {name!r:.100}; allow it with --allow-host (allowed_hosts)"
-            raise StreamRejected(421, "MISDIRECTED", words)
+            message = f"this server does not answer to the name {name!r:.100}; allow it: --allow-host (allowed_hosts)"
+            raise StreamRejected(421, "MISDIRECTED", message)
         return None if self.authorizer is None else await self.authorizer.authenticate(request)
 
     async def check(self, caller: Any, right: Right, run_id: str | None = None) -> None:
-        """Return if he may.
-
-        Raises:
-            NotAllowed: he may not.
-        """
+        """Raise `NotAllowed` unless the caller has the right."""
         if not await self.allows(caller, right, run_id):
             what = "" if run_id is None else f" run {run_id!r:.160}"
             raise NotAllowed(f"these credentials do not allow to {right.value}{what}")
 
     async def allows(self, caller: Any, right: Right, run_id: str | None = None) -> bool:
-        """Whether he may."""
         return self.authorizer is None or await self.authorizer.allows(caller, right, run_id)
 
     async def require(self, request: HTTPConnection, right: Right, run_id: str | None = None) -> Any:
-        """`authenticate`, and `allow`; who it is."""
+        """`authenticate` and `check`; returns the caller."""
         caller = await self.authenticate(request)
         await self.check(caller, right, run_id)
         return caller
 
     async def visible_record(self, caller: Any, run: Run) -> dict[str, Any]:
-        """The record, for whoever may read it; which run it is and how it is, for others."""
+        """The record if the caller may read it, else only the run's id and status."""
         record = run.to_json()
         if await self.allows(caller, Right.READ, run.id):
             return record
         return {name: record[name] for name in ("id", "status")}
 
     async def visible_runs(self, caller: Any, runs: Iterable[Run]) -> list[Run]:
-        """The records that he sees in the list."""
         return [run for run in runs if await self.allows(caller, Right.LIST, run.id)]
 
 
 def check_origins(origins: Sequence[str], *, anybody: bool) -> None:
-    """Check whose pages may use a server, which may be one that `anybody` may use.
+    """Check the origins whose pages may use a server; `anybody`: it has no authorizer.
 
     Raises:
-        ConfigurationError: one is no origin (RFC 6454), or would let everybody's page drive such a server.
+        ConfigurationError: one is not an origin (RFC 6454), or would let any page use a server without an authorizer.
     """
     if isinstance(origins, str):
-        raise ConfigurationError(f"allowed origins are a list, not the one {origins!r}")
+        raise ConfigurationError(f"allowed origins are a list, not the string {origins!r}")
     for origin in origins:
         if anybody and origin in {"*", "null"}:
             raise ConfigurationError(f"with {origin!r} as an origin any page could drive this server: it needs tokens")
         if origin not in {"*", "null"} and _ORIGIN.fullmatch(origin) is None:
-            raise ConfigurationError(f"{origin!r} is no origin, such as https://example.org or http://localhost:3000")
+            raise ConfigurationError(
+                f"{origin!r} is not an origin, such as https://example.org or http://localhost:3000"
+            )
 
 
 def _is_address(name: str) -> bool:
-    """Whether it is an IP address, which no page can give to another server."""
+    """Whether it is an IP address, which no page can bind to another server."""
     try:
         ip_address(name.partition("%")[0])
     except ValueError:
@@ -202,7 +200,7 @@ def _is_address(name: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """A `Host` without its port (RFC 9110, 7.2; RFC 3986, 3.2.2)."""
+    """A `Host` without its port (RFC 9110, section 7.2; RFC 3986, section 3.2.2)."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
@@ -213,19 +211,19 @@ ALGORITHM: Final = "HS256"
 MAX_LINK: Final = 1024
 """The most characters of a link's token."""
 MIN_SECRET: Final = 32
-"""The fewest bytes of a secret (RFC 7518, 3.2)."""
+"""The fewest bytes of a secret (RFC 7518, section 3.2)."""
 
 
 def new_secret() -> str:
-    """A secret that nobody can guess (256 bits)."""
+    """A random secret of 256 bits."""
     return secrets.token_urlsafe(32)
 
 
 class Links:
-    """Makes links, and tells good ones from others.
+    """Makes and checks links.
 
     Args:
-        secret: what they are signed with, at least `MIN_SECRET` bytes. All servers that share runs need the same one.
+        secret: signs them; at least `MIN_SECRET` bytes. Servers that share runs need the same one.
 
     Raises:
         ConfigurationError: the secret is too short.
@@ -235,23 +233,19 @@ class Links:
         self._key = secret.encode("utf-8", "surrogateescape")
         if len(self._key) < MIN_SECRET:
             raise ConfigurationError(
-                f"a secret for links has at least {MIN_SECRET} bytes, and this one {len(self._key)}; make one with: "
-                "openssl rand -base64 32"
+                f"a secret for links has at least {MIN_SECRET} bytes, and this one {len(self._key)}; make one "
+                "with: openssl rand -base64 32"
             )
         try:
             self.make("run", 1.0)
         except jwt.PyJWTError as error:
-            raise ConfigurationError(f"this secret cannot be one for links: {error}") from None
+            raise ConfigurationError(f"this secret cannot sign links: {error}") from None
 
     def make(self, run_id: str, lifetime: float) -> tuple[str, int]:
-        """A token for a run's stream.
-
-        Args:
-            run_id: the run.
-            lifetime: seconds until it is no good any more.
+        """Make a token for a run's stream that is valid for `lifetime` seconds.
 
         Returns:
-            The token, for `?link=`, and when it ends, in seconds since the Unix epoch.
+            The token, for `?link=`, and the end of its lifetime in seconds since the Unix epoch.
         """
         ends_at = math.ceil(time.time() + lifetime)
         return jwt.encode({"sub": run_id, "aud": AUDIENCE, "exp": ends_at}, self._key, ALGORITHM), ends_at
@@ -260,7 +254,7 @@ class Links:
         """The run whose stream a token is for.
 
         Raises:
-            NotAuthenticated: it is not one of ours, or its time is over.
+            NotAuthenticated: this server has not made it, or its lifetime is over.
         """
         if len(link) > MAX_LINK:
             raise NotAuthenticated(f"a link's token has at most {MAX_LINK} characters")
@@ -269,31 +263,31 @@ class Links:
                 link, self._key, [ALGORITHM], audience=AUDIENCE, options={"require": ["sub", "aud", "exp"]}
             )
         except jwt.ExpiredSignatureError:
-            raise NotAuthenticated("this link's time is over; ask for a new one") from None
-        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):  # all of it is the client's
-            raise NotAuthenticated("this link is not one of this server's, or has been changed") from None
+            raise NotAuthenticated("the lifetime of this link is over; ask for a new one") from None
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):  # the client sent all of it
+            raise NotAuthenticated("this server has not made this link, or the link has been changed") from None
         run_id: str = claims["sub"]
         return run_id
 
 
 ALL_RIGHTS: Final = frozenset(Right)
 MIN_TOKEN: Final = 16
-"""The fewest characters of a token: fewer can be guessed."""
+"""The fewest characters of a token; a shorter one can be guessed."""
 MAX_TOKEN: Final = 1024
-"""The most."""
+"""The most characters of a token."""
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-"""What can stand in a header as it is (RFC 6750, 2.1)."""
+"""A token as it stands in the header (RFC 6750, section 2.1)."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What a token is known by, and what whoever has it may do.
+    """A bearer token, as a server knows it.
 
     Attributes:
         digest: its SHA-256.
-        rights: what it allows.
+        rights: what a caller who has it may do.
     """
 
     digest: bytes = field(repr=False)
@@ -301,15 +295,15 @@ class Token:
 
     @classmethod
     def of(cls, token: str, rights: Iterable[str] = ALL_RIGHTS) -> Self:
-        """The token itself, which is forgotten at once.
+        """Make it from the token itself, which is not kept.
 
         Raises:
-            ConfigurationError: it cannot be sent, or could be guessed, or there is no such right.
+            ConfigurationError: the token cannot be sent or is easily guessed, or there is no such right.
         """
         if _TOKEN.fullmatch(token) is None or not MIN_TOKEN <= len(token) <= MAX_TOKEN:
             raise ConfigurationError(
                 f"a token has {MIN_TOKEN} to {MAX_TOKEN} letters, digits or -._~+/ (and = at its end), and this one "
-                "has not; make one with: openssl rand -base64 32"
+                "does not; make one with: openssl rand -base64 32"
             )
         return cls(sha256(token.encode()).digest(), rights_of(rights))
 
@@ -321,69 +315,68 @@ def rights_of(names: Iterable[str]) -> frozenset[Right]:
         ConfigurationError: there is no such right.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(f"rights are a list of names, of {', '.join(Right)}")
+        raise ConfigurationError(f"rights are a list of names out of {', '.join(Right)}")
     for name in names:
         if name not in ALL_RIGHTS:
-            raise ConfigurationError(f"one of the rights is none; there are {', '.join(Right)}")
+            raise ConfigurationError(f"one of the rights does not exist; there are {', '.join(Right)}")
     return frozenset(map(Right, names))
 
 
 class TokenAuthorizer(Authorizer):
-    """Knows callers by their tokens, or by a link.
+    """Knows callers by their bearer tokens, or by a link, which allows to read the stream of one run.
 
     Args:
-        tokens: each with a name for whoever has it.
-        links: what signs links; None = there are none.
+        tokens: the tokens, by the name of the caller who has it.
+        links: signs links; None: there are no links.
 
     Raises:
-        ConfigurationError: two of them are the same.
+        ConfigurationError: two of the tokens are the same.
     """
 
     def __init__(self, tokens: Mapping[str, Token], links: Links | None = None) -> None:
         self._tokens = dict(tokens)
         self.links = links
         if len({token.digest for token in self._tokens.values()}) < len(self._tokens):
-            raise ConfigurationError("two of the tokens are the same; nobody could tell who has which rights")
+            raise ConfigurationError("two of the tokens are the same, so that the rights of a caller are ambiguous")
 
     async def authenticate(self, request: HTTPConnection) -> Caller:  # noqa: ASYNC910  (it has no I/O to do)
-        """Whoever has this token, or this link; a token goes before a link."""
+        """The caller who has this token or this link. A token takes precedence over a link."""
         header = request.headers.get("authorization")
         link = request.query_params.get("link")
         scheme, _, token = (header or "").partition(" ")
         bearer = scheme.lower() == "bearer"
-        if not bearer and link is not None and self.links is not None:  # the header may be that of a proxy's own
+        if not bearer and link is not None and self.links is not None:  # another scheme may be the proxy's
             return Caller("link", frozenset({Right.READ}), self.links.run_of(link))
         if not bearer:
-            raise NotAuthenticated("this server wants to know who is asking: send Authorization: Bearer TOKEN")
+            raise NotAuthenticated("this server requires a token: send Authorization: Bearer TOKEN")
         digest = sha256(token.strip().encode()).digest()
         known = [name for name, each in self._tokens.items() if hmac.compare_digest(each.digest, digest)]
         if not known:
-            raise NotAuthenticated("this token is not one that this server knows")
+            raise NotAuthenticated("this server does not know this token")
         return Caller(known[0], self._tokens[known[0]].rights)
 
     async def allows(self, caller: Any, right: Right, run_id: str | None) -> bool:  # noqa: ASYNC910
-        """Whether his rights say so."""
         return right in caller.rights and caller.run_id in {None, run_id}
 
 
 def read_tokens(path: str) -> dict[str, Token]:
-    """The tokens of a file in TOML: a table for each, with its name.
+    """Read tokens from a TOML file, which has a table for each, under the name of the caller who has it.
 
         [dashboard]
         token = "..."                  # or sha256 = "..." of it, in hexadecimal
         rights = ["read", "list"]      # of start, read, share, cancel, list, metrics
 
     Raises:
-        ConfigurationError: it cannot be read, or says something else. Nothing of what it says is in the words.
+        ConfigurationError: the file cannot be read, or has other contents. The message quotes nothing of them.
     """
     try:
         tables: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):  # of Unicode, TOML, or a number
-        raise ConfigurationError(f"{path} is not TOML; it has a table for each token, such as [dashboard]") from None
+    except (ValueError, RecursionError):  # bad Unicode, bad TOML, or a number too long
+        raise ConfigurationError(f"{path} is not TOML, with a table for each token, such as [dashboard]") from None
     if not tables:
-        raise ConfigurationError(f"there is no token in {path}; it has a table for each, such as [dashboard]")
+        raise ConfigurationError(f"there is no token in {path}, which has a table for each, such as [dashboard]")
     known: dict[str, Token] = {}
     for number, (name, table) in enumerate(tables.items(), 1):
         try:

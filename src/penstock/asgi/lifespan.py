@@ -1,8 +1,8 @@
-"""What an application has beside its routes: the log, the supervisor, and how they are.
+"""What an application has beside its routes: the event log, the supervisor, and their state.
 
-The supervisor lives in a task of its own beside the application's lifespan: if one of its services dies, that must not
-end the lifespan (the server would be torn down without a word to anybody) but mark the service failed, so that readers
-are released, `/readyz` says so and `serve()` shuts down.
+The supervisor runs in a task of its own beside the application's lifespan. If one of its services dies, the exception
+must not end the lifespan, because the server would be torn down without notifying any client. It is recorded instead:
+readers are released, `/readyz` reports it, and `serve()` shuts down.
 """
 
 from __future__ import annotations
@@ -29,34 +29,32 @@ if TYPE_CHECKING:
     from penstock.observer.prometheus import Metrics
 
 MAX_BODY_BYTES: Final = 1024 * 1024
-"""The default of the limit on a request's body."""
+"""The default limit on a request's body."""
 BODY_TIMEOUT: Final = 30.0
-"""The default of the time, in seconds, that a request's body may take to arrive."""
+"""The default for the seconds that a request's body may take to arrive."""
 
 
 @dataclass(slots=True)
 class RequestLimits:
-    """What a request may be like.
+    """The limits on a request.
 
     Attributes:
         max_body_bytes: the size of its body.
-        body_timeout: the seconds from its headers to the end of its body.
-        http2_corrected: whether the server can stand it that a response ends before its request (`bodies.py`).
+        body_timeout: seconds from its headers to the end of its body.
     """
 
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout: float = BODY_TIMEOUT
-    http2_corrected: bool = False
 
 
 class AppLifespan:
-    """See above. An application has it as `app.state.penstock`."""
+    """The log and the supervisor of an application, which has it as `app.state.penstock`."""
 
     def __init__(
         self,
         producers: Mapping[str, Any],
         log: str | EventLog,
-        knobs: Mapping[str, Any],
+        settings: Mapping[str, Any],
         *,
         access: AccessControl,
         limits: RequestLimits,
@@ -68,18 +66,18 @@ class AppLifespan:
         self.access = access
         self.limits = limits
         self.metrics = metrics
-        self.settings = Settings.of(knobs)
+        self.settings = Settings.of(settings)
         self.dialect = dialect_named(self.settings.dialect)
         self.ping_interval = ping_interval
         self.failed = trio.Event()
-        """Set when a service of the supervisor has died."""
+        """A service of the supervisor has died."""
         self.startup_error: Exception | None = None
-        """What kept log or supervisor from opening; a server tells no more of it than its words."""
+        """The error that opening the log or the supervisor raised. (A server passes on no more than its message.)"""
         self._log = log
         self.observer = checked(LoggingObserver() if observer is None else observer)
         if metrics is not None:
             self.observer = Observers(self.observer, metrics)
-        self._knobs = dict(knobs)
+        self._settings = dict(settings)
         self._supervisor: Supervisor | None = None
         self._stopping = trio.Event()
         self._drained = trio.Event()
@@ -87,13 +85,13 @@ class AppLifespan:
 
     @property
     def patience(self) -> float:
-        """Seconds that a drain takes at the most, and one more."""
+        """The longest that a drain takes, and one second more."""
         settings = self.settings
         return settings.drain_timeout + settings.cancel_grace + settings.finalize_timeout + 1.0
 
     @property
     def running(self) -> bool:
-        """Whether there is a supervisor, or was."""
+        """Whether the supervisor has been opened."""
         return self._supervisor is not None
 
     @property
@@ -101,33 +99,36 @@ class AppLifespan:
         """The supervisor.
 
         Raises:
-            SupervisorFailed: the application's lifespan has not started it, or is over.
+            SupervisorFailed: the application's lifespan has not opened it.
         """
         if self._supervisor is None:
             raise SupervisorFailed("the application is not running: its server must support the ASGI lifespan protocol")
         return self._supervisor
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold log and supervisor open until `stop`. What goes wrong is raised before they are open, recorded later."""
+        """Hold the log and the supervisor open until `stop`.
+
+        An error is raised while they are being opened. Later on it sets `failed`.
+        """
         started = False
         self._stopping = trio.Event()  # it may have been run before
         try:
             async with AsyncExitStack() as stack:
                 log = await stack.enter_async_context(open_log(self._log)) if isinstance(self._log, str) else self._log
                 self._supervisor = await stack.enter_async_context(
-                    open_supervisor(log, observer=self.observer, **self._knobs)
+                    open_supervisor(log, observer=self.observer, **self._settings)
                 )
                 started = True
                 task_status.started()
                 await self._stopping.wait()
-        except Exception as error:  # the supervisor has told its observer what it died of
+        except Exception as error:  # the supervisor has reported it to its observer
             if not started:
                 self.startup_error = error
                 raise
             self.failed.set()
 
     async def drain(self) -> None:
-        """Start no more runs and let those that are there end, as `Supervisor.drain` does; not if the service fails."""
+        """Drain the supervisor (`Supervisor.drain`), or return when one of its services dies."""
 
         async def give_up() -> None:
             await self.failed.wait()
@@ -143,9 +144,9 @@ class AppLifespan:
             self._drained.set()
 
     async def drained(self) -> None:
-        """Wait for a drain that is under way: its runs may have no readers, whom a server would wait for."""
+        """Wait for a drain that is under way. A server waits for open streams only, and a run may have no reader."""
         await self._drained.wait()
 
     def stop(self) -> None:
-        """Let `run` return, when the supervisor's runs are over."""
+        """Let `run` return when the supervisor's runs are over."""
         self._stopping.set()

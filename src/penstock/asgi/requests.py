@@ -1,6 +1,7 @@
-"""What comes in over HTTP, checked: plain values come out, or a refusal with a status, a code and what to do.
+"""Checks of everything that a request brings: its body, path, query and headers.
 
-A refusal is a `StreamRejected`. Nothing here does I/O but `json_body`, which reads no more of a body than its limit.
+Each function returns plain values, or raises `StreamRejected` with a status, a code, and a message that says what is
+allowed. Only `json_body` does I/O, and it reads no more of a body than its limit.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 MAX_LIST: Final = 1000
-"""The most records that one list holds."""
+"""The most records in a list."""
 MAX_REASON: Final = 1000
-"""The most characters of a cancel's reason."""
+"""The most characters of the reason for a cancel."""
 MAX_DEPTH: Final = 100
-"""The most levels of arrays and objects in a body."""
+"""The most nested arrays and objects in a body."""
 MAX_KEY: Final = 255
 """The most characters of an idempotency key."""
 LINK_LIFETIME: Final = 3600.0
-"""Seconds that a link is good for, unless it is asked for otherwise."""
+"""The default lifetime of a link, in seconds."""
 MAX_LINK_LIFETIME: Final = 7 * 86_400.0
-"""The most seconds that one can be asked for."""
+"""The longest lifetime of a link, in seconds."""
 
 _CURSOR: Final = re.compile(r"[0-9]{1,18}")
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -56,7 +57,7 @@ class StartRequest:
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """A checked request for a stream: after which seq, or the last how many; with pings or without."""
+    """A checked request for a stream: the entries after a seq, or the last few; with or without pings."""
 
     after: int
     last: int | None
@@ -64,14 +65,14 @@ class StreamRequest:
 
 
 async def json_body(request: Request, limit: int) -> dict[str, Any]:
-    """The request's body, a JSON object; no body is the same as `{}`. At most `limit` bytes of it are read."""
-    _refuse_unasked(request.headers)
+    """The request's body, a JSON object; no body is the same as `{}`. At most `limit` bytes are read."""
+    _check_site(request.headers)
     read = bytearray()
     async with aclosing(request.stream()) as pieces:
         async for piece in pieces:
             read += piece
             if len(read) > limit:
-                raise StreamRejected(413, "BODY_TOO_LARGE", f"a request's body is at most {limit} bytes")
+                raise StreamRejected(413, "BODY_TOO_LARGE", f"the body of a request has at most {limit} bytes")
     if not read.strip():
         return {}
     try:
@@ -83,23 +84,22 @@ async def json_body(request: Request, limit: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise StreamRejected(400, "BAD_JSON", f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
-        raise StreamRejected(400, "BAD_JSON", "the body is a JSON object, such as {}")
+        raise StreamRejected(400, "BAD_JSON", "the body must be a JSON object, such as {}")
     return body
 
 
-def _refuse_unasked(headers: Mapping[str, str]) -> None:
-    """Refuse what a browser sends on behalf of another site without having asked first.
+def _check_site(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser sends for a page of another site without a CORS preflight.
 
-    Any page may have a browser POST to this server, as long as the content type is one that needs no CORS preflight
-    (WHATWG Fetch, section 2.2.2); it could not read the answer, but it would have started or cancelled a run. Clients
-    that are no browsers do not send `Sec-Fetch-Site`; JSON is asked for first, and so is the business of CORS
-    middleware.
+    Any page may make a browser POST to this server if the content type needs no preflight (WHATWG Fetch, section
+    2.2.2). The page could not read the response, but it would have started or cancelled a run. Clients that are not
+    browsers send no `Sec-Fetch-Site`. JSON needs a preflight, so CORS middleware decides about it.
     """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    origin = headers.get("origin")  # towards plain http elsewhere than on loopback, browsers send this one alone
+    origin = headers.get("origin")  # to http: outside loopback, browsers send only this one
     own = origin is None or origin.partition("://")[2] == headers.get("host")
     if not (own and headers.get("sec-fetch-site", "none") in _OWN_SITE) and media_type != "application/json":
-        raise StreamRejected(403, "CROSS_SITE", "a page of another site sends JSON as application/json, or nothing")
+        raise StreamRejected(403, "CROSS_SITE", "a page of another site must send JSON as application/json, or nothing")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -107,7 +107,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what is nested so deeply that a later step, deeper in the stack, could not write it as JSON again."""
+    """Refuse a value nested so deeply that it could not be encoded as JSON again, deeper in the stack."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         children = (each.values() if isinstance(each, dict) else each for each in level)
@@ -118,7 +118,6 @@ def _check_depth(value: Any) -> None:
 
 
 def run_id(path_params: Mapping[str, Any]) -> str:
-    """The run id of the path."""
     return _checked_run_id(path_params["run_id"])
 
 
@@ -130,13 +129,12 @@ def _checked_run_id(value: Any) -> str:
 
 
 def start_request(body: Mapping[str, Any], headers: Mapping[str, str]) -> StartRequest:
-    """What a run is started with."""
     known = {"producer", "input", "run_id", "metadata", "timeout", "max_silence", "stream"}
     if unknown := sorted(set(body) - known):
         _bad_request(f"there is no member {unknown[0]!r:.100}; there are: {', '.join(sorted(known))}")
     producer, metadata, wanted_id = body.get("producer"), body.get("metadata"), body.get("run_id")
     if not isinstance(producer, str):
-        _bad_request('"producer" names what to run, and is a string')
+        _bad_request('"producer" is the name of a producer, a string')
     if metadata is not None and not isinstance(metadata, dict):
         _bad_request('"metadata" is an object')
     key = headers.get("idempotency-key")
@@ -157,9 +155,9 @@ def start_request(body: Mapping[str, Any], headers: Mapping[str, str]) -> StartR
 
 
 def stream_request(body: Mapping[str, Any], query: Mapping[str, str], headers: Mapping[str, str]) -> StreamRequest:
-    """Where a stream starts.
+    """Check where a stream starts.
 
-    `Last-Event-ID` wins over `starting_after`, and the body over the query; other members are ignored.
+    `Last-Event-ID` takes precedence over `starting_after`, and the body over the query. Other members are ignored.
     """
     given = {**query, **body}
     after = headers.get("last-event-id") or given.get("starting_after")
@@ -172,7 +170,6 @@ def stream_request(body: Mapping[str, Any], query: Mapping[str, str], headers: M
 
 
 def cancel_reason(body: Mapping[str, Any]) -> str | None:
-    """The words that a cancel comes with."""
     reason = body.get("reason")
     if reason is not None and not (isinstance(reason, str) and len(reason) <= MAX_REASON):
         _bad_request(f'"reason" is a string of at most {MAX_REASON} characters')
@@ -180,7 +177,7 @@ def cancel_reason(body: Mapping[str, Any]) -> str | None:
 
 
 def link_lifetime(body: Mapping[str, Any]) -> float:
-    """How many seconds a link is wanted for."""
+    """The lifetime of a link, in seconds."""
     lifetime = _duration(body, "expires_in")
     if lifetime is None:
         return LINK_LIFETIME
@@ -190,7 +187,7 @@ def link_lifetime(body: Mapping[str, Any]) -> float:
 
 
 def list_query(query: Mapping[str, str]) -> tuple[int, RunStatus | None]:
-    """How many records are wanted, and of which status."""
+    """The number of records in a list, and their status."""
     limit = _count(query.get("limit", "50"), "BAD_LIMIT", '"limit" is')
     if not 1 <= limit <= MAX_LIST:
         raise StreamRejected(400, "BAD_LIMIT", f'"limit" is 1 to {MAX_LIST}')
@@ -204,7 +201,7 @@ def list_query(query: Mapping[str, str]) -> tuple[int, RunStatus | None]:
 
 
 def _count(value: Any, code: str, what: str) -> int:
-    """A whole number from 0, as JSON or as text."""
+    """A whole number from 0, given as JSON or as text."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value) if abs(value) < 10**18 else ""
     if not isinstance(value, str) or _CURSOR.fullmatch(value) is None:
@@ -222,7 +219,7 @@ def _duration(body: Mapping[str, Any], name: str) -> float | None:
 
 
 def _boolean(value: Any, name: str) -> bool:
-    """A truth value, as JSON or as text."""
+    """A boolean, given as JSON or as text."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in _TRUE | _FALSE:

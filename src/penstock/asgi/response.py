@@ -1,38 +1,34 @@
 """`EventStreamResponse`: a stream of Server-Sent Events as an ASGI response, on Trio and on asyncio.
 
-The table says how a stream ends. `exchange.py` has the machinery: a task group with the pump, the timer and the
-listener.
-
-| what happens | nothing was sent yet | later |
+| what happens | before the headers are sent | after that |
 |---|---|---|
 | the source yields | headers with its status, and the chunk | the chunk |
-| the source ends | a whole, empty stream | the end |
-| it raises, or yields no chunk | an error body with an HTTP status | error event, `[DONE]`, the end |
+| the source ends | a complete, empty stream | the end |
+| it raises, or yields no valid chunk | an error body with an HTTP status | error event, `[DONE]`, the end |
 | it raises `RunCancelled` | headers, and then as later | cancelled event, `[DONE]`, the end |
 | cancelled from outside (shutdown) | an error body with 503; raised | error event, `[DONE]`; raised |
-| the client goes away | the source is cancelled, or runs on; nothing is ever sent again | the same |
+| the client disconnects | the source is cancelled, or runs on; nothing is sent any more | the same |
 
-Behind a *follower* there is a run that goes on without its reader. A failure there says nothing of how the run ends, so
-later on it is no error event and no `[DONE]`, but `retry:`, and the client comes back with its cursor. A browser's
-`EventSource` comes back after that, and never after a status but 200 (WHATWG HTML, section 9.2.3): so whoever accepts
-nothing but event streams is told `retry:` in a stream of its own, where others get a 429 or 503 with `Retry-After`.
+The source of a `SourceBody` is all there is. Behind a `RunBody` there is a run that goes on without its reader. If the
+reader fails, that says nothing about how the run ends: after the headers the client gets no error event and no `[DONE]`
+but `retry:`, and reconnects with its cursor. Before the headers it gets an error body, or, if it is an `EventSource`, a
+stream with `retry:` (`errors.py`). `sender.py` has the machinery: the pump, the timer and the listener.
 
-There is no Trio in here, so any ASGI server will do. What is lost on asyncio: a cancellation from outside is delivered
-once, and a source that swallows it runs on.
+Nothing here imports Trio, so any ASGI server will do. On asyncio a cancellation from outside is delivered only once: a
+source that swallows it runs on.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
 from starlette.responses import Response
 
-from penstock.asgi.errors import ErrorResponse, error_response_for, is_expected
-from penstock.asgi.sender import ENDED, MAX_SEND, ResponseSender
+from penstock.asgi.errors import RETRY, ErrorResponse, error_response_for, is_expected, retry_instead_of
+from penstock.asgi.sender import ENDED, MAX_SEND, ResponseSender, StreamOptions, StreamStats
 from penstock.errors import (
     ConfigurationError,
     CursorExpired,
@@ -58,64 +54,69 @@ if TYPE_CHECKING:
     from starlette.background import BackgroundTask
     from starlette.types import Receive, Scope, Send
 
+    from penstock.asgi.sender import Body
     from penstock.observer import Observer
+    from penstock.sse.dialects import Dialect
+    from penstock.supervisor.timers import Timers
 
-RETRY: Final = Event(retry=1000).encode()
-"""What a run's reader is told when this stream of it ends and the run does not: come back, after a second."""
-
-FOR_NOW: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
-"""What is answered to whoever may come again."""
 _WITHOUT_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
 @runtime_checkable
 class BodySource(Protocol):
-    """A reader of a run, such as `Supervisor.follow` makes: it is handed to the response un-entered."""
+    """A reader of a run, such as `Supervisor.follow` makes. The response enters it."""
+
+    @property
+    def clock(self) -> Timers | None:
+        """Calls the timer of the response; None if there is none."""
+
+    @property
+    def cursor(self) -> int:
+        """The seq of the entry that was handed over last."""
 
     @property
     def at_end(self) -> bool:
-        """Once entered: the run has ended, and nothing follows the cursor. The answer is an empty 204."""
+        """After entering: the run has ended and nothing follows the cursor. The response is an empty 204."""
 
     async def __aenter__(self) -> Any:
-        """Look the run up; a `PenstockError` becomes the answer, with its status."""
+        """Look the run up. A `PenstockError` becomes the response, with its status."""
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        """Let go of the run."""
+        """Release the run."""
 
     async def next_body(self, limit: int) -> bytes:
-        """Wait for whole blocks, and return what is ready, if possible at most `limit` bytes; `b""` at the end."""
+        """Wait for whole blocks, and return those that are ready, up to `limit` bytes if possible; `b""` at the end."""
 
 
 class EventStreamResponse(Response):
-    """Streams a source to the client; to be returned from an endpoint of Starlette or FastAPI.
+    """Streams a source to the client. An endpoint of Starlette or FastAPI returns it.
 
     The source is opened, iterated and closed in the task that serves the request. When the call returns, the response
-    is over and the source's `finally` blocks have run; then `background` runs, also if the client has gone away. A
-    cancellation from outside, such as the server's shutdown, reaches the source, leaves half a second for last words,
-    and is raised.
+    is over and the source's `finally` blocks have run. Then `background` runs, even if the client has disconnected. A
+    cancellation from outside, such as the server's shutdown, reaches the source; the end of the stream is sent within
+    half a second; and the cancellation is raised.
 
     Args:
-        source: an async iterable of chunks, an async context manager that hands one out, or an awaitable of either; or
-            a follower (`BodySource`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks, or a tuple
-            of one of these and an HTTP status. The first chunk's status is the response's; a later one ends the stream
-            as an error unless it is 2xx.
-        status_code: the status if the first chunk says none.
+        source: an async iterable of chunks, an async context manager that hands one out, an awaitable of either, or a
+            reader of a run (`Supervisor.follow`). A chunk is an `Event`, or `str` or `bytes` holding whole SSE blocks,
+            or a tuple of one of these and an HTTP status. The first chunk's status is that of the response; a later
+            status ends the stream as an error unless it is 2xx.
+        status_code: the status if the first chunk has none.
         headers: further headers. `Cache-Control: no-store` and `X-Accel-Buffering: no` are set unless these set them.
         media_type: without the charset, which is UTF-8.
         background: as in any Starlette response.
-        ping_interval: a ping is sent after so many seconds in which nothing was; None: never. (After more than 256
-            sends at full speed, one ping may come early.)
-        on_disconnect: what becomes of the source when the client goes away: `"cancel"` it, for the reason "client
-            disconnected", or `"detach"` it, that is, let it run to its end. A follower is always cancelled; its run is
-            not.
-        first_chunk_timeout: after so many seconds without a chunk the headers are sent all the same, with
-            `status_code`.
-        dialect: how pings, errors and cancels are spelled: `"plain"` or `"letta"`.
-        expose_errors: show clients the words of every exception, not only those of a `PublicError`.
-        observer: is told of errors, with the id that clients are shown; the default writes to the logger `penstock`.
-        run_id: for pings in the dialect letta.
+        ping_interval: seconds without a send after which a ping is sent; None: no pings. (After more than 256 sends at
+            full speed, one ping may come early.)
+        on_disconnect: `"cancel"`: when the client disconnects the source is cancelled, with the reason "client
+            disconnected". `"detach"`: it runs to its end. The reader of a run is always cancelled; its run is not.
+        first_chunk_timeout: seconds after which the headers are sent with `status_code`, even if there is no chunk yet.
+        dialect: spells pings, errors and cancellations: `"plain"` or `"letta"`.
+        expose_errors: clients see the message of every exception, not only that of a `PublicError`.
+        observer: is notified of errors, with the id that clients are shown. The default writes to the logger
+            `penstock`.
+        run_id: named by pings in the dialect letta.
 
     Raises:
         ConfigurationError: an argument has a value that it cannot have.
@@ -157,144 +158,168 @@ class EventStreamResponse(Response):
         self.run_id = run_id
         self.init_headers(headers)
         self.headers.setdefault("cache-control", "no-store")
-        self.headers.setdefault("x-accel-buffering", "no")  # nginx would keep events back until it has a page of them
-        del self.headers["content-length"]  # whatever the endpoint thinks, a stream has none
+        self.headers.setdefault("x-accel-buffering", "no")  # nginx would hold events back until they fill a page
+        del self.headers["content-length"]  # a stream has none, even if the endpoint sets it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request."""
         if scope["type"] != "http":
             raise RuntimeError(f"an EventStreamResponse answers HTTP requests, not one of type {scope['type']!r}")
-        follows = isinstance(self.source, AbstractAsyncContextManager) and hasattr(self.source, "next_body")
-        exchange = (_FollowerExchange if follows else _DirectExchange)(self, scope, receive, send)
-        await exchange.run()
+        stats = StreamStats(self.observer, self.run_id, f"response to {scope['method']} {scope['path']}")
+        body: Body
+        if isinstance(self.source, BodySource):
+            # Its headers are sent as soon as the run is found, and a reader without a client has nothing to do.
+            body = RunBody(self.source, stats, scope, expose_errors=self.expose_errors)
+            options = StreamOptions(self.dialect, self.run_id, self.ping_interval, clock=self.source.clock)
+        else:
+            body = SourceBody(self.source, stats, self.dialect, expose_errors=self.expose_errors)
+            options = StreamOptions(
+                self.dialect,
+                self.run_id,
+                self.ping_interval,
+                headers_after=self.first_chunk_timeout,
+                detach=self.on_disconnect == "detach",
+            )
+        sender = ResponseSender(
+            receive,
+            send,
+            status=self.status_code,
+            headers=self.raw_headers,
+            head=scope["method"] == "HEAD",
+            stats=stats,
+            options=options,
+        )
+        await sender.run(body)
         if self.background is not None:
             await self.background()
 
 
-def is_event_source(scope: Scope) -> bool:
-    """Whether a request accepts event streams and nothing else, as a browser's `EventSource` says."""
-    return [value.strip() for name, value in scope.get("headers", ()) if name == b"accept"] == [b"text/event-stream"]
+class SourceBody:
+    """A body whose source is all there is: the end of the source is the end of the stream."""
 
+    def __init__(self, source: Any, stats: StreamStats, dialect: Dialect, *, expose_errors: bool) -> None:
+        self._source = source
+        self._stats = stats
+        self._dialect = dialect
+        self._expose_errors = expose_errors
 
-class _DirectExchange(ResponseSender):
-    """The source is all there is: how it ends is how the stream ends."""
-
-    async def read(self) -> Exception | None:
-        """Pass on what the source yields. What is no chunk closes it, as a `break` would: it is not raised in there."""
-        dialect = self.dialect
-        verdict: Exception | None = None
+    async def read(self, sender: ResponseSender) -> Exception | None:
+        """Write what the source yields. What is not a chunk closes the source as a `break` would."""
+        dialect = self._dialect
+        rejected: Exception | None = None
         try:
-            if self.head:
+            if sender.head:
                 await self._discard()
                 return None
-            async with opened(self.source) as chunks:
+            async with opened(self._source) as chunks:
                 async for chunk in chunks:
                     if type(chunk) is bytes and chunk[-2:] == b"\n\n":
                         body = chunk
                     else:
                         try:
-                            body = self._body_of_pair(chunk) if isinstance(chunk, tuple) else bytes_of(chunk, dialect)
+                            if isinstance(chunk, tuple):
+                                body = self._body_of_pair(chunk, sender)
+                            else:
+                                body = bytes_of(chunk, dialect)
                         except (InvalidChunk, PublicError, StreamRejected) as error:
-                            verdict = error
+                            rejected = error
                             break
-                    await self.write(body)
+                    await sender.write(body)
         except (GeneratorExit, SystemExit) as error:
             failure = RuntimeError(f"the source raised {type(error).__name__}")
             failure.__cause__ = error  # nothing that a source raises may end the server
             return failure
         except Exception as error:
-            if self.is_of_the_server(error):
+            if sender.is_send_error(error):
                 raise
-            if verdict is None:
+            if rejected is None:
                 return error
-            self.stats.report(error)  # of its cleanup; the client is told of the first
-        return verdict
+            self._stats.report(error)  # from closing the source; the client sees the first one
+        return rejected
 
     async def _discard(self) -> None:
-        """Close a source that is not to be opened."""
-        if inspect.iscoroutine(self.source):
-            self.source.close()
-        elif hasattr(self.source, "aclose"):
-            await self.source.aclose()
+        """Close the source without having opened it."""
+        if inspect.iscoroutine(self._source):
+            self._source.close()
+        elif hasattr(self._source, "aclose"):
+            await self._source.aclose()
 
-    def _body_of_pair(self, pair: tuple[Any, ...]) -> bytes:
+    def _body_of_pair(self, pair: tuple[Any, ...], sender: ResponseSender) -> bytes:
         content, refusal = status_of(pair)
-        if self.started:
+        if sender.started:
             if refusal is None:
-                return bytes_of(content, self.dialect)
-            code, words = refusal
-            raise PublicError(words, code)
+                return bytes_of(content, self._dialect)
+            code, message = refusal
+            raise PublicError(message, code)
         status = pair[1]
         if status in _WITHOUT_BODY:
             raise InvalidChunk(f"a response with status {status} has no body, so it cannot be a stream's")
         try:
-            body = bytes_of(content, self.dialect)
+            body = bytes_of(content, self._dialect)
         except InvalidChunk:
             if refusal is None or status < HTTPStatus.BAD_REQUEST:
                 raise
-            raise StreamRejected(status, *refusal) from None  # words for people instead of a block: an error body
-        self.status = status
+            # The content is a message for people instead of a block: an error body.
+            raise StreamRejected(status, *refusal) from None
+        sender.status = status
         return body
 
-    def ending(self, error: Exception | None) -> tuple[ErrorResponse | None, bytes]:
-        """See the table at the top of the module."""
+    def ending(self, error: Exception | None, *, started: bool) -> tuple[ErrorResponse | None, bytes]:
         if error is None:
-            self.stats.set_cause(ENDED)
+            self._stats.set_cause(ENDED)
             return None, b""
         cause = single_error(error)
         if isinstance(cause, RunCancelled):
-            self.stats.set_cause(cause.code)
+            self._stats.set_cause(cause.code)
             reason = None if cause.reason is None else encodable(cause.reason)
-            return None, self.dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
-        answer = error_response_for(cause, expose_errors=self.response.expose_errors)
-        self.stats.set_cause(answer.code)
-        if not self.started and is_expected(cause):
-            return answer, b""
-        answer.members["error_id"] = error_id = self.stats.report(error)
-        return answer, self.dialect.error(RunError(answer.code, answer.words, error_id)) + DONE
+            return None, self._dialect.cancelled_directly(CAUSES[Cause.CANCEL].message, reason) + DONE
+        error_response = error_response_for(cause, expose_errors=self._expose_errors)
+        self._stats.set_cause(error_response.code)
+        if not started and is_expected(cause):
+            return error_response, b""
+        error_response.members["error_id"] = error_id = self._stats.report(error)
+        event = RunError(error_response.code, error_response.message, error_id)
+        return error_response, self._dialect.error(event) + DONE
 
 
-class _FollowerExchange(ResponseSender):
-    """The source reads a run: the run's entries say how that ends, and a failure of the reader is not the run's."""
+class RunBody:
+    """A body whose source reads a run. The run's entries say how it ends; a failure of the reader is not the run's."""
 
-    def __init__(self, response: EventStreamResponse, scope: Scope, receive: Receive, send: Send) -> None:
-        super().__init__(response, scope, receive, send)
-        self.headers_at = math.inf  # they are sent as soon as the run has been found
-        self.detach = False  # a reader without a client has nothing to do
-        self.clock = getattr(response.source, "clock", None)
-        self._comes_back = is_event_source(scope)
+    def __init__(self, reader: BodySource, stats: StreamStats, scope: Scope, *, expose_errors: bool) -> None:
+        self._reader = reader
+        self._stats = stats
+        self._scope = scope
+        self._expose_errors = expose_errors
 
-    async def read(self) -> Exception | None:
-        """Pass on what the run says, as much in one send as there is."""
-        follower: BodySource = self.response.source
+    async def read(self, sender: ResponseSender) -> Exception | None:
+        """Write the run's entries, as many in one send as are ready."""
+        reader = self._reader
         try:
-            async with follower:
-                self.stats.track(follower)
-                if follower.at_end:
-                    await self.respond(HTTPStatus.NO_CONTENT)
+            async with reader:
+                self._stats.track(reader)
+                if reader.at_end:
+                    await sender.respond(HTTPStatus.NO_CONTENT)
                     return None
-                await self.begin(flush=not self.head)
-                while not self.head and (body := await follower.next_body(MAX_SEND)):
-                    await self.write(body)
+                await sender.begin(flush=not sender.head)
+                while not sender.head and (body := await reader.next_body(MAX_SEND)):
+                    await sender.write(body)
         except Exception as error:
-            if self.is_of_the_server(error):
+            if sender.is_send_error(error):
                 raise
             return error
         return None
 
-    def ending(self, error: Exception | None) -> tuple[ErrorResponse | None, bytes]:
-        """See the table at the top of the module."""
+    def ending(self, error: Exception | None, *, started: bool) -> tuple[ErrorResponse | None, bytes]:
         if error is None:
-            self.stats.set_cause(ENDED)
+            self._stats.set_cause(ENDED)
             return None, b""
         cause = single_error(error)
-        answer = error_response_for(cause, expose_errors=self.response.expose_errors)
-        self.stats.set_cause(answer.code)
+        error_response = error_response_for(cause, expose_errors=self._expose_errors)
+        self._stats.set_cause(error_response.code)
         if not isinstance(cause, PenstockError | StreamRejected | StreamInterrupted):
-            answer.members["error_id"] = self.stats.report(error)
+            error_response.members["error_id"] = self._stats.report(error)
         if isinstance(cause, CursorExpired):
-            return answer, Event(comment=f"{cause.code}: {cause}").encode()
-        if self._comes_back and answer.status in FOR_NOW and not self.started and not self.head:
-            self.stats.refused(answer)
-            return None, RETRY
-        return answer, RETRY
+            return error_response, Event(comment=f"{cause.code}: {cause}").encode()
+        if not started and (retry := retry_instead_of(error_response, self._scope)) is not None:
+            self._stats.refused(error_response)
+            return None, retry
+        return error_response, RETRY

@@ -1,11 +1,12 @@
-"""The clock that a reader of a run brings along: pings as from a task that sleeps, and nothing of it stays behind."""
+"""The timer of a response: by a reader's clock it sends what a task that sleeps would send, and leaves no alarm."""
 
 from __future__ import annotations
 
 import gc
 import heapq
 import weakref
-from contextlib import nullcontext
+from contextlib import asynccontextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
@@ -15,13 +16,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, MemoryLog, open_supervisor
-from penstock.asgi.response import RETRY
+from penstock.asgi.errors import RETRY
 from penstock.asgi.sender import BURST, MAX_SEND
 from penstock.errors import CursorExpired, LogUnavailable, RunNotFound
 from penstock.supervisor.timers import SWEEP_AT_LEAST, Timers
-from tests.asgi.test_response_follower import Follower, OneAtATime
-from tests.supervisor.test_timers import running
-from tests.support.asgi import PING, Client, Errors
+from tests.support.asgi import PING, Client, Errors, Follower, OneAtATime
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,6 +32,15 @@ ONE: Final = b"id: 1\ndata: a\n\n"
 TWO: Final = b"id: 2\ndata: b\n\n"
 LARGE: Final = b"id: 2\ndata: " + b"x" * 3 * MAX_SEND + b"\n\n"
 INTERVAL: Final = 15.0
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Timers]:
+    timers = Timers()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(timers.run)
+        yield timers
+        nursery.cancel_scope.cancel()
 
 
 class Clocked(Follower):
@@ -163,7 +171,7 @@ async def test_an_alarm_that_rings_in_the_step_in_which_a_response_is_cancelled_
             hand.strike()
         nursery.cancel_scope.cancel()
         hand.strike()
-    words = RETRY if kind is AtOnce else b""  # FAREWELL is less than it takes
+    words = RETRY if kind is AtOnce else b""  # FINAL_SEND_TIMEOUT is less than it takes
     assert client.body in {ONE + words, ONE + PING + words}
     assert client.complete == (kind is AtOnce)
     assert not waiting(hand)
@@ -296,3 +304,28 @@ async def test_when_a_supervisor_is_closed_its_clock_has_nothing_left_and_late_r
     late = await Client().get(supervisor.follow(run.id), ping_interval=INTERVAL)
     assert late.body == client.body.replace(PING, b"")
     assert waiting(timers) == []
+
+
+request_of: ContextVar[str] = ContextVar("request_of")
+
+
+class Noting(OneAtATime):
+    """Notes for each body which request it was sent for, as a middleware may look it up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[bytes, str]] = []
+
+    async def send(self, message: Any) -> None:
+        self.noted.append((message.get("body", b""), request_of.get()))
+        await super().send(message)
+
+
+async def test_a_ping_that_the_clock_calls_for_is_sent_with_the_variables_of_its_request(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as timers:
+        request_of.set("mine")
+        client = Noting()
+        await client.get(Clocked(timers, INTERVAL * 2.5, ONE), ping_interval=INTERVAL)
+        assert {(body, name) for body, name in client.noted if body} == {(PING, "mine"), (ONE, "mine")}

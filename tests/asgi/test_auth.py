@@ -1,18 +1,20 @@
-"""Bearer tokens: which there can be, who is known by one, and what nobody is told of them."""
+"""Tokens and links: which are valid, which caller each one names, and that they are never shown."""
 
 from __future__ import annotations
 
 import hmac
 import pickle
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
+import jwt
 import pytest
 from starlette.requests import HTTPConnection
 
 from penstock import Caller, ConfigurationError, NotAuthenticated, Right, Token, TokenAuthorizer
-from penstock.asgi.auth import Links, read_tokens
-from tests.asgi.test_access import SECRET, bearer
+from penstock.asgi.auth import Links, new_secret, read_tokens
+from tests.support.guarded import SECRET, bearer
 from tests.support.serving import serving
 
 if TYPE_CHECKING:
@@ -202,11 +204,14 @@ WRONG: Final[dict[str, tuple[str | bytes, str]]] = {
     "one more key": (f'[a]\n{GOOD}\nrights = []\nnote = "hunter2"', KEYS),
     "both kinds": (f'[a]\n{GOOD}\nsha256 = "{DIGEST}"\nrights = []', KEYS),
     "rights that are no list": (f'[a]\n{GOOD}\nrights = "read"', KEYS),
-    "rights that are no words": (f"[a]\n{GOOD}\nrights = [1]", r"rights are a list of names, of start, read,"),
-    "a right that there is not": (f'[a]\n{GOOD}\nrights = ["write"]', r"one of the rights is none; there are start,"),
+    "rights that are no words": (f"[a]\n{GOOD}\nrights = [1]", r"rights are a list of names out of start, read,"),
+    "a right that there is not": (
+        f'[a]\n{GOOD}\nrights = ["write"]',
+        "one of the rights does not exist",
+    ),
     "a digest's right that there is not": (
         f'[a]\nsha256 = "{DIGEST}"\nrights = ["write"]',
-        r"one of the rights is none",
+        "one of the rights does not exist",
     ),
     "a token that is a number": ("[a]\ntoken = 1234567890123456789\nrights = []", KEYS),
     "a token that is too short": ('[a]\ntoken = "hunter2"\nrights = []', r"a token has 16 to 1024"),
@@ -256,3 +261,58 @@ def test_a_file_that_cannot_be_read_is_refused_with_why(tmp_path: Path) -> None:
         read_tokens(str(tmp_path / "nowhere.toml"))
     with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
         read_tokens(str(tmp_path))
+
+
+# Links
+
+
+@pytest.mark.parametrize("ago, over", [(-1.5, False), (0, True), (1, True)])
+def test_a_link_is_over_at_the_second_that_it_says(later: Any, ago: float, over: bool) -> None:
+    links = Links(SECRET)
+    token, ends_at = links.make("r", 1000)
+    later(ends_at - datetime.now(UTC).timestamp() + ago)
+    if over:
+        with pytest.raises(NotAuthenticated, match="lifetime of this link is over"):
+            links.run_of(token)
+    else:
+        assert links.run_of(token) == "r"
+
+
+def test_a_link_says_its_run_its_end_what_it_is_for_and_nothing_else() -> None:
+    token, ends_at = Links(SECRET).make("it", 60)
+    assert jwt.decode(token, options={"verify_signature": False}) == {
+        "sub": "it",
+        "aud": "penstock:read",
+        "exp": ends_at,
+    }
+    assert jwt.get_unverified_header(token)["alg"] == "HS256"
+    assert token.isascii()
+    assert SECRET not in token
+
+
+def test_links_of_one_secret_are_good_wherever_that_is_known_and_nowhere_else() -> None:
+    token, _ = Links(SECRET).make("it", 60)
+    assert Links(SECRET).run_of(token) == "it"
+    with pytest.raises(NotAuthenticated, match="this server has not made this link"):
+        Links(new_secret()).run_of(token)
+    with pytest.raises(NotAuthenticated):
+        Links(SECRET).run_of(token[:-1])
+    for place in range(0, len(token), 9):
+        changed = f"{token[:place]}{'A' if token[place] != 'A' else 'B'}{token[place + 1 :]}"
+        with pytest.raises(NotAuthenticated):
+            Links(SECRET).run_of(changed)
+
+
+@pytest.mark.parametrize("secret", ["", "x" * 31, "ü" * 15 + "x"])
+def test_a_secret_that_is_too_short_is_refused_with_how_to_make_one_and_not_shown(secret: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"at least 32 bytes.*openssl rand") as caught:
+        Links(secret)
+    assert not secret or secret not in str(caught.value)
+
+
+def test_a_secret_counts_in_bytes_and_each_new_one_is_another() -> None:
+    Links("x" * 32)
+    Links("ü" * 16)
+    secrets = {new_secret() for _ in range(100)}
+    assert len(secrets) == 100
+    assert all(len(secret) >= 43 for secret in secrets)

@@ -14,7 +14,7 @@ import pytest
 from starlette.background import BackgroundTask
 
 from penstock.asgi.response import EventStreamResponse
-from penstock.asgi.sender import FAREWELL, MAX_SEND
+from penstock.asgi.sender import FINAL_SEND_TIMEOUT, MAX_SEND
 from penstock.errors import PublicError, StreamInterrupted, single_error
 from tests.support.asgi import Client, Errors, Log, VirtualLoop, chunks, forever, get, note, on_both, timed
 
@@ -315,7 +315,7 @@ async def test_last_words_do_not_keep_a_cancellation_waiting() -> None:
     with anyio.move_on_after(10) as scope:
         await client.get(timed((0, b"data: x\n\n"), (60, b"")), observer=Errors())
     assert scope.cancelled_caught
-    assert anyio.current_time() - start == pytest.approx(10 + FAREWELL)
+    assert anyio.current_time() - start == pytest.approx(10 + FINAL_SEND_TIMEOUT)
 
 
 @on_both
@@ -400,7 +400,7 @@ async def test_keyboard_interrupt_is_not_an_outcome_and_leaves_bare() -> None:
 @pytest.mark.parametrize("on_disconnect", ["cancel", "detach"])
 @on_both
 async def test_a_disconnect_during_the_last_send_neither_cuts_it_off_nor_lets_it_hang(on_disconnect: str) -> None:
-    for slow, complete in ((FAREWELL / 2, True), (math.inf, False)):
+    for slow, complete in ((FINAL_SEND_TIMEOUT / 2, True), (math.inf, False)):
         client = Client()
         ran: list[str] = []
         start = anyio.current_time()
@@ -412,7 +412,7 @@ async def test_a_disconnect_during_the_last_send_neither_cuts_it_off_nor_lets_it
 
         client.point = point
         await client.get(chunks(b"data: x\n\n"), on_disconnect=on_disconnect, background=BackgroundTask(note, ran))
-        assert anyio.current_time() - start == pytest.approx(min(slow, FAREWELL))
+        assert anyio.current_time() - start == pytest.approx(min(slow, FINAL_SEND_TIMEOUT))
         assert client.complete == complete
         assert client.late == []
         assert ran == ["background"]
