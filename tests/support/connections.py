@@ -6,6 +6,7 @@ import gc
 import socket
 import struct
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
     from hypercorn.protocol.h2 import StreamBuffer
 
-    from tests.server.hypercorn_fixes.test_http2 import Streams
+    from tests.support.http2_clients import Streams
     from tests.support.serving import Server
 
 BRIEF: Final = 0.5
@@ -158,6 +159,18 @@ async def joined(
         (task,) = before.symmetric_difference(server.connections()) - before
         await wait_all_tasks_blocked()  # so that there is an object, too
         yield stream, task
+
+
+def sockets_at(port: int) -> list[socket.socket]:
+    """This process's sockets that are bound to this port, from its file descriptors; duplicates, to be closed."""
+    found = []
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir() if entry.is_socket()]:
+        sock = socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM)
+        if sock.getsockname()[1:2] == (port,):
+            found.append(sock)
+        else:
+            sock.close()
+    return found
 
 
 def is_over(task: trio.lowlevel.Task, server: Server) -> bool:

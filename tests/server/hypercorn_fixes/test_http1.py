@@ -1,48 +1,54 @@
-"""Chunks of a body that are framed without h11: byte by byte what h11 makes of them, on every kind of response."""
+"""HTTP/1.1: chunks framed without h11, requests that come early, upgrades that are not taken up."""
 
 from __future__ import annotations
 
 import random
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
 import h11
 import pytest
-from hypercorn.protocol.h11 import H11Protocol
+import trio
 from starlette.responses import StreamingResponse
 from starlette.routing import Route, WebSocketRoute
+from trio.testing import wait_all_tasks_blocked
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, RejectConnection, RejectData, Request
 
-from penstock.server.hypercorn_fixes.http1 import PatchedH11
-from tests.support.connections import served
-from tests.support.serving import serving
-from tests.support.uncorrected import in_place_of
+from penstock import EventStreamResponse
+from tests.support.connections import (
+    SOON,
+    brief,
+    is_over_soon,
+    joined,
+    leave,
+    patient_config,
+    readers,
+    served,
+    unharmed,
+    with_reset,
+)
+from tests.support.endpoints import with_tapped
+from tests.support.http2_clients import Http2
+from tests.support.serving import Silence, Tap, eventually, serving
+from tests.support.wire import Wire, ids
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from starlette.requests import Request as HttpRequest
     from starlette.types import Receive, Scope, Send
     from starlette.websockets import WebSocket
 
     from tests.support.serving import Server
-    from tests.support.wire import Wire
+
 
 SIZES: Final = (1, 15, 16, 0, 255, 256, 4095, 65535, 65536, 1)
 ALL: Final = "sizes=" + ",".join(map(str, SIZES))
 OVER: Final = "Too much data for declared Content-Length"
 BROKEN: Final = "Can't send data when our state is ERROR"
-
-
-class ThroughH11(PatchedH11):
-    """As in Hypercorn: every chunk of a body goes through all of h11."""
-
-    stream_send = H11Protocol.stream_send
-
-
-WAYS: Final[dict[str, type[PatchedH11] | None]] = {"with the correction": None, "without it": ThroughH11}
-either_way: Final = pytest.mark.parametrize("kind", WAYS.values(), ids=WAYS)
 
 
 def pieces(target: str) -> list[bytes]:
@@ -74,13 +80,12 @@ class Says:
 
 
 @asynccontextmanager
-async def saying(kind: type[PatchedH11] | None) -> AsyncIterator[tuple[Server, Says, Wire]]:
+async def saying() -> AsyncIterator[tuple[Server, Says, Wire]]:
     """A server with such an application at /says, and a connection to it."""
-    with nullcontext() if kind is None else in_place_of(H11Protocol=kind):
-        async with serving() as server, await server.wire() as wire:
-            says = Says()
-            server.app.router.routes.append(Route("/says", says, methods=None))
-            yield server, says, wire
+    async with serving() as server, await server.wire() as wire:
+        says = Says()
+        server.app.router.routes.append(Route("/says", says, methods=None))
+        yield server, says, wire
 
 
 def asked(target: str, method: str = "GET", version: str = "1.1", **headers: str) -> bytes:
@@ -121,9 +126,8 @@ async def answer(wire: Wire, request: bytes) -> tuple[bytes, bytes]:
     return response, whole
 
 
-@either_way
-async def test_chunks_of_all_sizes_are_byte_by_byte_what_h11_makes(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (_, says, wire):
+async def test_chunks_of_all_sizes_are_byte_by_byte_what_h11_makes() -> None:
+    async with saying() as (_, says, wire):
         response, whole = await answer(wire, asked(f"/says?{ALL}"))
         assert response == whole
         for size in (b"1", b"f", b"10", b"ff", b"100", b"fff", b"ffff", b"10000"):
@@ -132,9 +136,8 @@ async def test_chunks_of_all_sizes_are_byte_by_byte_what_h11_makes(kind: type[Pa
         assert not says.errors
 
 
-@either_way
-async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_its_connection(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (_, says, wire):
+async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_its_connection() -> None:
+    async with saying() as (_, says, wire):
         request = asked(f"/says?{ALL}", version="1.0")
         response, whole = await answer(wire, request)
         assert response == whole
@@ -143,12 +146,11 @@ async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_its_connection
         assert not says.errors
 
 
-@either_way
-async def test_each_response_on_a_connection_is_framed_in_its_own_way(kind: type[PatchedH11] | None) -> None:
+async def test_each_response_on_a_connection_is_framed_in_its_own_way() -> None:
     length = f"length={sum(SIZES)}"
-    async with saying(kind) as (_, says, wire):
-        for target in (ALL, f"{ALL}&{length}", ALL, ALL, "sizes=0", f"{ALL}&{length}", f"{ALL}&{length}", "sizes=7"):
-            for method in ("GET", "HEAD", "POST", "GET"):
+    async with saying() as (_, says, wire):
+        for target in (ALL, f"{ALL}&{length}", "sizes=0", f"{ALL}&{length}", "sizes=7"):
+            for method in ("GET", "HEAD", "POST"):
                 request = asked(f"/says?{target}", method, **({"content-length": "0"} if method == "POST" else {}))
                 response, whole = await answer(wire, request)
                 assert response == whole, (method, target)
@@ -160,9 +162,8 @@ async def test_each_response_on_a_connection_is_framed_in_its_own_way(kind: type
 
 
 @pytest.mark.parametrize("sizes, through", [("3,4,5,6,7,8", 1), ("0,3,0,4,5", 1), ("0", 0), ("3,4,5&length=12", 3)])
-@either_way
 async def test_only_the_first_chunk_of_a_response_goes_through_h11(
-    monkeypatch: pytest.MonkeyPatch, kind: type[PatchedH11] | None, sizes: str, through: int
+    monkeypatch: pytest.MonkeyPatch, sizes: str, through: int
 ) -> None:
     seen: list[bytes] = []
     send = h11.Connection.send_with_data_passthrough
@@ -173,7 +174,7 @@ async def test_only_the_first_chunk_of_a_response_goes_through_h11(
         return send(http, event)
 
     monkeypatch.setattr(h11.Connection, "send_with_data_passthrough", noted)
-    async with saying(kind) as (_, _says, wire):
+    async with saying() as (_, _says, wire):
         sent = [piece for piece in pieces(f"?sizes={sizes}") if piece]
         for _ in range(2):
             counting, request = True, asked(f"/says?sizes={sizes}")
@@ -182,33 +183,30 @@ async def test_only_the_first_chunk_of_a_response_goes_through_h11(
                 b"\r\n\r\n", sent[-1] if sent else b"0\r\n\r\n", b"" if "length" in sizes else b"0\r\n\r\n"
             )
             counting, wire.received = False, b""
-            assert seen == (sent if kind else sent[:through])
+            assert seen == sent[:through]
             seen.clear()
 
 
 # What goes wrong
 
 
-@either_way
-async def test_more_than_the_declared_length_is_an_error_and_does_not_leave(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (_, says, wire):
+async def test_more_than_the_declared_length_is_an_error_and_does_not_leave() -> None:
+    async with saying() as (_, says, wire):
         assert (await answer(wire, asked(f"/says?{ALL}")))[0]
         await wire.stream.send_all(asked("/says?sizes=6,5,1&length=10"))
         assert (await wire.rest()).endswith(b"\r\n\r\n" + pieces("?sizes=6")[0])
         assert says.errors == [OVER, BROKEN, BROKEN]
 
 
-@either_way
-async def test_less_than_the_declared_length_is_an_error_at_the_end(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (_, says, wire):
+async def test_less_than_the_declared_length_is_an_error_at_the_end() -> None:
+    async with saying() as (_, says, wire):
         await wire.stream.send_all(asked("/says?sizes=6,3&length=10"))
         assert (await wire.rest()).endswith(b"\r\n\r\n" + b"".join(pieces("?sizes=6,3")))
         assert says.errors == ["Too little data for declared Content-Length"]
 
 
-@either_way
-async def test_on_a_connection_in_error_nothing_more_is_framed(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (_, says, wire):
+async def test_on_a_connection_in_error_nothing_more_is_framed() -> None:
+    async with saying() as (_, says, wire):
 
         def break_it(number: int) -> None:
             if number == 2:
@@ -258,9 +256,8 @@ class Socket:
         return self._events.pop(0)
 
 
-@either_way
-async def test_the_messages_of_a_websocket_are_sent_as_they_are(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (server, _, wire):
+async def test_the_messages_of_a_websocket_are_sent_as_they_are() -> None:
+    async with saying() as (server, _, wire):
         server.app.router.routes.append(WebSocketRoute("/echo", echo))
         client = Socket(wire)
         await client.send(Request(host="x", target="/echo"))
@@ -275,9 +272,8 @@ async def test_the_messages_of_a_websocket_are_sent_as_they_are(kind: type[Patch
             assert bytes(received) == message
 
 
-@either_way
-async def test_the_refusal_of_a_websocket_comes_whole(kind: type[PatchedH11] | None) -> None:
-    async with saying(kind) as (server, _, wire):
+async def test_the_refusal_of_a_websocket_comes_whole() -> None:
+    async with saying() as (server, _, wire):
         server.app.router.routes.append(WebSocketRoute("/denial", denial))
         client, received, finished = Socket(wire), bytearray(), False
         await client.send(Request(host="x", target="/denial"))
@@ -290,3 +286,163 @@ async def test_the_refusal_of_a_websocket_comes_whole(kind: type[PatchedH11] | N
             received += event.data
             finished = event.body_finished
         assert bytes(received) == b"".join(pieces(f"?{ALL}"))
+
+
+# Requests that come early
+
+
+async def send_two(stream: trio.SocketStream, one: str, other: str) -> None:
+    await stream.send_all(
+        b"".join(b"GET %b HTTP/1.1\r\nhost: localhost\r\n\r\n" % path.encode() for path in (one, other))
+    )
+
+
+async def test_two_requests_that_come_at_once_are_answered_in_their_order() -> None:
+    tap = Tap()
+    async with unharmed({"tap": tap}) as server:
+        run_id = await server.start("tap")
+        async with joined(server) as (stream, task):
+            wire = Wire(stream)
+            await send_two(stream, f"/v1/runs/{run_id}/stream", "/healthz")
+            tap.feed("one")
+            await wire.until(b"data: one\n\n")
+            tap.feed("two")
+            tap.end()
+            first, _, second = (await wire.until(b"data: [DONE]\n\n", b'"status"')).partition(b"\r\n0\r\n\r\n")
+            assert first.startswith(b"HTTP/1.1 200")
+            assert first.endswith(b"data: [DONE]\n\n")
+            assert b"data: two\n\n" in first
+            assert second.startswith(b"HTTP/1.1 200")
+            await stream.aclose()
+            await is_over_soon(task, server)
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_reader_of_a_silent_run_without_pings_ends_with_a_client_that_sent_a_second_request_early(
+    how: str,
+) -> None:
+    async with unharmed() as server:
+        run_id = await server.start("silent")
+        async with joined(server, partial(trio.open_tcp_stream, "127.0.0.1")) as (stream, task):
+            await send_two(stream, f"/v1/runs/{run_id}/stream?include_pings=false", "/healthz")
+            await Wire(stream).until(b"text/event-stream")
+            await eventually(lambda: readers(server, run_id) == [1])
+            if how == "reset":
+                with_reset(stream)
+        await is_over_soon(task, server)
+        assert readers(server, run_id) == [0]
+
+
+async def test_a_client_that_sends_more_than_headers_may_have_before_its_answer_is_over_is_cut_off() -> None:
+    async with unharmed() as server:
+        run_id = await server.start("silent")
+        async with joined(server) as (stream, task):
+            await stream.send_all(f"GET /v1/runs/{run_id}/stream HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            await eventually(lambda: readers(server, run_id) == [1])
+            with suppress(trio.BrokenResourceError):
+                for _ in range(20):
+                    await stream.send_all(b"x" * 1024)
+            await is_over_soon(task, server)
+
+
+async def test_a_second_request_that_came_early_does_not_hold_up_a_shutdown() -> None:
+    async with brief(config=patient_config()) as server, joined(server) as (stream, task):
+        tap, wire = Tap(), Wire(stream)
+        with_tapped(server, tap)
+        await send_two(stream, "/tapped", "/healthz")
+        tap.feed("before")
+        await wire.until(b"data: before\n\n")
+        server.shutdown.set()
+        await eventually(served(stream).context.terminated.is_set)
+        tap.end()
+        assert (await wire.rest()).endswith(b"\r\n0\r\n\r\n")
+        await is_over_soon(task, server)
+
+
+WEBSOCKET: Final[dict[str, Any]] = {
+    "upgrade": "websocket",
+    "connection": "upgrade",
+    "sec_websocket_version": "13",
+    "sec_websocket_key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+async def test_a_websocket_is_refused_and_its_connection_ends() -> None:
+    async with unharmed() as server:
+        run_id = await server.start("silent")
+        async with joined(server) as (stream, task):
+            wire = Wire(stream)
+            await wire.send("GET", f"/v1/runs/{run_id}/stream", **WEBSOCKET)
+            assert (await wire.rest()).startswith(b"HTTP/1.1 403")
+            await is_over_soon(task, server)
+        assert (await server.run(run_id))["status"] == "running"
+
+
+# Requests that are still being sent
+
+
+@pytest.mark.parametrize("framing", ["content-length: 5", "transfer-encoding: chunked"])
+async def test_a_request_whose_body_is_late_is_answered_and_the_connection_goes_on(framing: str) -> None:
+    async with brief() as server, await server.wire() as wire:
+        await wire.stream.send_all(f"POST /nowhere HTTP/1.1\r\nhost: localhost\r\n{framing}\r\n\r\n".encode())
+        head = (await wire.until(b"404", b"\r\n\r\n")).lower()
+        await wire.stream.send_all(b"5\r\nhello\r\n0\r\n\r\n" if "chunked" in framing else b"hello")
+        await wire.send("GET", "/healthz", connection="close")
+        assert (await wire.rest()).count(b"HTTP/1.1 ") == 2, head
+
+
+async def failing() -> AsyncIterator[bytes]:
+    yield b"data: first\n\n"
+    raise ValueError("in the middle")
+
+
+async def test_a_failed_response_to_a_request_that_is_still_being_sent_ends_once() -> None:
+    async def answer(_request: HttpRequest) -> EventStreamResponse:
+        return EventStreamResponse(failing(), observer=Silence())
+
+    async with brief() as server, await server.wire() as wire:
+        server.app.router.routes.append(Route("/failing", answer, methods=["POST"]))
+        await wire.stream.send_all(b"POST /failing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n123")
+        await wire.until(b"event: error\n", b"data: [DONE]\n\n")
+        await wait_all_tasks_blocked(0.01)
+        server.shutdown.set()
+        with trio.fail_after(SOON):
+            body = await wire.rest()
+        assert (body.count(b"data: first"), body.count(b"event: error"), body.count(b"[DONE]")) == (1, 1, 1)
+
+
+# Upgrades
+
+
+async def test_a_request_that_offers_an_upgrade_to_http2_is_answered_over_http1() -> None:
+    offer: dict[str, Any] = {
+        "upgrade": "h2c",
+        "connection": "upgrade, http2-settings",
+        "http2_settings": "AAMAAABkAAQAoAAAAAIAAAAA",
+    }
+    async with unharmed() as server:
+        run_id = await server.start("count", 3)
+        async with joined(server) as (stream, task):
+            wire = Wire(stream)
+            for _ in range(2):  # the connection goes on as it was
+                wire.received = b""
+                await wire.send("GET", f"/v1/runs/{run_id}/stream", **offer)
+                answer = await wire.until(b"data: [DONE]\n\n", b"\r\n0\r\n\r\n")
+                assert answer.startswith(b"HTTP/1.1 200")
+                assert answer.count(b"id: ") == 4
+            await stream.aclose()
+            await is_over_soon(task, server)
+
+
+async def test_http2_by_prior_knowledge_is_spoken_when_its_preface_comes_in_pieces() -> None:
+    async with unharmed() as server:
+        run_id = await server.start("count", 3)
+        async with joined(server) as (stream, task):
+            client = Http2(stream)
+            preface = client.h2.data_to_send()
+            for start in range(0, len(preface), 5):
+                await stream.send_all(preface[start : start + 5])
+                await wait_all_tasks_blocked()
+            assert ids(await client.whole(await client.get(f"/v1/runs/{run_id}/stream"))) == [1, 2, 3, 4]
+            await leave(client, "goaway")
+            await is_over_soon(task, server)
