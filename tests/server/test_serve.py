@@ -61,7 +61,7 @@ async def test_while_it_drains_streams_go_on_and_new_runs_are_refused() -> None:
                     assert int(answer.headers["retry-after"]) >= 1
                 assert (await client.get("/healthz")).status_code == 200
                 assert (await client.get(f"/v1/runs/{run_id}")).json()["status"] == "running"
-            async with server.reading(run_id) as late:  # a reader who comes back during the drain
+            async with server.reading(run_id) as late:  # a reader that comes back during the drain
                 tap.feed("after")
                 assert await reader.take(1) == [Block(2, data="after")]
                 tap.end()
@@ -107,7 +107,7 @@ async def test_readers_of_runs_that_live_elsewhere_are_sent_back_when_the_drain_
 
 
 class Dying(MemoryLog):
-    """Raises what no log should, once it is told to."""
+    """A log that raises an unexpected error once `dying` is set."""
 
     dying = False
 

@@ -15,7 +15,7 @@ from tests.support.wire import DONE, Block, Reader, ids
 
 
 async def drains(server: Process) -> None:
-    """Wait until the server says so."""
+    """Wait until the server is not ready any more."""
     while (await server.client.get("/readyz")).status_code != 503:  # noqa: ASYNC110  (each look is a request)
         await trio.lowlevel.checkpoint()
 

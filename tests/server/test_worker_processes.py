@@ -59,7 +59,7 @@ async def test_a_redis_that_is_not_there_is_reported_once_and_ends_the_server_wi
         async with serving_workers(3, url, serves=False) as workers:
             await has_stopped(workers, 1)
             assert len(re.findall(r"worker \d", workers.said)) == 1
-            assert workers.said.count("; not started") == 2  # why, and who
+            assert workers.said.count("; not started") == 2  # the reason, and the worker
 
 
 @pytest.mark.parametrize("number, started", [(SIGTERM, 1), (SIGINT, 3)])
@@ -143,7 +143,7 @@ async def test_what_a_producer_starts_in_a_worker_gets_its_signals_as_anywhere(s
             assert not any(int(mask, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGINT)), said
 
 
-# A worker that is told to go
+# A worker that gets SIGTERM
 
 
 async def test_a_worker_that_gets_sigterm_is_replaced_and_the_others_do_not_notice(server: Endpoint) -> None:
@@ -185,7 +185,7 @@ async def test_a_worker_that_leaves_accepts_no_more_while_its_runs_have_their_ti
             await reader.take(1)
             send(leaves, SIGTERM)
             send(leaves, SIGTERM)
-            await nothing_comes(reader)  # by then its parent knows that it alone has been told
+            await nothing_comes(reader)  # by then the parent knows that this worker alone leaves
             for _ in range(20):
                 assert (await workers.client.get("/readyz")).status_code == 200
             assert (await workers.run(run_id))["status"] == "running"

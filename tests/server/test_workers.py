@@ -132,7 +132,7 @@ async def test_signals_are_blocked_in_a_worker_that_begins_and_as_before_in_the_
 
 
 async def die(ours: Family, puppet: Puppet, code: int = 1) -> str:
-    """End it; what the parent says of that."""
+    """End it; the line that the parent reports then."""
     said = len(ours.said)
     await puppet.ends(code)
     await until(lambda: len(ours.said) > said)
@@ -469,17 +469,17 @@ while True:
 
 def test_before_a_worker_reads_messages_sigterm_ends_it_and_sigint_does_nothing() -> None:
     here, there = socket.socketpair()
-    with here, there, here.makefile() as words:
+    with here, there, here.makefile() as lines:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [SIGTERM, SIGINT])
         try:
             worker = subprocess.Popen([sys.executable, "-c", EARLY, str(there.fileno())], pass_fds=[there.fileno()])
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()
-        assert words.readline() == "importing\n"
+        assert lines.readline() == "importing\n"
         for number in (SIGINT, SIGINT, SIGTERM):
             worker.send_signal(number)
-        assert words.readline() == "leaving\n"
+        assert lines.readline() == "leaving\n"
         assert worker.wait(GUARD) == 0
 
 

@@ -1,4 +1,4 @@
-"""Connections that their clients leave: both of their ends, what they leave behind, and servers without patience."""
+"""Connections that their clients leave: both ends, what is left of them, and servers with short time limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ A machine may stand still for some tenths of a second between a connection and i
 SOON: Final = 15.0
 """Seconds within which something has happened that takes no time to speak of."""
 LEAVING: Final = ["close", "reset", "goaway"]
-"""How a client goes: it closes its socket, with FIN or RST; or says that it goes, in HTTP/2's words, and stays."""
+"""How a client goes: it closes its socket, with FIN or RST; or it sends GOAWAY and keeps it open."""
 SMALL: Final = 4096
 """The receive buffer of a client that stalls, in bytes: what does not fit in there stays with the server."""
 
@@ -43,14 +43,14 @@ SMALL: Final = 4096
 
 
 def brief_config(config: Config | None = None) -> Config:
-    """This configuration, or any, without patience."""
+    """This configuration, or a new one, with short time limits for connections."""
     config = quiet_config() if config is None else config
     config.graceful_timeout = config.keep_alive_timeout = BRIEF
     return config
 
 
 def patient_config() -> Config:
-    """At a shutdown connections have more time than a test."""
+    """A configuration in which the last connections of a shutdown have more time than a test."""
     config = brief_config()
     config.graceful_timeout = 2 * SOON
     return config

@@ -160,7 +160,7 @@ async def test_a_response_that_leaves_its_request_unread_does_not_hold_up_the_en
 
 
 class Detached:
-    """A source that runs to its end without its client: before a pause, and after it, it says this much."""
+    """A source that runs to its end without its client: it yields so many events before a pause, and after it."""
 
     def __init__(self, server: Server, before: int, after: int) -> None:
         self.go_on, self.over = trio.Event(), trio.Event()

@@ -52,7 +52,7 @@ BROKEN: Final = "Can't send data when our state is ERROR"
 
 
 def pieces(target: str) -> list[bytes]:
-    """What is sent to whoever asks for this, piece by piece: any bytes."""
+    """The pieces of the response to this target: any bytes."""
     (sizes,) = parse_qs(target.partition("?")[2])["sizes"]
     return [random.Random(size).randbytes(size) for size in map(int, sizes.split(","))]
 

@@ -409,7 +409,7 @@ async def test_a_stream_that_is_reset_while_a_send_to_it_waits_leaves_nothing_be
                 await eventually(lambda: not buffers)
                 await eventually(
                     lambda: not [each for each in family(task) if "_handle" in each.name]
-                )  # nobody answers
+                )  # no response is left
             assert endless.left == endless.yielded.keys()
             other = await client.get(f"/v1/runs/{run_id}/stream")
             await client.open(other)

@@ -45,8 +45,8 @@ async def test_on_a_version_that_is_not_known_nothing_is_replaced_and_a_warning_
         assert ids(await server.read(await server.start("count", 3))) == [1, 2, 3, 4]
         assert in_place() == [each.original for each in hypercorn_fixes.PATCHES]
     (said,) = warnings(caplog)
-    for words in (version("hypercorn"), "hold up a shutdown", "memory without a limit", "may end the server"):
-        assert words in said
+    for part in (version("hypercorn"), "hold up a shutdown", "memory without a limit", "may end the server"):
+        assert part in said
 
 
 async def test_a_class_that_other_code_has_replaced_is_left_alone_with_a_warning(

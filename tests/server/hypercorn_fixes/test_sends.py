@@ -183,7 +183,7 @@ class Turns:
 
 
 class Flood:
-    """An application that sends and never waits for anything else; in `at_each` it says how many turns others had."""
+    """An application that sends without waiting; `at_each` has the turns that other tasks had had at each send."""
 
     def __init__(self, server: Server, sends: int, turns: Turns | None = None, chunk: bytes = b"x" * 20) -> None:
         self.turns = turns or Turns()
@@ -469,7 +469,7 @@ async def connection() -> AsyncIterator[tuple[PatchedTCPServer, trio.SocketStrea
 
 
 def record(name: int, size: int) -> bytes:
-    """Bytes that say how many they are, and whose."""
+    """Bytes that carry their number and their sender."""
     return struct.pack("!BL", name, size) + bytes([name]) * size
 
 
