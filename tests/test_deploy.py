@@ -18,7 +18,7 @@ from hypercorn.config import Config
 
 from penstock import open_log
 from penstock.cli.serve import serve
-from penstock.server.hypercorn_fixes.http2 import LAST_WORDS
+from penstock.server.hypercorn_fixes.http2 import LAST_SENDS
 from penstock.server.serve import ABANDON_AFTER
 from penstock.server.workers import ENDS_WITHIN
 from penstock.supervisor.settings import Settings
@@ -70,7 +70,7 @@ def test_the_unit_serves_where_nginx_looks_for_it(unit: ConfigParser) -> None:
 def test_systemd_waits_for_longer_than_the_longest_shutdown_takes(unit: ConfigParser) -> None:
     settings = Settings()
     runs = settings.drain_timeout + settings.cancel_grace + ABANDON_AFTER + settings.finalize_timeout
-    connections = Config().graceful_timeout + LAST_WORDS
+    connections = Config().graceful_timeout + LAST_SENDS
     assert float(unit["Service"]["TimeoutStopSec"]) > runs + connections + ENDS_WITHIN
 
 

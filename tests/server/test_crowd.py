@@ -1,4 +1,4 @@
-"""A crowd comes and goes: it leaves nothing behind, and those who behave see everything."""
+"""Many clients come and go at any moment: they leave nothing behind, and other readers see everything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-import pytest
 import trio
 
 from tests.support.connections import SOON, readers
@@ -19,13 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-CROWD: Final = 200
+CROWD: Final = 60
 AT_ONCE: Final = 20
-READERS: Final = 10
+READERS: Final = 6
 
 
 async def reads_on(stream: Any, path: str, *, speaks_http2: bool, started: Callable[[], None]) -> list[int]:
-    """A reader who behaves well: the ids that it is sent, to the end."""
+    """A reader that stays to the end; the ids that it was sent."""
     if speaks_http2:
         client = Http2(stream)
         number = await client.get(path)
@@ -38,9 +37,8 @@ async def reads_on(stream: Any, path: str, *, speaks_http2: bool, started: Calla
     return ids(await reader.rest())
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_a_crowd_that_comes_and_goes_leaves_nothing_and_readers_see_everything(seed: int) -> None:
-    random, tap = Random(seed), Tap()
+async def test_a_crowd_that_comes_and_goes_leaves_nothing_and_readers_see_everything() -> None:
+    random, tap = Random(1), Tap()
     async with in_two_places({"tap": tap}, ping_interval=0.1) as (server, here):
         run_id, other = await server.start("tap"), await server.start("silent")
         path = f"/v1/runs/{run_id}/stream"

@@ -1,206 +1,143 @@
-"""Clients that stall: servers end in spite of them, and do not take memory for them."""
+"""Clients that stall: TCP ends their connections after the user timeout, and a server ends in spite of them."""
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from pathlib import Path
+import math
+import socket
+from contextlib import AsyncExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 import penstock.server.serve
-from tests.server.test_serve_process import ends
+from penstock import ConfigurationError, create_app, serve
+from penstock.cli import serve as serve_command
+from penstock.server.hypercorn_fixes import connection as connection_module
+from penstock.server.hypercorn_fixes.connection import MAX_USER_TIMEOUT
+from tests.cli.test_cli import ANY_PORT, ran, refused
+from tests.cli.test_cli import PRODUCERS as EXAMPLE
 from tests.support.certificates import tls_config
-from tests.support.connections import BRIEF, Ending, brief, brief_config
+from tests.support.connections import BRIEF, SOON, Ending, brief, brief_config, readers, sockets_at
 from tests.support.endpoints import flood, with_endless
-from tests.support.http2_clients import without_window
-from tests.support.processes import process
-from tests.support.stalling import CLIENTS, all_stalled, over_tls, stalled
-from tests.support.uncorrected import STOCK, as_it_is
-from tests.support.wire import DONE
+from tests.support.serving import Tap, eventually, quiet_config, serving
+from tests.support.stalling import CLIENTS, all_stalled, over_http1, over_http2, over_tls, stalled
+from tests.support.wire import DONE, ids
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
-    from tests.support.processes import Process
-    from tests.support.serving import Client, Server
-    from tests.support.wire import Block
+    from penstock.cli.host import Hosted
+    from tests.support.serving import Server
 
-MIB: Final = 1024 * 1024
-LITTLE: Final = 15 * MIB
-"""Less than a single stream takes whose neighbour is read as in these tests, if it is kept in memory."""
-USER_TIMEOUT: Final = 1.0
-DRAIN_TIMEOUT: Final = 0.2
-MARGIN: Final = 15.0
-"""Seconds that a busy machine may take longer."""
-STALLED: Final = 10
-READING: Final = 50
+USER_TIMEOUT: Final = socket.TCP_USER_TIMEOUT
+SERVE: Final = ("serve", "--producers", EXAMPLE, *ANY_PORT)
 
 
-# Shutdown, in this process
+def giving_up_after(seconds: float, **knobs: Any) -> AbstractAsyncContextManager[Server]:
+    """A server with this TCP user timeout."""
+    return serving(run=partial(serve, signals=(), tcp_user_timeout=seconds), **knobs)
 
 
-async def accepts_no_more(server: Client) -> None:
-    """Wait until the server has closed its socket."""
-    with suppress(OSError):
-        while True:
-            async with await server.wire():
-                await trio.lowlevel.checkpoint()
+@pytest.mark.parametrize(
+    "seconds, milliseconds, inherited",
+    [(0.0001, 1, False), (0, 0, False), (MAX_USER_TIMEOUT, 2**31 - 1, False), (None, 30_000, True)],
+)
+async def test_listening_and_accepted_sockets_have_the_timeout(
+    seconds: float | None, milliseconds: int, *, inherited: bool
+) -> None:
+    config = quiet_config()
+    if inherited:
+        config.bind = [f"fd://{socket.create_server(('127.0.0.1', 0)).detach()}"]
+    run = partial(serve, signals=(), **({} if seconds is None else {"tcp_user_timeout": seconds}))  # type: ignore[arg-type]
+    async with serving(config=config, run=run) as server:
+        assert (await server.client.get("/healthz")).status_code == 200
+        async with AsyncExitStack() as stack:
+            sockets = [stack.enter_context(each) for each in sockets_at(server.port)]
+            listening = [each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for each in sockets]
+            assert sorted(listening) == [0, 1]
+            assert [each.getsockopt(socket.IPPROTO_TCP, USER_TIMEOUT) for each in sockets] == [milliseconds] * 2
+            asked_for = [each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for each in sockets]
+            assert asked_for == [milliseconds > 0] * 2
 
 
-@pytest.mark.parametrize("how", ["told", "cancelled"])
-@pytest.mark.parametrize("client", CLIENTS)
-async def test_a_client_that_does_not_read_holds_up_the_end_only_without_the_correction(
+@pytest.mark.parametrize("seconds", [-0.001, math.nan, True, None, "1", math.nextafter(MAX_USER_TIMEOUT, math.inf)])
+async def test_a_timeout_that_no_socket_takes_is_refused(seconds: Any) -> None:
+    with pytest.raises(ConfigurationError, match="tcp_user_timeout"):
+        await serve(create_app({}), quiet_config(), signals=(), tcp_user_timeout=seconds)
+
+
+def test_the_command_line_takes_a_timeout_up_to_what_a_socket_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted: list[Hosted] = []
+
+    def host(what: Hosted, *_sockets: Any, **_how: Any) -> int:
+        hosted.append(what)
+        return 0
+
+    monkeypatch.setattr(serve_command, "host", host)
+    for seconds in ("0", "0.5", "2147483.647"):
+        assert ran(*SERVE, "--tcp-user-timeout", seconds).exit_code == 0
+    assert ran(*SERVE).exit_code == 0
+    assert [each.tcp_user_timeout for each in hosted] == [0, 0.5, MAX_USER_TIMEOUT, 30.0]
+
+
+@pytest.mark.parametrize("seconds", ["-0.001", "2147483.648", "soon"])
+def test_the_command_line_refuses_any_other_timeout(seconds: str) -> None:
+    words = refused(*SERVE, "--tcp-user-timeout", seconds)
+    assert "user-timeout" in words.replace("_", "-")
+
+
+@pytest.mark.parametrize("seconds, times", [(1.0, 1), (0, 0)])
+async def test_on_a_system_without_the_timeout_a_warning_says_so(
+    seconds: float, times: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection_module, "_TCP_USER_TIMEOUT", None)
+    async with giving_up_after(seconds) as server:
+        assert ids(await server.read(await server.start("count", 3))) == [1, 2, 3, 4]
+    assert caplog.text.count("no TCP_USER_TIMEOUT") == times
+
+
+async def test_a_client_that_stops_reading_is_disconnected_and_its_run_and_other_readers_go_on() -> None:
+    tap = Tap()
+    async with giving_up_after(1.0, producers={"tap": tap}) as server:
+        run_id = await server.start("tap")
+        tap.feed(*["x" * 10_000] * 1000)  # more than the sockets of both sides hold
+        async with server.reading(run_id) as reader:
+            await reader.take(1000)
+            await wait_all_tasks_blocked()  # an answer is with its client before its task is over
+            before = server.tasks()
+            async with stalled(server, f"/v1/runs/{run_id}/stream"):
+                await eventually(lambda: readers(server, run_id) == [2])
+                with trio.fail_after(SOON):
+                    await eventually(lambda: readers(server, run_id) == [1])
+                    await eventually(lambda: server.tasks() <= before)  # an idle connection may have ended meanwhile
+            tap.feed("after")
+            assert (await reader.take(1))[0].data == "after"
+            assert (await server.run(run_id))["status"] == "running"
+            tap.end()
+            assert [block.data for block in await reader.rest()] == [DONE]
+
+
+# The end of a server
+
+
+@pytest.mark.parametrize(
+    "client, how", [*((client, "asked") for client in CLIENTS), (over_http1, "cancelled"), (over_http2, "cancelled")]
+)
+async def test_a_client_that_does_not_read_does_not_hold_up_the_end_of_its_server(
     client: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(penstock.server.serve, "LAST_WORDS", BRIEF)
-    endings = Ending(how), Ending(how)
-    async with AsyncExitStack() as stack:
-        config, trusts = stack.enter_context(tls_config("http/1.1")) if client is over_tls else (None, None)
-        config = brief_config(config)
-        config.keep_alive_timeout = MARGIN  # or a halt of the machine before a request ends the connection
-
-        async def start(ending: Ending) -> Server:
-            running = brief({"flood": flood}, config=config, run=ending.run, complains=True)
-            server = await stack.enter_async_context(running)
+    monkeypatch.setattr(penstock.server.serve, "LAST_SENDS", BRIEF)
+    ending = Ending(how)  # without a user timeout: the deadline of sends alone ends them
+    with tls_config("http/1.1") if client is over_tls else nullcontext((None, None)) as (given, trusts):
+        config = brief_config(given)
+        config.keep_alive_timeout = SOON  # a halt of the machine before a request must not end the connection
+        async with brief({"flood": flood}, config=config, run=ending.run, complains=True) as server:
             with_endless(server)
-            return server
-
-        with as_it_is("TCPServer"):
-            stock = await start(endings[0])
-        held = await stack.enter_async_context(client(stock, trusts))
-        corrected = await start(endings[1])
-        await stack.enter_async_context(client(corrected, trusts))
-        await all_stalled(corrected, 2)
-        endings[0].now(stock)
-        await accepts_no_more(stock)
-        with trio.fail_after(MARGIN):
-            endings[1].now(corrected)
-            await corrected.ended.wait()
-        assert not stock.ended.is_set()
-        await held.aclose()
-        with trio.fail_after(MARGIN):
-            await stock.ended.wait()
-
-
-# Shutdown, and memory, of a process
-
-
-def stalling_process(*, without: list[str] | None = None, **knobs: Any) -> Any:
-    """A server with short time limits, without these corrections."""
-    options = {"without": without or [], "tcp_user_timeout": USER_TIMEOUT, "drain_timeout": DRAIN_TIMEOUT} | knobs
-    return process(sys.executable, "-m", "tests.support.uncorrected", json.dumps(options))
-
-
-def resident(server: Process) -> int:
-    """The memory that a process has, in bytes."""
-    status = Path(f"/proc/{server._process.pid}/status").read_text(encoding="utf-8")
-    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-
-
-@asynccontextmanager
-async def crowded(server: Process) -> AsyncIterator[list[list[Block]]]:
-    """Clients that never read, and readers, all of which are being served; what the readers got to their ends."""
-    big = await server.start("flood", [600, 10_000])
-    while (await server.run(big))["status"] == "running":  # noqa: ASYNC110  (each look is a request)
-        await trio.lowlevel.checkpoint()
-    seen: list[list[Block]] = []
-    ready = trio.Semaphore(0)
-
-    async def follow(run_id: str) -> None:
-        async with server.reading(run_id) as reader:
-            ready.release()
-            seen.append(await reader.rest())
-
-    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
-        for number in range(STALLED):
-            path = f"/v1/runs/{big}/stream" if number % 2 else "/endless"
-            await stack.enter_async_context(stalled(server, path))
-        for _ in range(READING):
-            nursery.start_soon(follow, await server.start("silent"))
-        for _ in range(READING):
-            await ready.acquire()
-        yield seen
-
-
-async def test_clients_that_never_read_hold_up_the_end_of_a_process_only_without_the_corrections() -> None:
-    async with (
-        stalling_process(without=[*STOCK], tcp_user_timeout=0) as stock,
-        stalling_process() as corrected,
-        crowded(stock) as theirs,
-        crowded(corrected) as seen,
-    ):
-        for server in (stock, corrected):
-            server.signal(signal.SIGTERM)
-        with trio.fail_after(DRAIN_TIMEOUT + USER_TIMEOUT + MARGIN):
-            assert await corrected.exit_code() == 0
-        assert len(seen) == READING
-        assert all(ends(blocks) == ["INTERRUPTED", DONE] for blocks in seen)
-        assert "Traceback" not in corrected.said
-        with trio.fail_after(MARGIN):
-            await accepts_no_more(stock)
-            while len(theirs) < READING:  # noqa: ASYNC110  (its readers have ended as well)
-                await trio.sleep(0.01)
-        assert stock._process.poll() is None
-        stock.signal(signal.SIGKILL)
-
-
-@pytest.mark.parametrize("correction", ["the user timeout alone", "the end of sends alone"])
-async def test_either_of_two_corrections_lets_a_process_end(correction: str) -> None:
-    alone = {"without": ["TCPServer"]} if correction == "the user timeout alone" else {"tcp_user_timeout": 0}
-    async with stalling_process(**alone) as server, crowded(server) as seen:
-        server.signal(signal.SIGTERM)
-        with trio.fail_after(DRAIN_TIMEOUT + USER_TIMEOUT + MARGIN):
-            assert await server.exit_code() == 0
-        assert len(seen) == READING
-
-
-async def read_at_full_speed(server: Process, path: str, size: int) -> None:
-    """Take so many bytes of a stream, from its beginning again if it ends before that."""
-    while size > 0:
-        async with await server.wire() as wire:
-            await wire.send("GET", path, connection="close")
-            await wire.until(b"HTTP/1.1 200")
-            while size > 0 and (piece := await wire.stream.receive_some(MIB)):
-                size -= len(piece)
-
-
-async def stored(server: Process) -> str:
-    """The path of a run's stream, of 9 MB, all of which is stored."""
-    run_id = await server.start("flood", [9000, 1000])
-    while (await server.run(run_id))["status"] == "running":  # noqa: ASYNC110  (each look is a request)
-        await trio.lowlevel.checkpoint()
-    return f"/v1/runs/{run_id}/stream"
-
-
-@pytest.mark.parametrize("endless, shut, read", [(True, 1, 30), (True, 20, 5), (False, 40, 20)])
-async def test_streams_whose_windows_stay_shut_take_no_memory_while_others_read(
-    shut: int, read: int, *, endless: bool
-) -> None:
-    async with stalling_process() as server, without_window(server) as client:
-        path = "/endless" if endless else await stored(server)
-        await read_at_full_speed(server, path, 10 * MIB)
-        before = resident(server)
-        numbers = [await client.get(path) for _ in range(shut)]
-        await client.until_headers(*numbers)
-        await read_at_full_speed(server, path, read * MIB)
-        assert resident(server) - before < LITTLE
-        assert not any(client.bodies.values())
-
-
-@pytest.mark.parametrize("endless, shut", [(True, 1), (False, 40)])
-async def test_without_the_correction_they_take_more_and_more_whether_anybody_reads_or_not(
-    shut: int, *, endless: bool
-) -> None:
-    async with stalling_process(without=["StreamBuffer"]) as server, without_window(server) as client:
-        path = "/endless" if endless else await stored(server)
-        before = resident(server)
-        numbers = [await client.get(path) for _ in range(shut)]
-        await client.until_headers(*numbers)
-        while resident(server) - before < 4 * LITTLE:  # noqa: ASYNC110  (memory tells nobody that it grows)
-            await trio.sleep(0.01)
-        assert not any(client.bodies.values())
+            async with client(server, trusts):
+                await all_stalled(server, 1)
+                ending.now(server)
+                with trio.fail_after(SOON):
+                    await server.ended.wait()

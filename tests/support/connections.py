@@ -1,4 +1,4 @@
-"""Connections that their clients leave: both of their ends, what they leave behind, and servers without patience."""
+"""Connections that their clients leave: both ends, what is left of them, and servers with short time limits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import socket
 import struct
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
     from hypercorn.protocol.h2 import StreamBuffer
 
-    from tests.server.hypercorn_fixes.test_http2 import Streams
+    from tests.support.http2_clients import Streams
     from tests.support.serving import Server
 
 BRIEF: Final = 0.5
@@ -34,7 +35,7 @@ A machine may stand still for some tenths of a second between a connection and i
 SOON: Final = 15.0
 """Seconds within which something has happened that takes no time to speak of."""
 LEAVING: Final = ["close", "reset", "goaway"]
-"""How a client goes: it closes its socket, with FIN or RST; or says that it goes, in HTTP/2's words, and stays."""
+"""How a client goes: it closes its socket, with FIN or RST; or it sends GOAWAY and keeps it open."""
 SMALL: Final = 4096
 """The receive buffer of a client that stalls, in bytes: what does not fit in there stays with the server."""
 
@@ -42,14 +43,14 @@ SMALL: Final = 4096
 
 
 def brief_config(config: Config | None = None) -> Config:
-    """This configuration, or any, without patience."""
+    """This configuration, or a new one, with short time limits for connections."""
     config = quiet_config() if config is None else config
     config.graceful_timeout = config.keep_alive_timeout = BRIEF
     return config
 
 
 def patient_config() -> Config:
-    """At a shutdown connections have more time than a test."""
+    """A configuration in which the last connections of a shutdown have more time than a test."""
     config = brief_config()
     config.graceful_timeout = 2 * SOON
     return config
@@ -158,6 +159,18 @@ async def joined(
         (task,) = before.symmetric_difference(server.connections()) - before
         await wait_all_tasks_blocked()  # so that there is an object, too
         yield stream, task
+
+
+def sockets_at(port: int) -> list[socket.socket]:
+    """This process's sockets that are bound to this port, from its file descriptors; duplicates, to be closed."""
+    found = []
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir() if entry.is_socket()]:
+        sock = socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM)
+        if sock.getsockname()[1:2] == (port,):
+            found.append(sock)
+        else:
+            sock.close()
+    return found
 
 
 def is_over(task: trio.lowlevel.Task, server: Server) -> bool:

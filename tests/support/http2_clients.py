@@ -1,4 +1,4 @@
-"""HTTP/2 clients that do what a browser would not: they keep windows shut, and send what no request should be."""
+"""HTTP/2 clients whose requests, windows and ends are the test's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import h2.settings
 import trio
 from h2.errors import ErrorCodes
 
-from tests.server.hypercorn_fixes.test_http2 import Streams
+from tests.support.wire import Block, block_of, blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,11 +24,68 @@ WHOLE: Final = "whole"
 OPEN: Final = 2**30
 """What a window is opened by: more than any test sends."""
 UNCHECKED: Final = {"validate_outbound_headers": False, "normalize_outbound_headers": False, "header_encoding": "utf-8"}
-"""Settings of a client that sends whatever it is told to."""
+"""Settings of a client that does not check what it sends."""
+
+
+class Streams:
+    """An HTTP/2 connection, and what has come in on each of its streams."""
+
+    def __init__(self, socket: trio.SocketStream) -> None:
+        self.socket = socket
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
+        self.h2.initiate_connection()
+        self.headers: dict[int, dict[str, str]] = {}
+        self.bodies: dict[int, bytes] = {}
+        self.over: set[int] = set()
+
+    async def get(self, path: str, **headers: str) -> int:
+        """Ask; the stream's number."""
+        number = self.h2.get_next_available_stream_id()
+        pseudo = {":method": "GET", ":path": path, ":scheme": "http", ":authority": "localhost"}
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.h2.send_headers(number, [*(pseudo | named).items()], end_stream=True)
+        self.bodies[number] = b""
+        await self.socket.send_all(self.h2.data_to_send())
+        return number
+
+    async def reset(self, number: int) -> None:
+        self.h2.reset_stream(number)
+        await self.socket.send_all(self.h2.data_to_send())
+
+    async def receive(self) -> None:
+        """Take in whatever comes next."""
+        for event in self.h2.receive_data(await self.socket.receive_some()):
+            if isinstance(event, h2.events.ResponseReceived):
+                self.headers[event.stream_id] = {str(name): str(value) for name, value in event.headers}
+            elif isinstance(event, h2.events.DataReceived):
+                self.bodies[event.stream_id] += event.data
+                self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                self.over.add(event.stream_id)
+        await self.socket.send_all(self.h2.data_to_send())
+
+    async def blocks(self, number: int, count: int) -> list[Block]:
+        """The first `count` blocks of a stream."""
+        while self.bodies[number].count(b"\n\n") < count:
+            assert number not in self.over, self.bodies[number]
+            await self.receive()
+        return [block_of(text) for text in self.bodies[number].decode().split("\n\n")[:count]]
+
+    async def whole(self, number: int) -> list[Block]:
+        """All blocks of a stream that ends."""
+        while number not in self.over:
+            await self.receive()
+        return blocks_of(self.bodies[number])
+
+
+@asynccontextmanager
+async def connected(server: Client) -> AsyncIterator[Streams]:
+    async with await trio.open_tcp_stream("127.0.0.1", server.port) as socket:
+        yield Streams(socket)
 
 
 class Http2(Streams):
-    """One that may begin a request and not end it, or send what no request should be."""
+    """A client that may begin a request and not end it."""
 
     def begin(self, method: str, path: str, *headers: tuple[str, str], ends: bool = False) -> int:
         """Begin a request, which `ends` with this or has a body; all of it is still to be sent. The stream's number."""
@@ -82,7 +139,7 @@ class Windows(Http2):
 
 
 class Ends(Http2):
-    """One that knows how its streams end."""
+    """A client that records how its streams end."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
@@ -110,10 +167,10 @@ class Ends(Http2):
 
 
 class ShutEnds(Ends, Windows):
-    """And whose windows are shut."""
+    """A client with shut windows that records how its streams end."""
 
 
 @asynccontextmanager
-async def without_window(server: Client, **settings: Any) -> AsyncIterator[Windows]:
+async def without_window(server: Client) -> AsyncIterator[Windows]:
     async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
-        yield Windows(stream, **settings)
+        yield Windows(stream)

@@ -33,7 +33,7 @@ class Process(Client):
         self.said = ""
         """What it has written to stderr so far."""
         self.silent = trio.Event()
-        """Set when nobody is left to write there: it and all that it has started are gone."""
+        """Set when the pipe is closed: the process and all that it has started are gone."""
 
     @property
     def pid(self) -> int:
@@ -60,7 +60,7 @@ async def process_of(
         kind: what the test is given.
         command: what is started.
         env: its environment.
-        serves: wait until it says its URL; it has failed if it never does.
+        serves: wait until it has written its URL.
     """
     environment = {**env, "PYTHONUNBUFFERED": "1"}
     with trio.fail_after(GUARD):
@@ -93,7 +93,7 @@ def process(*command: str) -> AbstractAsyncContextManager[Process]:
 
 
 async def _read(server: Process, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Read stderr to its end; the server has started when it says its URL there."""
+    """Read stderr to its end; the server has started when its URL stands there."""
     stderr = server._process.stderr
     assert stderr is not None
     async with stderr:

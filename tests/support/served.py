@@ -1,6 +1,6 @@
 """A program that serves, for tests that need a process: signals, exit codes, another server.
 
-python -m tests.support.served '{"drain_timeout": 1}'     penstock.serve, with these knobs; says its URL on stderr
+python -m tests.support.served '{"drain_timeout": 1}'     penstock.serve, with these knobs; writes its URL to stderr
 hypercorn -k trio tests.support.served:app                the same producers under plain Hypercorn
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 async def stubborn(_input: Any) -> AsyncIterator[Event]:
-    """Will not let go."""
+    """Keeps its task."""
     yield Event(data="mine")
     with trio.CancelScope(shield=True):
         await trio.sleep_forever()

@@ -46,7 +46,7 @@ async def echo(value: Any) -> AsyncIterator[Event]:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:
-    """Says nothing for an hour."""
+    """Yields nothing for an hour."""
     await trio.sleep(3600)
     yield Event(data="an hour later")
 
@@ -60,7 +60,7 @@ PRODUCERS: Final[Mapping[str, Any]] = {"count": count, "echo": echo, "silent": s
 
 
 class Tap:
-    """A producer that yields what the test feeds it, and tells how it fares."""
+    """A producer that yields what the test feeds it, and records how it ends."""
 
     def __init__(self) -> None:
         self._feed, self._fed = trio.open_memory_channel[Any](math.inf)
@@ -78,9 +78,9 @@ class Tap:
         finally:
             self.closed.set()
 
-    def feed(self, *words: str) -> None:
-        for word in words:
-            self._feed.send_nowait(Event(data=word))
+    def feed(self, *data: str) -> None:
+        for each in data:
+            self._feed.send_nowait(Event(data=each))
 
     def end(self) -> None:
         self._feed.close()
@@ -90,22 +90,22 @@ class Tap:
 
 
 class Silence(LoggingObserver):
-    """The observer of a test's server: remembers errors, so that the test can say which it expects."""
+    """The observer of a test's server: records errors, for the test to compare with those it expects."""
 
     def __init__(self) -> None:
         self.errors: list[tuple[str, str]] = []
-        """The words of each error, and its id."""
+        """The type and message of each error, and its id."""
 
     def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:  # noqa: ARG002
         error = single_error(error)
         self.errors.append((f"{type(error).__name__}: {error}", error_id))
 
     def run_stuck(self, run_id: str, seconds: float, stack: str) -> None:
-        """Not a word."""
+        """Log nothing."""
 
 
 class Client:
-    """What a test says to a server, wherever that is."""
+    """A client of a server in this process or another."""
 
     def __init__(self, url: str, client: httpx2.AsyncClient) -> None:
         self.client = client
@@ -222,7 +222,7 @@ def family(task: trio.lowlevel.Task) -> list[trio.lowlevel.Task]:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what the server does in its own time and tells nobody of, such as seeing that a socket was closed."""
+    """Wait for what the server does without a notification, such as noticing that a socket was closed."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.002)
 

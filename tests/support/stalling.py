@@ -1,4 +1,4 @@
-"""Clients that stall, each in its own way: they ask for more than they take in."""
+"""Clients that stall, each in its own way: they ask for more than they read."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:
-    """Says where it runs, and then nothing for an hour."""
+    """Yields its process, and then nothing for an hour."""
     yield Event(data=str(os.getpid()))
     await trio.sleep(3600)
 
 
 async def ticking(_input: Any) -> AsyncIterator[Event]:
-    """Says where it runs, and then counts until it is told to stop."""
+    """Yields its process, and then counts until it is cancelled."""
     yield Event(data=str(os.getpid()))
     for number in count_on(1):
         await trio.sleep(0.02)
@@ -30,7 +30,7 @@ async def ticking(_input: Any) -> AsyncIterator[Event]:
 
 
 async def stubborn(_input: Any) -> AsyncIterator[Event]:
-    """Will not let go, in a process that has less patience with that than others."""
+    """Keeps its task, in a process that abandons it sooner than others."""
     penstock.server.serve.ABANDON_AFTER = 0.2  # type: ignore[misc]
     yield Event(data=str(os.getpid()))
     with trio.CancelScope(shield=True):

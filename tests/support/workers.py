@@ -1,4 +1,4 @@
-"""`penstock serve` with several workers: a parent and its children in a process group of their own, told apart.
+"""`penstock serve` with several workers: a parent and its children in a process group of their own.
 
 Whoever connects cannot choose a worker: any that waits for connections may take the next one. So for a moment all the
 others are stopped (`only`), and whatever is asked meanwhile is answered by the one that is left.
@@ -36,7 +36,7 @@ REPLACED: Final = "another one takes its place"
 INTERRUPTED: Final = ["INTERRUPTED", DONE]
 CANCELLED: Final = ["cancelled", DONE]
 AWAY: Final = [Block(retry="1000")]
-"""All that a reader is told who is to come back."""
+"""All that comes to a reader that is to come back."""
 HOUR: Final = ("--drain-timeout", 3600)
 MOMENT: Final = ("--drain-timeout", 0.3)
 
@@ -87,9 +87,9 @@ class Workers(Process):
         """A signal to the parent and all workers at once, as Ctrl-C in a terminal is."""
         os.killpg(self.pid, number)
 
-    async def says(self, words: str, times: int = 1) -> None:
-        """Wait until it has said this so many times."""
-        await eventually(lambda: self.said.count(words) >= times)
+    async def says(self, line: str, times: int = 1) -> None:
+        """Wait until it has written this so many times."""
+        await eventually(lambda: self.said.count(line) >= times)
 
     async def successor(self, number: int, before: int) -> int:
         """The process that has taken the place of this one, waited for."""
@@ -109,7 +109,7 @@ class Workers(Process):
         async with self.only(pid), self.opened("POST", "/v1/runs", json_body=body) as reader:
             assert reader.status == 201
             run_id = reader.headers["penstock-run-id"]
-        async with self.reading(run_id) as reader:  # any worker can tell
+        async with self.reading(run_id) as reader:  # any worker has it
             (block,) = await reader.take(1)
         if producer != "signals":
             assert block.data == str(pid)
@@ -129,7 +129,7 @@ class Workers(Process):
             return reader.status
 
     async def is_draining(self) -> None:
-        """Wait until whoever answers says so."""
+        """Wait until a worker answers that it drains."""
         while (await self.client.get("/readyz")).status_code != 503:  # noqa: ASYNC110  (each look is a request)
             await trio.lowlevel.checkpoint()
 
@@ -152,7 +152,7 @@ def ends(blocks: list[Block]) -> list[str | None]:
 
 
 async def has_stopped(server: Workers, code: int = 0) -> None:
-    """Wait until the server has ended with this code, and nobody of it is left."""
+    """Wait until the server has ended with this code, and no process of it is left."""
     assert await server.exit_code() == code, server.said
     await server.silent.wait()
     if code == 0:

@@ -31,7 +31,7 @@ from penstock.cli.producers import ModuleFailed, load_producers
 from penstock.cli.sockets import check_certificate, listening
 from penstock.errors import ConfigurationError
 from penstock.log.open import open_log
-from penstock.server.hypercorn_fixes import MAX_USER_TIMEOUT
+from penstock.server.hypercorn_fixes.connection import MAX_USER_TIMEOUT
 from penstock.server.serve import MAX_HEADER_BYTES, USER_TIMEOUT, new_config
 from penstock.server.workers import DEATHS, DEATHS_WITHIN, ParentLink
 

@@ -1,30 +1,30 @@
-"""Several worker processes behind one address, and the parent who keeps them.
+"""Several worker processes behind one address, and the parent that keeps them.
 
     parent ── binds, listens, spawns, counts signals ──┬── worker 1 ── serve() on the inherited sockets
                                                        ├── worker 2
                                                        └── ...
 
 Hypercorn's own process manager ends all workers when one of them exits. Here a worker that exits is replaced, and the
-others hear nothing of it: connections wait in the sockets, which the parent holds open, too.
+others do not notice: connections wait in the sockets, which the parent holds open, too.
 
-Each worker has a socket pair with the parent, on which words go, one a line:
+Each worker has a socket pair with the parent. A message on it is a line:
 
-| from | word | means |
+| from | message | meaning |
 |---|---|---|
-| worker | `ready JSON` | it accepts connections; the JSON is for whoever announces that |
-| worker | `leaving` | it was told to end, by SIGTERM |
-| worker | end of file | all is done; its process ends within `ENDS_WITHIN`, or is killed |
-| parent | `leave` | that one alone was told to: accept no more, its siblings do |
+| worker | `ready JSON` | it accepts connections; the parent announces the first worker's JSON |
+| worker | `leaving` | it got SIGTERM |
+| worker | end of file | it is done; its process ends within `ENDS_WITHIN`, or is killed |
+| parent | `leave` | it ends alone: accept no more connections, its siblings do |
 | parent | `drain` | all are to end |
-| parent | `hurry` | and sooner; one for each further signal |
-| parent | end of file | the parent is gone: the same as `drain` |
+| parent | `hurry` | skip a wait; one for each further signal |
+| parent | end of file | the parent is gone; the same as `drain` |
 
 Only the parent counts signals. Ctrl-C and systemd signal the whole group, so that a worker gets its signal and the
-parent's word, which must not count as two: it takes no notice of SIGINT, and SIGTERM once.
+parent's message, which must not count as two: it ignores SIGINT, and takes SIGTERM once.
 
 | the parent ends with | when |
 |---|---|
-| 0 | it was told to, and all workers ended clean |
+| 0 | it got a signal, and all workers ended clean |
 | the first worker's code | that could not start, so that no other would |
 | 1 | too many workers died, or one of them did while all were to end |
 | 3 | a worker had to leave a producer behind while all were to end |
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from penstock.server.serve import Shutdown
 
 DEATHS: Final = 5
-"""So many workers that die within `DEATHS_WITHIN` end the server: what they die of does not go away."""
+"""So many workers that die within `DEATHS_WITHIN` end the server: their fault does not go away by itself."""
 DEATHS_WITHIN: Final = 30.0
 """Seconds."""
 SHORTEST_PAUSE: Final = 0.1
@@ -62,11 +62,11 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 DIED: Final = 1
 STUCK: Final = 3
 UNREACHABLE: Final = 75
-"""The code of a worker that has not found the event log, and may another time (EX_TEMPFAIL)."""
-LAST_WORDS: Final = 0.2
-"""Seconds in which what a worker has said is heard after its end."""
+"""The code of a worker that could not reach the event log, and may later (EX_TEMPFAIL)."""
+READ_AFTER_END: Final = 0.2
+"""Seconds in which a worker's last messages are read after its process has ended."""
 ENDS_WITHIN: Final = 5.0
-"""Seconds in which a worker's process ends after it has closed its words."""
+"""Seconds in which a worker's process ends after it has closed its end of the socket pair."""
 HURRIES: Final = 2
 """Signals after the first that are passed on; the next one kills."""
 
@@ -78,23 +78,23 @@ HURRY: Final = "hurry"
 
 
 class LineChannel:
-    """One end of a socket pair on which words go."""
+    """One end of a socket pair on which lines go."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         self._received = b""
         self._lock = trio.Lock()
 
-    async def send(self, word: str) -> None:
-        """Send a word; nothing happens if nobody is there any more."""
+    async def send(self, line: str) -> None:
+        """Send a line; it is dropped if the other end is closed."""
         async with self._lock:
             try:
-                await self._stream.send_all(word.encode() + b"\n")
+                await self._stream.send_all(line.encode() + b"\n")
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
 
     async def receive(self) -> str | None:
-        """The next word; None when the other end is closed."""
+        """The next line; None when the other end is closed."""
         while b"\n" not in self._received:
             try:
                 piece = await self._stream.receive_some()
@@ -103,11 +103,10 @@ class LineChannel:
             if not piece:
                 return None
             self._received += piece
-        word, _, self._received = self._received.partition(b"\n")
-        return word.decode()
+        line, _, self._received = self._received.partition(b"\n")
+        return line.decode()
 
     async def aclose(self) -> None:
-        """Close this end."""
         await self._stream.aclose()
 
 
@@ -116,14 +115,17 @@ class ParentLink:
 
     def __init__(self, number: int, fd: int) -> None:
         self.number = number
-        """The worker's, from 1."""
+        """The worker's number, from 1."""
         self._sock = socket.socket(fileno=fd)
         self._sock.set_inheritable(False)
-        self._words: LineChannel | None = None
+        self._channel: LineChannel | None = None
         self._orphaned = False
 
     def keep_signals(self) -> None:
-        """Until `obey` takes them: SIGTERM ends the process, in which nothing has started. In the main thread."""
+        """Handle signals until `obey` does; call it in the main thread.
+
+        SIGTERM ends the process, in which nothing has started yet. SIGINT is ignored.
+        """
 
         def end(_number: int, _frame: object) -> None:
             with suppress(OSError):
@@ -134,59 +136,57 @@ class ParentLink:
         signal.signal(signal.SIGINT, lambda _number, _frame: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    async def ready(self, news: str) -> None:
-        """Say that connections are accepted; `news` is for whoever announces it."""
-        if self._words is not None:
-            await self._words.send(f"{READY}{news}")
+    async def ready(self, details: str) -> None:
+        """Report that connections are accepted; the parent announces the first worker's `details`."""
+        if self._channel is not None:
+            await self._channel.send(f"{READY}{details}")
 
     async def obey(self, shutdown: Shutdown, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do what the parent says, and what signals say that the parent may not have had, until this is cancelled.
+        """Follow the parent's messages, and signals that only this process may have got, until this is cancelled.
 
-        After that the process takes no notice of signals any more.
+        After that the process ignores signals.
         """
-        self._words = words = LineChannel(self._sock)
+        self._channel = channel = LineChannel(self._sock)
         try:
             with trio.open_signal_receiver(*SIGNALS) as signals:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._take, signals, words, shutdown)
+                    nursery.start_soon(self._handle_signals, signals, channel, shutdown)
                     task_status.started()
-                    while (word := await words.receive()) is not None:
-                        if word == LEAVE:
+                    while (message := await channel.receive()) is not None:
+                        if message == LEAVE:
                             shutdown.stop_accepting()
-                        elif word == HURRY:
+                        elif message == HURRY:
                             shutdown.force()
                         else:
                             shutdown.drain()
                     self._orphaned = True
                     shutdown.drain()
         finally:
-            for number in SIGNALS:  # the process is on its way out, on which Python puts any handler's default back
+            for number in SIGNALS:  # Python puts the default of any handler back while it exits
                 signal.signal(number, signal.SIG_IGN)
-            self._sock.close()  # which says that all is done
+            self._sock.close()  # the parent reads that all is done
 
-    async def _take(self, signals: AsyncIterator[int], words: LineChannel, shutdown: Shutdown) -> None:
-        told = False
+    async def _handle_signals(self, signals: AsyncIterator[int], channel: LineChannel, shutdown: Shutdown) -> None:
+        left = False
         async for number in signals:
             if self._orphaned:
-                shutdown.force()  # nobody else counts any more
-            elif number == signal.SIGTERM and not told:
-                told = True
+                shutdown.force()  # no parent counts signals any more
+            elif number == signal.SIGTERM and not left:
+                left = True
                 shutdown.drain()
-                await words.send(LEAVING)
+                await channel.send(LEAVING)
 
 
 @dataclass(slots=True)
 class _Worker:
-    """A worker, as its parent knows it."""
-
     process: subprocess.Popen[bytes]
-    words: LineChannel
+    channel: LineChannel
     ready: bool = False
     leaving: bool = False
 
 
 class ProcessManager:
-    """Keeps the workers."""
+    """Starts workers on the listening sockets, replaces those that end, and ends them all at a signal."""
 
     def __init__(
         self,
@@ -200,17 +200,18 @@ class ProcessManager:
         environment: Mapping[str, str] | None = None,
         on_end: Callable[[int], None] = lambda _pid: None,
     ) -> None:
-        """Take the sockets; they are closed in the end.
+        """Prepare.
 
         Args:
-            count: how many workers there are to be.
-            command: what starts a worker, from its number, the file descriptors of the sockets, and that of its words.
-            sockets: bound and listening.
-            say: says a line to whoever looks after the server.
-            announce: is given what the first worker has said of itself, once all accept connections.
+            count: the number of workers.
+            command: the command of a worker, from its number, the file descriptors of the sockets, and that of its end
+                of the socket pair.
+            sockets: bound and listening; they are closed in the end.
+            say: called with a line for the operator.
+            announce: called with the details that the first worker has reported, once all accept connections.
             max_deaths: so many workers that die within `DEATHS_WITHIN` end the server.
-            environment: what workers find in their environment beside what is in this process's.
-            on_end: is told of a worker's process that has ended.
+            environment: variables of the workers, besides those of this process.
+            on_end: called with the pid of a worker's process that has ended.
         """
         self._count = count
         self._command = command
@@ -222,21 +223,21 @@ class ProcessManager:
         self._on_end = on_end
         self._ending = trio.Event()
         self._workers: dict[int, _Worker] = {}
-        self._news: str | None = None
+        self._details: str | None = None
         self._codes: list[int] = []
         self._deaths: deque[float] = deque()
         self._waiters = trio.CapacityLimiter(count)
-        self._messengers: trio.Nursery
+        self._nursery: trio.Nursery
 
     async def run(self) -> int:
-        """Keep the workers until signals, or their deaths, end them all; the exit code.
+        """Keep the workers until signals, or their deaths, end them all; return the exit code.
 
-        The first starts alone: what keeps it from starting would keep the others, too, and is said once.
+        The first starts alone: a fault that keeps it from starting would keep the others, too, and is reported once.
         """
         settled = [trio.Event() for _ in range(self._count)]
         with trio.open_signal_receiver(*SIGNALS) as signals:
-            async with trio.open_nursery() as self._messengers:
-                self._messengers.start_soon(self._take, signals)
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._handle_signals, signals)
                 async with trio.open_nursery() as keepers:
                     for number, has_settled in enumerate(settled, 1):
                         keepers.start_soon(self._keep, number, has_settled)
@@ -244,9 +245,9 @@ class ProcessManager:
                             await has_settled.wait()
                     for has_settled in settled:
                         await has_settled.wait()
-                    if self._news is not None and not self._ending.is_set():
-                        self._announce(self._news)
-                self._messengers.cancel_scope.cancel(reason="all workers have ended")
+                    if self._details is not None and not self._ending.is_set():
+                        self._announce(self._details)
+                self._nursery.cancel_scope.cancel(reason="all workers have ended")
         return STUCK if STUCK in self._codes else next((code for code in self._codes if code), 0)
 
     @property
@@ -256,80 +257,80 @@ class ProcessManager:
             self._deaths.popleft()
         return len(self._deaths)
 
-    async def _take(self, signals: AsyncIterator[int]) -> None:
+    async def _handle_signals(self, signals: AsyncIterator[int]) -> None:
         """The first signal drains, the second and the third hurry, the fourth kills."""
-        taken = 0
+        count = 0
         async for _ in signals:
-            taken += 1
-            if taken == 1:
+            count += 1
+            if count == 1:
                 self._end()
-            elif taken <= HURRIES + 1:
-                self._tell(HURRY)
+            elif count <= HURRIES + 1:
+                self._send_all(HURRY)
                 for worker in self._workers.values():
-                    if not worker.ready:  # it does not listen yet
+                    if not worker.ready:  # it does not read messages yet
                         worker.process.terminate()
             else:
                 for worker in self._workers.values():
                     worker.process.kill()
 
     def _end(self) -> None:
-        """No worker is started any more, and those that are there drain."""
+        """Start no more workers, and drain those that are there."""
         self._ending.set()
-        for sock in self._sockets:  # the workers have them, and close them in their own time
+        for sock in self._sockets:  # the workers have them open, too, and close them when they have drained
             sock.close()
-        self._tell(DRAIN)
+        self._send_all(DRAIN)
 
-    def _tell(self, word: str) -> None:
+    def _send_all(self, message: str) -> None:
         for worker in self._workers.values():
-            self._messengers.start_soon(worker.words.send, word)
+            self._nursery.start_soon(worker.channel.send, message)
 
     async def _keep(self, number: int, has_settled: trio.Event) -> None:
-        """Keep one worker; it `has_settled` when the first process is ready, or has ended."""
+        """Keep one worker; set `has_settled` when its first process is ready, or has ended."""
         while not self._ending.is_set():
             try:
                 worker = self._workers[number] = self._spawn(number)
             except OSError as error:
-                pause = self._weigh(f"worker {number}", f"cannot be started: {error}", DIED)
+                pause = self._judge(f"worker {number}", f"cannot be started: {error}", DIED)
             else:
                 name = f"worker {number} (process {worker.process.pid})"
                 code = await self._accompany(worker, has_settled)
                 del self._workers[number]
                 self._on_end(worker.process.pid)
                 how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
-                pause = self._weigh(name, how, code if code >= 0 else DIED, leaving=worker.leaving)
+                pause = self._judge(name, how, code if code >= 0 else DIED, leaving=worker.leaving)
             has_settled.set()
             with trio.move_on_after(pause):
                 await self._ending.wait()
         has_settled.set()
 
     async def _accompany(self, worker: _Worker, is_ready: trio.Event) -> int:
-        """Listen to a worker until it ends; its exit code."""
-        heard = trio.Event()
+        """Read a worker's messages until it ends; return its exit code."""
+        is_done = trio.Event()
 
-        async def hear() -> None:
-            await self._hear(worker, is_ready)
-            heard.set()
+        async def read() -> None:
+            await self._read(worker, is_ready)
+            is_done.set()
             await trio.sleep(ENDS_WITHIN)
             self._say(f"process {worker.process.pid} is done, and does not end: perhaps a thread of it goes on; killed")
             worker.process.kill()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(hear)
+            nursery.start_soon(read)
             code = await trio.to_thread.run_sync(worker.process.wait, abandon_on_cancel=True, limiter=self._waiters)
-            with trio.move_on_after(LAST_WORDS):  # it may have handed its end on to a process that lives
-                await heard.wait()
+            with trio.move_on_after(READ_AFTER_END):  # a process that it has started may have its end open, and live on
+                await is_done.wait()
             nursery.cancel_scope.cancel(reason="the worker has ended")
-        await worker.words.aclose()
+        await worker.channel.aclose()
         return code
 
     def _spawn(self, number: int) -> _Worker:
         here, there = socket.socketpair()
         with there:
             fds = [sock.fileno() for sock in self._sockets]
-            # Until it can count them, signals wait: it inherits that they are blocked.
+            # A worker inherits that signals are blocked: they wait until it handles them.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                process = subprocess.Popen(  # noqa: S603  (penstock itself, and in this thread: the mask is its own)
+                process = subprocess.Popen(  # noqa: S603  (penstock itself; in this thread, as the mask is a thread's)
                     self._command(number, fds, there.fileno()),
                     stdin=subprocess.DEVNULL,
                     pass_fds=[*fds, there.fileno()],
@@ -342,27 +343,27 @@ class ProcessManager:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return _Worker(process, LineChannel(here))
 
-    async def _hear(self, worker: _Worker, is_ready: trio.Event) -> None:
-        while (word := await worker.words.receive()) is not None:
-            if word == LEAVING:
+    async def _read(self, worker: _Worker, is_ready: trio.Event) -> None:
+        while (message := await worker.channel.receive()) is not None:
+            if message == LEAVING:
                 worker.leaving = True
                 await trio.sleep(GROUP_SIGNAL)
                 if not self._ending.is_set():
-                    await worker.words.send(LEAVE)
-            elif word.startswith(READY):
+                    await worker.channel.send(LEAVE)
+            elif message.startswith(READY):
                 worker.ready = True
-                if self._news is None:
-                    self._news = word.removeprefix(READY)
+                if self._details is None:
+                    self._details = message.removeprefix(READY)
                 is_ready.set()
 
-    def _weigh(self, name: str, how: str, code: int, *, leaving: bool = False) -> float:
-        """What the end of a worker means, said if it has to be; the seconds until the next one."""
+    def _judge(self, name: str, how: str, code: int, *, leaving: bool = False) -> float:
+        """Judge the end of a worker, and report it if need be; return the seconds until its replacement."""
         if self._ending.is_set():
             self._codes.append(code if code in {0, STUCK} else DIED)
             if code:
                 self._say(f"{name} {how}")
             return 0.0
-        if self._news is None:
+        if self._details is None:
             self._codes.append(DIED if code in {0, UNREACHABLE} else code)
             self._say(f"{name} {how} before it was ready; not started")
             self._end()

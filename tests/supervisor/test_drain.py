@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from penstock import create_app, serve
 from penstock.backoff import LONGEST_PAUSE
-from penstock.errors import Draining, ReaderReleased, RunNotFound
+from penstock.errors import ReaderReleased, RunNotFound
 from penstock.log import Batch, Lease
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import Supervisor, open_supervisor
 from penstock.supervisor.fetcher import MISSING_GRACE, MISSING_PAUSE
 from tests.support.committing import forget
 from tests.support.logs import entries, record
-from tests.support.serving import PRODUCERS, quiet_config
 from tests.support.supervising import (
     FIRST,
     Reader,
@@ -309,39 +305,6 @@ async def test_the_end_of_an_outage_brings_nobody_back_to_a_supervisor_that_drai
         assert "shutting down" in str(late.error)
         assert gists(stays.entries) == ["first", "cancelled", "[DONE]"]
         assert gists(await read(draining, run.id)) == gists(stays.entries)  # a run that has ended is read all the same
-
-
-# --- before it is ready ---------------------------------------------------------------------------------------------
-
-
-class Slow(MemoryLog):
-    """Takes for ever to open, as one does whose server stands still."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opening = trio.Event()
-
-    @asynccontextmanager
-    async def wakeups(self, owner: str) -> AsyncIterator[Any]:
-        self.opening.set()
-        await trio.sleep_forever()
-        async with super().wakeups(owner) as wakeups:
-            yield wakeups
-
-
-async def test_whoever_waits_for_a_server_that_is_shut_down_before_it_is_ready_is_told_so() -> None:
-    log = Slow()
-    start = partial(serve, create_app(PRODUCERS, log), quiet_config(), signals=(), shutdown_trigger=log.opening.wait)
-    with trio.fail_after(20):
-        async with trio.open_nursery() as nursery:
-            with pytest.raises(Draining):
-                await nursery.start(start)
-
-
-async def test_a_server_that_is_shut_down_before_it_is_ready_and_that_nobody_waits_for_returns() -> None:
-    log = Slow()
-    with trio.fail_after(20):
-        await serve(create_app(PRODUCERS, log), quiet_config(), signals=(), shutdown_trigger=log.opening.wait)
 
 
 # --- a run that is lost ---------------------------------------------------------------------------------------------
