@@ -124,7 +124,7 @@ def test_a_job_may_complain_as_much_as_it_likes() -> None:
 
 def test_one_waits_for_a_job_to_say_something() -> None:
     started = job_started(python("print('reading')", "print('ready')", "print('{\"events\": 3}')"))
-    started.said("ready")
+    started.wait_for("ready")
     assert started.result() == {"events": 3}
 
 
@@ -132,24 +132,24 @@ def test_a_job_hears_what_it_is_told_while_it_runs() -> None:
     echo = "for line in sys.stdin: print('heard', line.strip(), flush=True)"
     started = job_started(python("import sys", echo, "print('{}')"))
     for word in ("one", "two"):
-        started.tell(word)
-        started.said(f"heard {word}")
+        started.send(word)
+        started.wait_for(f"heard {word}")
     assert started.result() == {}
 
 
 def test_a_job_that_fails_instead_of_saying_it_says_its_words() -> None:
     with pytest.raises(BenchmarkError, match="ValueError: too many"):
-        job_started(python("print('no')", "raise ValueError('too many')")).said("ready")
+        job_started(python("print('no')", "raise ValueError('too many')")).wait_for("ready")
 
 
 def test_a_job_that_ends_instead_of_saying_it_is_an_error() -> None:
     with pytest.raises(BenchmarkError, match="ended without a 'ready'"):
-        job_started(python("print('{}')")).said("ready")
+        job_started(python("print('{}')")).wait_for("ready")
 
 
 def test_a_jobs_standard_input_stays_open_until_its_result_is_waited_for() -> None:
     waiting = job_started(python("import sys", "print('ready', flush=True)", "sys.stdin.read()", "print('{}')"))
-    waiting.said("ready")
+    waiting.wait_for("ready")
     assert waiting.process.poll() is None
     assert waiting.result() == {}
 
