@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from penstock.log.open import open_log
-from tests.support.clustered import CLUSTER, clustered, in_order, prefix_for
+from tests.support.clustered import CLUSTER, clustered, in_cluster_group, in_order, prefix_for
 from tests.support.proxy import Proxy, proxy
 from tests.support.redis_servers import Endpoint, let_pass, redis_servers, shared_server
 
@@ -74,7 +74,7 @@ KINDS = {
 """Another log gets the whole suite of `test_log_*.py` by a line here."""
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[in_cluster_group if name == CLUSTER else name for name in KINDS])
 def kind(request: pytest.FixtureRequest) -> Kind:
     kind = KINDS[request.param]
     if request.param == CLUSTER:  # a few ids do for all tests: so each lies on another node now and then

@@ -36,9 +36,12 @@ CLUSTER: Final = "redis cluster"
 """Stands for the shared cluster where a test is parametrised by the version of its server."""
 NODES: Final = 3
 
-everywhere = pytest.mark.parametrize("server", [*redis_servers(), CLUSTER], indirect=True)
+in_cluster_group: Final = pytest.param(CLUSTER, marks=pytest.mark.xdist_group("cluster"))
+"""The same as a parameter: these tests run in one process, so that only one process starts the shared cluster."""
+
+everywhere = pytest.mark.parametrize("server", [*redis_servers(), in_cluster_group], indirect=True)
 """For a test in a file whose `server` is of each version."""
-on_a_cluster = pytest.mark.parametrize("server", [None, CLUSTER], indirect=True, ids=["redis", CLUSTER])
+on_a_cluster = pytest.mark.parametrize("server", [None, in_cluster_group], indirect=True, ids=["redis", CLUSTER])
 """For a test whose `server` is that of `conftest.py`."""
 
 _TO_EACH: Final = {"SCRIPT", "KEYS", "DBSIZE", "PUBSUB"}
