@@ -41,15 +41,23 @@ debian:
         done; \
     fi
 
-# the whole suite
+# the whole suite; most tests wait for clocks and processes, so there are more workers than cores
 test *ARGS: (setup "test") debian
-    {{bin}}/python -m pytest -n 2 {{ARGS}}
+    {{bin}}/python -m pytest -n 6 --dist loadgroup {{ARGS}}
 
-# tests of the tools: benchmarks, fault tools, and the servers that tests start
+# the whole suite with branch coverage of src/penstock, in the tests' own processes
+coverage *ARGS: (setup "coverage") debian
+    {{bin}}/python -m pytest -n 6 --dist loadgroup --tb native --cov src/penstock --cov-branch --cov-report term:skip-covered {{ARGS}}
+
+# fifteen small faults, drawn by a seed and applied to a copy; how many the tests of their packages find
+mutations *ARGS: (setup "test") debian
+    {{bin}}/python -m benchmarks.mutations {{ARGS}}
+
+# tests of the tools: the benchmarks, the fault tools, and the servers and proxies that tests start
 bench-test *ARGS: (setup "test") debian
-    {{bin}}/python -m pytest -n 2 benchmarks/tests {{ARGS}}
+    {{bin}}/python -m pytest -n 2 --dist loadgroup benchmarks/tests {{ARGS}}
 
-# four servers on one Redis, one of them killed every few seconds, for a minute; what 400 readers saw
+# four servers on one Redis, one killed every few seconds for a minute; what 400 readers saw
 chaos *ARGS: (setup "test")
     {{bin}}/python -m benchmarks.faults.chaos {{ARGS}}
 
@@ -57,7 +65,7 @@ chaos *ARGS: (setup "test")
 rolling *ARGS: (setup "test")
     {{bin}}/python -m benchmarks.faults.rolling {{ARGS}}
 
-# Redis servers that stand still, die, and hand slots over, under 100 runs; what 200 readers saw, and who noticed
+# Redis servers that stall, die and hand slots over, under 100 runs; what 200 readers saw
 failover *ARGS: (setup "test")
     {{bin}}/python -m benchmarks.faults.failover {{ARGS}}
 
@@ -68,7 +76,7 @@ peers: (setup "bench")
             || echo "the peer from npm could not be installed; it is left out"; \
     fi
 
-# penstock beside its peers, as ratios, in some minutes; `just bench replay` asks one question, `--list` lists them
+# penstock beside its peers, or `--against COMMIT` beside another commit, as ratios; `--list` lists the questions
 bench *ARGS: peers
     {{bin}}/python -m benchmarks {{ARGS}}
 

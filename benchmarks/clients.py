@@ -62,7 +62,7 @@ def reading(urls: Sequence[str] | str, *, readers: int = 1, **given: Any) -> Job
     """Let the load generator read while one does something else; it has connected all readers."""
     urls = [urls] if isinstance(urls, str) else urls
     load = job_started(module("load", urls=urls, readers=readers, **given))
-    load.said("ready")
+    load.wait_for("ready")
     return load
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from benchmarks.checkout import Checkout
+
 Figures = Mapping[str, float]
 """What one turn measured, by name; the unit is a part of the name."""
 
@@ -157,6 +159,19 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """How a question compares two commits.
+
+    Attributes:
+        figure: the name of the figure that is compared; it is a cost, so less is better.
+        cases: opens a commit's cases, which are penstock's only; both commits are open while they take turns.
+    """
+
+    figure: str
+    cases: Callable[[Checkout, Scale], AbstractContextManager[Sequence[Case]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A question, and how it is answered.
 
@@ -168,6 +183,7 @@ class Question:
         goals: what is to be reached.
         charts: what is plotted.
         notes: what a reader of the figures has to know: how they were taken, and why a goal is out of reach.
+        comparison: how it compares two commits; None: it does not.
     """
 
     number: int
@@ -177,6 +193,7 @@ class Question:
     goals: Sequence[Goal]
     charts: Sequence[Chart] = ()
     notes: str = ""
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""Processes that are measured: servers and jobs, what they print, and what they cost.
+"""Starts the processes that are measured, servers and jobs, reads their output and their CPU time.
 
 A *server* prints a line with its address when it is ready, and ends at SIGTERM. A *job* takes its options as one JSON
-argument, prints its figures as JSON on its last line, and ends. Each is a process of its own, so that no case leaves
-anything behind for the next, and what is measured shares no interpreter with what measures.
+argument, prints its figures as JSON on its last line, and ends. Each is a separate process, so that a case leaves
+nothing behind for the next one, and the measured code shares no interpreter with the code that measures it.
 """
 
 from __future__ import annotations
@@ -26,53 +26,54 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 READY_WITHIN: Final = 30.0
-"""Seconds that a server may take until it is ready."""
+"""Seconds until a server must be ready."""
 ENDS_WITHIN: Final = 15.0
-"""Seconds that it may take to end; then it is killed."""
+"""Seconds after SIGTERM until a server is killed."""
 JOB_WITHIN: Final = 300.0
-"""Seconds that a job may take."""
+"""Seconds until a job is killed."""
 LAST_LINES: Final = 20
-"""So many lines of what a failed process said are shown."""
-LAST_WORDS: Final = 2000
-"""And so many characters of what a failed job said."""
+"""The lines of a failed process's output that an error shows."""
+LAST_CHARACTERS: Final = 2000
+"""The characters of a failed job's output that an error shows."""
 
 
 class BenchmarkError(Exception):
-    """A process did not do what it was started for."""
+    """A measured process failed or took too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A process that serves, and what it has cost so far, its children's part included."""
+    """A server process and its cost so far, that of its children included."""
 
     process: psutil.Process
     url: str
-    """Where it is, without a slash at the end."""
+    """Its address, without a slash at the end."""
 
     def cpu(self) -> float:
-        """Seconds of CPU."""
+        """The seconds of CPU used."""
         return sum(cpu_of(each) for each in self._all())
 
     def rss(self) -> float:
-        """Bytes of memory."""
+        """The bytes of memory held."""
         return sum(float(each.memory_info().rss) for each in self._all())
 
     def _all(self) -> list[psutil.Process]:
         """The process and its children.
 
         Raises:
-            BenchmarkError: it has ended: what costs nothing any more is not cheap.
+            BenchmarkError: the server has ended.
         """
+        # A server that has ended uses no CPU, and would pass for a cheap one.
         if not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE:
             raise BenchmarkError(f"the server at {self.url} has ended")
         return [self.process, *self.process.children(recursive=True)]
 
 
 def cpu_of(process: psutil.Process) -> float:
-    """The seconds of CPU that a process has used.
+    """The seconds of CPU that a process has used, user and system together.
 
     Raises:
-        BenchmarkError: it has ended.
+        BenchmarkError: the process has ended.
     """
     if sys.platform == "linux":  # by its own clock, as clock_getcpuclockid(3) has it: /proc counts in 10 ms
         try:
@@ -85,10 +86,10 @@ def cpu_of(process: psutil.Process) -> float:
 
 @contextmanager
 def serving(argv: Sequence[str], *, cwd: Path | None = None) -> Iterator[Server]:
-    """A server, until the block is left.
+    """Start a server; it ends with the block.
 
     Raises:
-        BenchmarkError: it printed no address in time. What it said instead is in the error.
+        BenchmarkError: it printed no address in time. The error shows its output.
     """
     process = subprocess.Popen(
         argv,
@@ -96,7 +97,7 @@ def serving(argv: Sequence[str], *, cwd: Path | None = None) -> Iterator[Server]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        process_group=0,  # so that it is ended in its turn, and not by Ctrl-C
+        process_group=0,  # Ctrl-C must not end it before the block does
     )
     assert process.stdout is not None
     said: deque[str] = deque(maxlen=LAST_LINES)
@@ -110,7 +111,7 @@ def serving(argv: Sequence[str], *, cwd: Path | None = None) -> Iterator[Server]
         else:
             raise BenchmarkError(f"{_shown(argv)} is not ready:\n{''.join(said)}")
         guard.cancel()
-        reader.start()  # or it might wait to be read
+        reader.start()  # a server whose output is not read would block
         yield Server(psutil.Process(process.pid), found[0])
     finally:
         guard.cancel()
@@ -122,18 +123,18 @@ def serving(argv: Sequence[str], *, cwd: Path | None = None) -> Iterator[Server]
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ask a process to end, and see to it that it does."""
+    """Send SIGTERM, and SIGKILL if the process has not ended in time."""
     process.send_signal(signal.SIGTERM)
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(ENDS_WITHIN)
-    finally:  # a second Ctrl-C, too
+    finally:  # also at a second Ctrl-C
         process.kill()
         process.wait()
 
 
 def _killing(process: subprocess.Popen[Any], seconds: float) -> Timer:
-    """What kills it after so long, unless it is cancelled."""
+    """Kill a process after so many seconds, unless the timer is cancelled."""
     guard = Timer(seconds, process.kill)
     guard.daemon = True
     guard.start()
@@ -141,52 +142,52 @@ def _killing(process: subprocess.Popen[Any], seconds: float) -> Timer:
 
 
 def module(name: str, /, **options: Any) -> list[str]:
-    """The command that runs a module of this package with its options."""
+    """The command that runs a module of this package, its options as one JSON argument."""
     return [sys.executable, "-m", f"benchmarks.{name}", json.dumps(options)]
 
 
 def options() -> dict[str, Any]:
-    """What a module was started with."""
+    """The options that this process was started with."""
     given: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     return given
 
 
 def penstock(
-    *, log: str = "memory://", producers: str = "benchmarks.servers.producers:producers", **knobs: Any
+    *, log: str = "memory://", producers: str = "benchmarks.servers.producers:producers", **settings: Any
 ) -> list[str]:
-    """The command that serves penstock, as its users do. `max_entries=5` is `--max-entries 5`."""
+    """The command `penstock serve`; `max_entries=5` becomes `--max-entries 5`."""
     argv = [sys.executable, "-m", "penstock", "serve", "--producers", producers, "--log", log]
     argv += ["--bind", "127.0.0.1:0", "--log-level", "warning"]
-    for name, value in knobs.items():
+    for name, value in settings.items():
         argv += [f"--{name.replace('_', '-')}", str(value)]
     return argv
 
 
-def job(argv: Sequence[str]) -> dict[str, Any]:
-    """What a job prints.
+def job(argv: Sequence[str], *, cwd: Path | None = None) -> dict[str, Any]:
+    """Run a job and return its figures.
 
     Raises:
-        BenchmarkError: it failed, or took too long. What it said is in the error.
+        BenchmarkError: it failed or took too long. The error shows its output.
     """
-    return job_started(argv).result()
+    return job_started(argv, cwd=cwd).result()
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job under way."""
+    """A job that runs."""
 
     argv: Sequence[str]
     process: subprocess.Popen[str]
     last: deque[str]
-    """The last lines on its standard error."""
+    """The last lines of its standard error."""
     errors: Thread
-    """What reads them."""
+    """Reads its standard error."""
 
-    def said(self, word: str) -> None:
+    def wait_for(self, word: str) -> None:
         """Wait until it has printed a line that begins with a word.
 
         Raises:
-            BenchmarkError: it ended without.
+            BenchmarkError: it ended without printing one.
         """
         assert self.process.stdout is not None
         with self._guarded():
@@ -196,17 +197,17 @@ class Job:
         self._end()
         raise BenchmarkError(f"{_shown(self.argv)} ended without a {word!r}")
 
-    def tell(self, word: str) -> None:
+    def send(self, word: str) -> None:
         """Send it a line."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
 
     def result(self) -> dict[str, Any]:
-        """Wait for its end, and return what it printed.
+        """Wait for its end and return its figures.
 
         Raises:
-            BenchmarkError: it failed, or took too long.
+            BenchmarkError: it failed or took too long.
         """
         lines = self._end().splitlines()
         if not lines:
@@ -214,35 +215,35 @@ class Job:
         result: dict[str, Any] = json.loads(lines[-1])
         return result
 
-    def drop(self) -> None:
-        """See to it that it has ended, without asking what it has to say."""
+    def kill(self) -> None:
+        """End it and discard its output."""
         self.process.kill()
         self.errors.join()
-        with self.process:  # which closes its pipes
+        with self.process:  # closes its pipes
             pass
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """It is killed if this takes too long, or is interrupted."""
+        """Kill the job if the block takes too long or is interrupted."""
         guard = _killing(self.process, JOB_WITHIN)
         try:
             yield
         except BaseException:
             self.process.kill()
-            self.errors.join()  # what it reads from is closed next
+            self.errors.join()  # the caller closes the pipe that it reads
             raise
         finally:
             guard.cancel()
 
     def _end(self) -> str:
-        """Wait for its end, and return what it printed that was not read yet."""
+        """Wait for its end and return the output that was not read yet."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with self.process, self._guarded():
             self.process.stdin.close()
             out = self.process.stdout.read()
             self.errors.join()
-        err = "".join(self.last)[-LAST_WORDS:]
+        err = "".join(self.last)[-LAST_CHARACTERS:]
         if self.process.returncode == -signal.SIGKILL:
             raise BenchmarkError(f"{_shown(self.argv)} took over {JOB_WITHIN:g} s, or was killed:\n{err}")
         if self.process.returncode:
@@ -250,10 +251,10 @@ class Job:
         return out.strip()
 
 
-def job_started(argv: Sequence[str]) -> Job:
-    """Start a job. Its standard input is closed when its result is waited for."""
+def job_started(argv: Sequence[str], *, cwd: Path | None = None) -> Job:
+    """Start a job. `Job.result` closes its standard input."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
+    process = subprocess.Popen(argv, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
     assert process.stderr is not None
     last: deque[str] = deque(maxlen=LAST_LINES)
     errors = Thread(target=last.extend, args=(process.stderr,), daemon=True)

@@ -61,16 +61,16 @@ def as_json(answers: Sequence[Answer], machine: Mapping[str, str], *, rounds: in
             ],
         }
     told = {"machine": dict(machine), "rounds": rounds, "questions": questions}
-    return json.dumps(_numbers(told), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(told), indent=1, allow_nan=False) + "\n"
 
 
-def _numbers(told: Any) -> Any:
-    """The same with None for what is not a number, which JSON cannot say."""
-    if isinstance(told, dict):
-        return {name: _numbers(value) for name, value in told.items()}
-    if isinstance(told, list):
-        return [_numbers(value) for value in told]
-    return None if isinstance(told, float) and not math.isfinite(told) else told
+def finite(value: Any) -> Any:
+    """The same value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(answers: Sequence[Answer], *, cores: int) -> list[str]:

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.model import Case, Chart, Figure, Goal, Question
-from benchmarks.processes import job, module
+from benchmarks.checkout import HERE
+from benchmarks.model import Case, Chart, Comparison, Figure, Goal, Question
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from benchmarks.checkout import Checkout
     from benchmarks.model import Scale
 
 COUNT = 100_000
@@ -45,13 +46,20 @@ for each wait.
 """
 
 
-@contextmanager
-def cases(scale: Scale) -> Iterator[Sequence[Case]]:
+def cases_of(checkout: Checkout, scale: Scale) -> list[Case]:
     """They differ in what is between the source and `send`; each turn is a process of its own."""
     count = scale.count(COUNT)
-    yield [
-        Case(name, partial(job, module(job_module, way=way, count=count))) for name, (job_module, way) in WAYS.items()
-    ]
+    return [Case(name, partial(checkout.job, job, way=way, count=count)) for name, (job, way) in WAYS.items()]
+
+
+@contextmanager
+def cases(scale: Scale) -> Iterator[Sequence[Case]]:
+    yield cases_of(HERE, scale)
+
+
+@contextmanager
+def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
+    yield [case for case in cases_of(checkout, scale) if case.name.startswith("penstock")]
 
 
 QUESTION = Question(
@@ -65,4 +73,5 @@ QUESTION = Question(
     ],
     charts=[Chart("CPU per chunk", FIGURE)],
     notes=NOTES,
+    comparison=Comparison(FIGURE, compared),
 )

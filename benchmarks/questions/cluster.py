@@ -63,8 +63,8 @@ def _stored(url: str, nodes: Sequence[Redis], *, runs: int, processes: int, foll
 
         def begun(what: str, /, **given: str | int) -> Job:
             job = job_started(module(f"jobs.{what}", url=url, runs=runs // processes, **given))
-            stack.callback(job.drop)  # if another one fails
-            job.said("ready")
+            stack.callback(job.kill)  # if another one fails
+            job.wait_for("ready")
             return job
 
         share = {"count": count // processes, "size": SIZE, "pending": PENDING}
@@ -73,9 +73,9 @@ def _stored(url: str, nodes: Sequence[Redis], *, runs: int, processes: int, foll
             jobs.append(begun("following", name="run-0"))
         before = [node.cpu() for node in nodes]
         for job in reversed(jobs):  # who follows is there first
-            job.tell("go")
+            job.send("go")
         for job in jobs:
-            job.said("done")
+            job.wait_for("done")
         used = [node.cpu() - cpu for node, cpu in zip(nodes, before, strict=True)]
         told = [job.result() for job in jobs]
     storing, following = told[:processes], told[processes:]

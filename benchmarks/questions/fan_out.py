@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
+from benchmarks.checkout import HERE
 from benchmarks.clients import WAIT, reading, started_run, stream_of
-from benchmarks.model import Case, Chart, Figure, Goal, Question
-from benchmarks.processes import penstock, serving
+from benchmarks.model import Case, Chart, Comparison, Figure, Goal, Question
+from benchmarks.processes import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from benchmarks.checkout import Checkout
     from benchmarks.model import Figures, Scale
     from benchmarks.processes import Server
 
@@ -49,9 +51,9 @@ def fan_out(
         warm_up: seconds before, from when all readers had their headers.
     """
     load = reading(url, readers=readers, seconds=seconds, warm_up=warm_up)
-    load.said("measuring")
+    load.wait_for("measuring")
     before = server.cpu()
-    load.said("measured")
+    load.wait_for("measured")
     cpu = server.cpu() - before
     seen = load.result()
     return {
@@ -124,17 +126,27 @@ def _so_many(readers: int) -> str:
 
 
 @contextmanager
+def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
+    given: dict[str, Any] = {"rate": RATE, "seconds": scale.seconds(SECONDS)}
+    with checkout.penstock() as server:
+        yield [
+            Case(of_penstock(readers), partial(penstock_fan_out, server, readers=readers, **given))
+            for readers in READERS
+        ]
+
+
+@contextmanager
 def cases(scale: Scale) -> Iterator[Sequence[Case]]:
     """A server of each kind, with nothing to do between the turns."""
     given: dict[str, Any] = {"rate": RATE, "seconds": scale.seconds(SECONDS)}
     missing = durable_missing()
     with ExitStack() as stack:
-        ours = stack.enter_context(serving(penstock()))
+        ours = stack.enter_context(compared(HERE, scale))
         found: list[Case] = []
         argv = ["node", str(DURABLE / "server.mjs"), json.dumps({"rate": RATE, "size": SIZE})]
         durable = None if missing else stack.enter_context(serving(argv))
-        for readers in READERS:
-            found.append(Case(of_penstock(readers), partial(penstock_fan_out, ours, readers=readers, **given)))
+        for readers, case in zip(READERS, ours, strict=True):
+            found.append(case)
             turn = partial(durable_fan_out, durable, readers=readers, **given) if durable else dict
             found.append(Case(of_durable(readers), turn, missing))
         yield found
@@ -165,6 +177,7 @@ QUESTION = Question(
         Chart("From its making to a reader: all but 1 in 100", "p99 ms", SERIES, "readers", log=True),
         Chart("What the delivery of an event to one reader costs", "µs CPU/event", SERIES, "readers", log=True),
     ],
+    comparison=Comparison("µs CPU/event", compared),
     notes="""\
 Events are born in the server's process, 50 a second, and carry the time of it; the readers are in one other process,
 which takes the time again when it has read them. All have connected before the first. Both servers keep all in

@@ -6,18 +6,21 @@ import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import httpx2
 
+from benchmarks.checkout import HERE
 from benchmarks.clients import WAIT, held, started_run, starting, stream_of
-from benchmarks.model import Case, Chart, Figure, Goal, Question
-from benchmarks.processes import module, penstock, serving
+from benchmarks.model import Case, Chart, Comparison, Figure, Goal, Question
+from benchmarks.processes import module, serving
 from benchmarks.redis_server import redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
+    from benchmarks.checkout import Checkout
     from benchmarks.model import Figures, Scale
     from benchmarks.processes import Server
     from benchmarks.redis_server import Asked, Redis
@@ -26,6 +29,9 @@ LEASE: Final = 30.0
 """Seconds of penstock's leases. A server looks for lost runs only when it has been there for so long."""
 WINDOW: Final = LEASE / 3
 """Seconds of a turn: in so many every lease of penstock's is renewed once."""
+PINGED: Final = 30.0
+"""Seconds of a turn in which each reader is pinged exactly twice, and each lease renewed three times."""
+CPU: Final = "server, ms CPU/s"
 LASTS: Final = 3600
 """Seconds for which the runs are silent: for longer than the question takes."""
 SOME, MANY = 100, 1000
@@ -41,6 +47,10 @@ OURS: Final = {
 }
 PREDECESSOR: Final = f"predecessor's design, {SOME} readers of 1 run"
 ASSISTANT: Final = f"assistant-stream, {SOME} readers of 1 run"
+
+
+COMPARED: Final = ((MANY, 1), (0, MANY), (MANY, MANY))
+Makers: TypeAlias = "Mapping[str, Callable[[Redis], AbstractContextManager[Server]]]"
 
 
 @dataclass(slots=True)
@@ -69,7 +79,7 @@ class Idle:
         figures = {
             COMMANDS: (self.asked.commands - self._commands) / seconds,
             CONNECTIONS: self.redis.connections(),
-            "server, ms CPU/s": (self.server.cpu() - self._cpu[0]) / seconds * 1000,
+            CPU: (self.server.cpu() - self._cpu[0]) / seconds * 1000,
             "Redis, ms CPU/s": (self.redis.cpu() - self._cpu[1]) / seconds * 1000,
         }
         self._begin()
@@ -77,9 +87,9 @@ class Idle:
 
 
 @contextmanager
-def penstock_idle(redis: Redis, *, readers: int, runs: int) -> Iterator[Server]:
+def penstock_idle(redis: Redis, *, readers: int, runs: int, checkout: Checkout = HERE) -> Iterator[Server]:
     """So many runs, and so many readers: of the one run, or of as many."""
-    with serving(penstock(log=redis.url, drain_timeout=0)) as server, ExitStack() as stack:
+    with checkout.penstock(log=redis.url, drain_timeout=0) as server, ExitStack() as stack:
         if runs == 1:
             url = stream_of(server, started_run(server, "silence", seconds=LASTS))
             with held(url, readers=SOME):
@@ -118,16 +128,34 @@ def assistant_idle(redis: Redis, *, readers: int) -> Iterator[Server]:
 def cases(scale: Scale) -> Iterator[Sequence[Case]]:
     """All of them at the same time, each with a server and a Redis of its own: they do next to nothing."""
     some = scale.count(SOME)
-    makers = {
-        **{
-            name: partial(
-                penstock_idle, readers=readers and scale.count(readers), runs=scale.count(runs) if runs > 1 else 1
-            )
-            for (readers, runs), name in OURS.items()
-        },
+    makers: Makers = {
+        **_ours(HERE, scale, OURS),
         PREDECESSOR: partial(predecessor_idle, readers=some),
         ASSISTANT: partial(assistant_idle, readers=some),
     }
+    with opened(makers, scale, window=WINDOW) as found:
+        yield found
+
+
+@contextmanager
+def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
+    """Those that cost enough to be compared."""
+    with opened(_ours(checkout, scale, COMPARED), scale, window=PINGED) as found:
+        yield found
+
+
+def _ours(checkout: Checkout, scale: Scale, keys: Iterable[tuple[int, int]]) -> Makers:
+    def count(number: int) -> int:
+        return scale.count(number) if number > 1 else number
+
+    return {
+        OURS[readers, runs]: partial(penstock_idle, readers=count(readers), runs=count(runs), checkout=checkout)
+        for readers, runs in keys
+    }
+
+
+@contextmanager
+def opened(makers: Makers, scale: Scale, *, window: float) -> Iterator[Sequence[Case]]:
     with ExitStack() as stack:
         begun = []
         for name, maker in makers.items():
@@ -135,7 +163,7 @@ def cases(scale: Scale) -> Iterator[Sequence[Case]]:
             server = stack.enter_context(maker(redis))
             begun.append((name, server, redis, stack.enter_context(redis.watched())))
         time.sleep(scale.seconds(LEASE))
-        idle = {name: Idle(server, redis, asked, scale.seconds(WINDOW)) for name, server, redis, asked in begun}
+        idle = {name: Idle(server, redis, asked, scale.seconds(window)) for name, server, redis, asked in begun}
         yield [Case(name, each.turn) for name, each in idle.items()]
 
 
@@ -163,6 +191,7 @@ QUESTION = Question(
         _flat(CONNECTIONS, (MANY, 1), (SOME, 1)),
         _flat(CONNECTIONS, (MANY, MANY), (0, MANY)),
     ],
+    comparison=Comparison(CPU, compared),
     charts=[Chart("What idle readers ask Redis for", COMMANDS, log=True)],
     notes=f"""\
 - Every run has had one event and is then silent; its readers stay. With as many runs as readers, each reader has begun

@@ -9,14 +9,16 @@ from uuid import uuid4
 
 import httpx2
 
+from benchmarks.checkout import HERE
 from benchmarks.clients import WAIT, read, reading, stream_of
-from benchmarks.model import Case, Chart, Figure, Goal, Question
-from benchmarks.processes import BenchmarkError, job_started, module, penstock, serving
+from benchmarks.model import Case, Chart, Comparison, Figure, Goal, Question
+from benchmarks.processes import BenchmarkError, job_started, module, serving
 from benchmarks.redis_server import redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from benchmarks.checkout import Checkout
     from benchmarks.model import Scale
     from benchmarks.processes import Server
     from benchmarks.redis_server import Redis
@@ -99,26 +101,47 @@ def _floor(server: Server, redis: Redis, *, runs: int, seconds: float) -> dict[s
 
 
 @contextmanager
+def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
+    with redis_server() as redis, opened(checkout, redis, scale) as found:
+        yield found
+
+
+@contextmanager
+def opened(checkout: Checkout, redis: Redis, scale: Scale) -> Iterator[Sequence[Case]]:
+    """Two servers on one Redis."""
+    with checkout.penstock(log=redis.url) as owner, checkout.penstock(log=redis.url) as other:
+        yield [
+            Case(
+                named(name, runs), partial(penstock_latency, owner, follower, runs=runs, seconds=_seconds(runs, scale))
+            )
+            for runs in SECONDS
+            for name, follower in ((SAME, owner), (OTHER, other))
+        ]
+
+
+def _seconds(runs: int, scale: Scale) -> float:
+    return scale.seconds(SECONDS[runs])
+
+
+@contextmanager
 def cases(scale: Scale) -> Iterator[Sequence[Case]]:
     """All servers share a Redis; those that do not have their turn are idle."""
     with (
         redis_server() as redis,
-        serving(penstock(log=redis.url)) as owner,
-        serving(penstock(log=redis.url)) as other,
+        opened(HERE, redis, scale) as ours,
         serving(module("servers.predecessor", url=redis.url)) as predecessor,
         serving(module("servers.assistant", url=redis.url)) as assistant,
         serving(module("servers.floor", port=redis.port)) as floor,
     ):
         found: list[Case] = []
-        for runs in (1, MANY):
-            much: dict[str, Any] = {"runs": runs, "seconds": scale.seconds(SECONDS[runs])}
+        for runs, pair in zip(SECONDS, (ours[:2], ours[2:]), strict=True):
+            much: dict[str, Any] = {"runs": runs, "seconds": _seconds(runs, scale)}
             found += [
-                Case(named(SAME, runs), partial(penstock_latency, owner, owner, **much)),
-                Case(named(OTHER, runs), partial(penstock_latency, owner, other, **much)),
+                *pair,
                 Case(named(PREDECESSOR, runs), partial(_predecessor, predecessor, **much)),
                 Case(named(FLOOR, runs), partial(_floor, floor, redis, **much)),
             ]
-        found.append(Case(named(ASSISTANT, 1), partial(_assistant, assistant, seconds=scale.seconds(SECONDS[1]))))
+        found.append(Case(named(ASSISTANT, 1), partial(_assistant, assistant, seconds=_seconds(1, scale))))
         yield found
 
 
@@ -138,6 +161,7 @@ QUESTION = Question(
     asks="producer to HTTP client at 20 events/s through Redis, 1 run and 100 runs",
     cases=cases,
     goals=[*_goals()],
+    comparison=Comparison("p50 ms", compared),
     charts=[
         Chart("Producer to reader, median", "p50 ms", log=True),
         Chart("Producer to reader, 99th percentile", "p99 ms", log=True),

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from benchmarks.checkout import HERE
 from benchmarks.clients import rate, starting
-from benchmarks.model import Case, Chart, Figure, Goal, Question
-from benchmarks.processes import module, penstock, serving
+from benchmarks.model import Case, Chart, Comparison, Figure, Goal, Question
+from benchmarks.processes import module, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from benchmarks.checkout import Checkout
     from benchmarks.model import Scale
 
 COUNT, SIZE = 50_000, 100
@@ -29,23 +31,32 @@ in the next one. All others are asked for one event at a time, and send each by 
 
 
 @contextmanager
+def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
+    count = scale.count(COUNT)
+    asked = starting("burst", count=count, size=SIZE)
+    with checkout.penstock(max_entries=count + 1) as run, checkout.server("servers.direct") as direct:
+        yield [
+            Case(RUN, partial(rate, run, f"{run.url}/v1/runs", events=count, **asked)),
+            Case(DIRECT, partial(rate, direct, f"{direct.url}/burst?count={count}&size={SIZE}", events=count)),
+        ]
+
+
+@contextmanager
 def cases(scale: Scale) -> Iterator[Sequence[Case]]:
     """Each reader starts what it reads."""
     count = scale.count(COUNT)
     query = f"burst?count={count}&size={SIZE}"
     with (
-        serving(penstock(max_entries=count + 1)) as run,
-        serving(module("servers.direct")) as direct,
+        compared(HERE, scale) as (run, direct),
         serving(module("servers.uvicorn_sse")) as starlette,
         serving(module("servers.fastapi_sse")) as fastapi,
         serving(module("servers.hypercorn_plain")) as plain,
     ):
-        asked = starting("burst", count=count, size=SIZE)
         yield [
-            Case(RUN, partial(rate, run, f"{run.url}/v1/runs", events=count, **asked)),
+            run,
             Case(SSE_STARLETTE, partial(rate, starlette, f"{starlette.url}/{query}", events=count)),
             Case(FASTAPI, partial(rate, fastapi, f"{fastapi.url}/{query}", events=count)),
-            Case(DIRECT, partial(rate, direct, f"{direct.url}/{query}", events=count)),
+            direct,
             Case(PLAIN, partial(rate, plain, f"{plain.url}/{query}&joined=1", events=count)),
         ]
 
@@ -71,4 +82,5 @@ QUESTION = Question(
     ],
     charts=[Chart("Live events to one reader", "events/s")],
     notes=NOTES,
+    comparison=Comparison("µs CPU/event", compared),
 )

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.model import Case, Chart, Figure, Goal, Question
-from benchmarks.processes import BenchmarkError, job, module
+from benchmarks.checkout import HERE
+from benchmarks.model import Case, Chart, Comparison, Figure, Goal, Question
+from benchmarks.processes import BenchmarkError
 from benchmarks.redis_server import cpu_at, redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from benchmarks.checkout import Checkout
     from benchmarks.model import Figures, Scale
     from benchmarks.redis_server import Redis
 
@@ -39,10 +41,10 @@ def cases(scale: Scale) -> Iterator[Sequence[Case]]:
     with redis_server() as redis:
 
         def ours(runs: int) -> Case:
-            return Case(OURS[runs], partial(_job, redis, "store", runs=runs, count=count, window=WINDOW))
+            return _stored(HERE, redis, runs=runs, count=count)
 
         def pipeline(runs: int) -> Case:
-            turn = partial(_job, redis, "pipeline", runs=runs, count=count // 2, connections=CONNECTIONS[runs])
+            turn = partial(_job, HERE, redis, "pipeline", runs=runs, count=count // 2, connections=CONNECTIONS[runs])
             return Case(PIPELINE[runs], turn)
 
         def bare(name: str, connections: int, piped: int) -> Case:
@@ -50,16 +52,29 @@ def cases(scale: Scale) -> Iterator[Sequence[Case]]:
 
         yield [
             *(each(runs) for runs in OURS for each in (ours, pipeline)),
-            Case(ON_TRIO, partial(_job, redis, "pipeline", runs=1, count=count // 2, connections=1, on_trio=True)),
+            Case(
+                ON_TRIO,
+                partial(_job, HERE, redis, "pipeline", runs=1, count=count // 2, connections=1, on_trio=True),
+            ),
             bare(BARE, 1, PIPED),
             bare(WIDE, 1, WINDOW),
             bare(BEST, 8, 200),
         ]
 
 
-def _job(redis: Redis, name: str, **given: int) -> Figures:
+@contextmanager
+def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
+    with redis_server() as redis:
+        yield [_stored(checkout, redis, runs=runs, count=scale.count(COUNT)) for runs in OURS]
+
+
+def _stored(checkout: Checkout, redis: Redis, *, runs: int, count: int) -> Case:
+    return Case(OURS[runs], partial(_job, checkout, redis, "store", runs=runs, count=count, window=WINDOW))
+
+
+def _job(checkout: Checkout, redis: Redis, name: str, **given: int) -> Figures:
     redis.client.flushall()
-    return job(module(f"jobs.{name}", url=redis.url, size=SIZE, **given))
+    return checkout.job(f"jobs.{name}", url=redis.url, size=SIZE, **given)
 
 
 def _bare(redis: Redis, *, connections: int, piped: int, count: int) -> Figures:
@@ -95,6 +110,7 @@ QUESTION = Question(
         *(_to(BARE, f"{PROGRAM} with one connection", runs, 0.4) for runs in OURS),
     ],
     charts=[Chart("Stored events", "events/s")],
+    comparison=Comparison("µs Python CPU/event", compared),
     notes=f"""\
 - penstock: a supervisor in a process without HTTP. Producers yield events one by one as fast as they are allowed to;
   `max_pending_bytes` and `max_process_pending_bytes` are what {WINDOW:,} events take, and there are no other

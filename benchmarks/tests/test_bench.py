@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +37,6 @@ HUNDRED = list(range(1, 101))
 )
 def test_a_percentile_is_the_value_of_the_nearest_rank(values: list[float], percent: float, value: float) -> None:
     assert percentile(values, percent) == value
-
-
-def test_nothing_has_no_percentile() -> None:
-    assert math.isnan(percentile([], 50))
 
 
 @pytest.mark.parametrize(
@@ -143,12 +138,6 @@ def test_a_case_that_is_missing_has_no_turn_and_says_why() -> None:
     assert turns.noted == ["quick: False", "a", "b", "left"]
     assert answer.missing == {"c": "no node"}
     assert [*answer.turns] == ["a", "b"]
-
-
-def test_it_is_said_what_is_done() -> None:
-    said: list[str] = []
-    answered(question(Turns("a")), Scale(), rounds=2, say=said.append)
-    assert said == ["getting ready", "a, round 1 of 2", "a, round 2 of 2", "clearing up"]
 
 
 def test_the_cases_are_put_away_when_a_turn_fails() -> None:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
-from tests.support.clustered import PREFIXES, clustered, nodes_of, prefix_for
+from tests.support.clustered import PREFIXES, clustered, nodes_of
 
 from penstock.log.redis.schema import Keys
 
 KEYS = [Keys(prefix) for prefix in PREFIXES]
-
-
-async def test_the_one_run_of_most_tests_is_on_another_node_under_each_prefix() -> None:
-    nodes = clustered().cluster.nodes
-    assert [await clustered().cluster.node_of(keys.record("r")) for keys in KEYS] == nodes
-    assert [await clustered().cluster.node_of(keys.stream("r")) for keys in KEYS] == nodes
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -24,14 +16,6 @@ async def test_of_three_runs_of_a_test_one_is_on_each_node(prefix: str) -> None:
     found = [await cluster.node_of(Keys(prefix).record(run_id)) for run_id in ("a", "b", "c")]
     assert sorted(map(cluster.nodes.index, found)) == [0, 1, 2]
     assert [cluster.nodes[number] for number in nodes_of(prefix, ["a", "b", "c"])] == found
-
-
-@pytest.mark.parametrize("name", ["test_log_append", "test_log_leases", "test_log_read"])
-def test_the_tests_of_every_file_have_their_runs_on_every_node(name: str) -> None:
-    tests = [each for each in vars(import_module(f"tests.log.{name}")) if each.startswith("test_")]
-    prefixes = [prefix_for(each) for each in tests]
-    assert min(prefixes.count(each) for each in PREFIXES) >= 3
-    assert prefixes == [prefix_for(each) for each in tests]
 
 
 async def test_a_cluster_in_the_place_of_a_server_answers_like_one() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from benchmarks.clients import held, rate, read, reading, started_run, starting, stored_run, stream_of
+from benchmarks.clients import held, rate, read, started_run, starting, stored_run, stream_of
 from benchmarks.load import Load, LoadError
 from benchmarks.processes import BenchmarkError, penstock, serving
 
@@ -46,17 +46,6 @@ def test_every_event_of_a_burst_is_counted(burst: str) -> None:
     assert "p50" not in seen
 
 
-def test_every_reader_counts_for_itself(burst: str) -> None:
-    seen = read([burst, f"{burst}?starting_after={COUNT - 9}"], readers=4)
-    assert (seen["events"], seen["fewest"], seen["ended"]) == (2 * WHOLE + 2 * 10, 10, 4)
-
-
-def test_a_rate_is_that_of_all_events(server: Server, burst: str) -> None:
-    figures = rate(server, burst, events=WHOLE)
-    assert figures["events/s"] > WHOLE / 30
-    assert figures["µs CPU/event"] >= 0
-
-
 def test_a_missing_event_is_an_error(server: Server, burst: str) -> None:
     with pytest.raises(BenchmarkError, match=rf"{WHOLE} events of {WHOLE + 1}"):
         rate(server, burst, events=WHOLE + 1)
@@ -75,29 +64,11 @@ def test_an_event_has_a_latency_for_each_reader(server: Server) -> None:
     assert 0 < seen["p50"] <= seen["p99"] <= seen["max"] < 10_000
 
 
-def test_streams_that_end_before_the_seconds_do_are_not_waited_for(server: Server) -> None:
-    url = stream_of(server, started_run(server, "ticks", rate=100, seconds=0.5))
-    seen = read(url, readers=2, seconds=600, warm_up=0.01)
-    assert seen["ended"] == 2
-
-
-def test_an_answer_without_a_stream_is_an_error(server: Server) -> None:
-    with pytest.raises(BenchmarkError, match=r"LoadError: .*404"):
-        read(stream_of(server, "nobody"))
-
-
 def test_readers_are_held_until_the_block_is_left(server: Server) -> None:
     url = stream_of(server, started_run(server, "silence", seconds=600))
     with held(url, readers=5):
         assert connections(server) == 5
     assert connections(server) == 0
-
-
-def test_holding_ends_when_standard_input_does(server: Server) -> None:
-    url = stream_of(server, started_run(server, "silence", seconds=600))
-    job = reading(url, readers=5, hold=True)
-    assert job.process.poll() is None
-    assert job.result() == {"reading": 5}
 
 
 def connections(server: Server) -> int:
@@ -156,27 +127,6 @@ def test_what_comes_in_pieces_is_seen_once(size: int, joined: bool) -> None:
 PLAIN = [b"id: %d\ndata: %d\n\n" % (number, number) for number in range(8, 13)]
 
 
-def test_what_comes_cut_in_two_anywhere_is_counted_once() -> None:
-    answer = chunked(*PLAIN)
-    for cut in range(1, len(answer)):
-        with connected() as (load, connection):
-            for piece in (answer[:cut], answer[cut:]):
-                assert load.reading == 1, cut
-                connection.sendall(piece)
-                load.take(10)
-            assert (load.seen.events, load.fewest, load.reading) == (len(PLAIN), len(PLAIN), 0), cut
-
-
-def test_what_is_seen_again_is_counted_again() -> None:
-    with connected() as (load, connection):
-        connection.sendall(HEAD)
-        load.take(10)
-        for number in range(1, 1000):
-            connection.sendall(b"c\r\ndata: same\n\n\r\n")
-            load.take(10)
-            assert load.seen.events == number
-
-
 def test_an_event_with_a_zero_at_its_end_does_not_end_the_stream() -> None:
     with connected() as (load, connection):
         connection.sendall(HEAD + b"10\r\nid: 1\ndata: 10\n\n\r\n")
@@ -208,13 +158,4 @@ def test_any_other_answer_is_an_error_that_shows_it(status: bytes) -> None:
     with connected() as (load, connection):
         connection.sendall(b"HTTP/1.1 " + status + b"\r\n\r\nsee here")
         with pytest.raises(LoadError, match=f"{status.decode()}.*see here"):
-            load.take(10)
-
-
-def test_no_answer_at_all_is_an_error() -> None:
-    with connected() as (load, connection):
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-")
-        load.take(10)
-        connection.shutdown(socket.SHUT_WR)
-        with pytest.raises(LoadError, match=r"closed before there were headers: .*Content-"):
             load.take(10)

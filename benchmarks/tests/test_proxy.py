@@ -9,7 +9,7 @@ import pytest
 import redis
 import trio
 from tests.support.proxy import Proxy, _end, proxy
-from tests.support.redis_servers import redis_server, shared_server
+from tests.support.redis_servers import shared_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -111,41 +111,6 @@ async def test_a_lost_reply_follows_its_effect_and_breaks_the_connection(between
     assert between.lost == 1
 
 
-async def test_what_came_before_a_lost_reply_arrives(between: Proxy) -> None:
-    between.drop_reply_when(lambda reply: reply.is_error)
-    async with talk(between) as one:
-        await one.send("PING", "INCR", "PING")
-        await one.hear("+PONG")
-        assert await one.is_broken()
-
-
-async def test_every_nth_reply_to_a_command_is_lost(between: Proxy) -> None:
-    between.lose_every(3, "EVALSHA")
-    sha = await shared_server().command("SCRIPT", "LOAD", "return redis.call('INCR', 'n')")
-    for expected in (1, 2, None, 4, 5, None):
-        async with talk(between) as one:
-            await one.ask("PING", "+PONG")
-            await one.send(f"EVALSHA {sha} 0")
-            if expected is None:
-                assert await one.is_broken()
-            else:
-                await one.hear(f":{expected}")
-    assert between.lost == 2
-    between.lose_nothing()
-    async with talk(between) as one:
-        for expected in (7, 8, 9):
-            await one.ask(f"EVALSHA {sha} 0", f":{expected}")
-
-
-async def test_replies_are_held_back_and_those_of_one_moment_only_once(between: Proxy) -> None:
-    between.delay(0.1)
-    async with talk(between) as one:
-        began = trio.current_time()
-        await one.send(*["PING"] * 10)
-        await one.hear(*["+PONG"] * 10)
-        assert 0.1 <= trio.current_time() - began < 0.9
-
-
 async def test_a_cut_breaks_all_connections_and_new_ones_are_accepted(between: Proxy) -> None:
     async with talk(between) as one, talk(between) as two:
         await one.ask("PING", "+PONG")
@@ -205,41 +170,6 @@ async def test_messages_are_passed_on_or_swallowed(between: Proxy, protocol: int
         if protocol == 2:
             await one.ask("PING", "*2", "$4", "pong", "$0", "")
     assert between.swallowed == 1
-
-
-async def test_a_client_that_goes_away_is_no_error(between: Proxy) -> None:
-    between.delay(0.05)
-    async with talk(between) as one:
-        await one.send("PING")
-    async with talk(between) as two:
-        with trio.fail_after(GUARD):
-            while between.connections > 1:
-                await two.ask("PING", "+PONG")
-
-
-async def test_without_a_server_the_client_is_cut_and_works_again_with_one() -> None:
-    async with redis_server() as server, proxy(server.port) as between:
-        async with talk(between) as one:
-            await one.ask("PING", "+PONG")
-            await server.kill()
-            assert await one.is_broken()
-        async with talk(between) as two:
-            assert await two.is_broken()
-        await server.restart(empty=True)
-        async with talk(between) as three:
-            await three.ask("PING", "+PONG")
-
-
-async def test_leaving_the_block_ends_what_is_open_and_stalled() -> None:
-    with trio.fail_after(GUARD):
-        async with proxy(shared_server().port) as between:
-            one = Talk(await trio.open_tcp_stream("127.0.0.1", between.port))
-            await one.ask("PING", "+PONG")
-            between.stall()
-            await one.send("PING")
-            assert await one.is_silent()
-        async with one.stream:
-            assert await one.is_broken()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from benchmarks.model import Scale
 
 MODULES = [import_module(f"{asked.__name__}.{module.name}") for module in iter_modules(asked.__path__)]
 STARTING = {
+    "benchmarks.checkout",
     "benchmarks.clients",
     "benchmarks.load",
     "benchmarks.processes",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import trio
 from redis.exceptions import AskError, MovedError, TryAgainError
-from tests.support.redis_clusters import Cluster, cluster_server, redis_cluster, shared_cluster
-from tests.support.redis_servers import RedisServer, _free_port, redis_server
+from tests.support.redis_clusters import Cluster, redis_cluster, shared_cluster
 
 from benchmarks.tests.test_redis_servers import is_running
 
@@ -44,47 +41,6 @@ async def test_each_node_of_three_finds_the_cluster_whole_and_has_a_third_of_its
         assert await node.command("CONFIG GET", setting) == {setting: "no"}
         sizes = {owner[1]: last - first + 1 for first, last, owner in slots}
         assert [sizes[port] for port in ports] == [5461, 5461, 5462]
-
-
-async def test_a_key_goes_to_the_node_that_has_its_slot(shared: Cluster[Endpoint]) -> None:
-    for key in KEYS:
-        await shared.command("SET", key, "value", key=key)
-        node = await shared.node_of(key)
-        assert await node.command("CLUSTER KEYSLOT", key) == shared.slot(key) == shared.slot(key.encode())
-        assert await node.command("GET", key) == "value"
-        for other in shared.nodes:
-            if other is not node:
-                with pytest.raises(MovedError, match=f"^{shared.slot(key)} 127.0.0.1:{node.port}$"):
-                    await other.command("GET", key)
-    assert sum((await shared.each("DBSIZE")).values()) == len(KEYS)
-    assert len({await shared.node_of(key) for key in KEYS}) == 3
-
-
-async def test_the_shared_cluster_is_the_same_for_all_and_can_be_emptied(shared: Cluster[Endpoint]) -> None:
-    assert shared_cluster() is shared
-    for key in KEYS:
-        await shared.command("SET", key, "value", key=key)
-    await shared.each("SCRIPT LOAD", "return 1")
-    shared.flushall()
-    for node in shared.nodes:
-        assert await node.command("DBSIZE") == 0
-        assert (await node.command("INFO", "memory"))["number_of_cached_scripts"] == 0
-        assert "set" not in await node.stats()
-
-
-async def test_time_passes_on_every_node(shared: Cluster[Endpoint]) -> None:
-    for key in KEYS:
-        await shared.command("SET", key, "value", "PX", 59_000, key=key)
-    await shared.let_pass(60.0)
-    assert set((await shared.each("DBSIZE")).values()) == {0}
-
-
-async def test_what_does_not_come_about_is_an_error_with_what_the_nodes_say(
-    shared: Cluster[Endpoint], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tests.support.redis_clusters.GUARD", 0)
-    with pytest.raises(RuntimeError, match=r"did not come about.*_Line\(id="):
-        await shared._until(lambda _: False)
 
 
 def test_the_shared_cluster_ends_with_its_process() -> None:
@@ -126,22 +82,6 @@ async def test_two_clusters_know_nothing_of_each_other_and_the_one_whose_block_i
         assert not node.folder.exists()
 
 
-async def test_a_cluster_that_is_cancelled_while_it_forms_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes: list[RedisServer] = []
-
-    def never_formed(cluster: Cluster[RedisServer], _views: object) -> bool:
-        if not nodes:
-            nodes.extend(cluster.nodes)
-            trio.from_thread.run_sync(scope.cancel)
-        return False
-
-    monkeypatch.setattr(Cluster, "_has_met", never_formed)
-    with trio.CancelScope() as scope:
-        async with redis_cluster(masters=2):
-            pytest.fail("it never forms")
-    assert [is_running(node.pid) for node in nodes] == [False, False]
-
-
 async def test_a_replica_takes_over_when_its_master_dies_and_the_dead_one_comes_back_as_its_replica() -> None:
     async with redis_cluster(replicas=1, node_timeout=1.0) as cluster:
         assert await cluster.masters() == cluster.nodes[:3]
@@ -175,17 +115,6 @@ async def test_a_replica_takes_over_when_its_master_dies_and_the_dead_one_comes_
 
         cluster.flushall()
         assert set((await cluster.each("DBSIZE")).values()) == {0}
-
-
-async def test_a_replica_takes_over_without_being_elected_when_there_is_nobody_to_elect_it() -> None:
-    async with redis_cluster(masters=1, replicas=1) as cluster:
-        master, replica = cluster.nodes
-        master.pause()
-        await cluster.promote(replica, "TAKEOVER")
-        assert await cluster.node_of("key") is replica
-        master.resume()
-        await cluster.settled()
-        assert await cluster.replicas(replica) == [master]
 
 
 async def test_a_slot_moves_with_its_keys_and_in_between_each_node_says_what_it_has_not() -> None:
@@ -222,40 +151,3 @@ async def test_a_slot_moves_with_its_keys_and_in_between_each_node_says_what_it_
         assert await cluster.node_of("{a}") is second
         assert await second.command("MGET", *keys) == keys
         await cluster.settled()
-
-
-async def test_a_node_whose_ports_are_taken_takes_others_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with redis_server() as first:
-        fresh = [_free_port() for _ in range(4)]
-        ports = iter([first.port, fresh[0], fresh[1], first.port, fresh[2], fresh[3]])
-        monkeypatch.setattr("tests.support.redis_servers._free_port", lambda: next(ports))
-        async with redis_server(executable=cluster_server(), cluster_enabled="yes") as node:
-            assert [node.port, node.bus_port] == fresh[2:]
-
-
-async def test_a_node_that_is_restarted_waits_for_its_own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with redis_server(executable=cluster_server(), cluster_enabled="yes") as node:
-        ports = [node.port, node.bus_port]
-        await node.kill()
-        other = socket.create_server(("127.0.0.1", node.bus_port))
-        was_taken = RedisServer._port_was_taken
-
-        def leaves(server: RedisServer) -> bool:
-            other.close()
-            return was_taken(server)
-
-        monkeypatch.setattr(RedisServer, "_port_was_taken", leaves)
-        await node.restart(empty=True)
-        assert other.fileno() == -1  # it was in the way
-        assert [node.port, node.bus_port] == ports
-
-
-def test_a_cluster_is_made_of_the_first_redis_server_from_7_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"6.2.14": Path("/six"), "7.0.15": Path("/seven"), "10.0.0": Path("/ten")}
-    monkeypatch.setattr("tests.support.redis_clusters.redis_servers", lambda: found)
-    assert cluster_server() == Path("/seven")
-    del found["7.0.15"]
-    assert cluster_server() == Path("/ten")
-    del found["10.0.0"]
-    with pytest.raises(RuntimeError, match=r"there is only 6\.2\.14: install Debian's package redis-server"):
-        cluster_server()

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import page
 from benchmarks.model import Answer, Chart, Figure, Goal, Question
-from benchmarks.report import as_json, section, shown, summary, tables
+from benchmarks.report import as_json, section, shown, tables
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,20 +61,10 @@ def test_a_table_has_a_row_for_each_case_and_a_cell_for_each_figure(answer: Answ
     assert [cell.partition("]")[2] for cell in map(str, goals[3])] == ["MISS[/]", "MISS[/]", "not measured[/]"]
 
 
-def test_what_has_more_figures_than_cases_has_a_row_for_each_figure(answer: Answer) -> None:
-    few = replace(answer, turns={"one": [{"ms": 1.0, "events": 2.0}]}, missing={})
-    assert [[*column.cells] for column in tables(few, cores=2)[0].columns] == [["ms", "events"], ["1", "2"]]
-    assert section(few, [])[4:8] == ["| | one |", "|---|---:|", "| ms | 1 |", "| events | 2 |"]
-
-
 def test_what_is_not_a_number_is_null(answer: Answer) -> None:
     told = as_json([replace(answer, turns={"one": [{"ms": math.nan}]})], MACHINE, rounds=1, cores=2)
     assert json.loads(told)["questions"]["shown"]["figures"]["one"]["ms"]["turns"] == [None]
     assert "NaN" not in told
-
-
-def test_a_question_without_goals_has_one_table(answer: Answer) -> None:
-    assert len(tables(replace(answer, question=replace(answer.question, goals=())), cores=2)) == 1
 
 
 def test_programs_are_told_everything(answer: Answer) -> None:
@@ -92,14 +82,6 @@ def test_programs_are_told_everything(answer: Answer) -> None:
     assert [*found["figures"]["other"]] == ["ms"]
     assert found["goals"][0] == {"says": "one to other", "value": 2, "target": "≤ 0.5 ×", "outcome": "missed"}
     assert found["goals"][2] == {"says": "third", "value": None, "target": "≥ 5", "outcome": "unknown"}
-
-
-def test_a_summary_names_a_question_once_and_marks_what_was_missed(answer: Answer) -> None:
-    assert summary([answer], cores=2)[2:] == [
-        "| P1 | [shown](#shown) | one to other | 2 × | ≤ 0.5 × | **MISS** |",
-        "|  |  | events | 4 | ≥ 5 | **MISS** |",
-        "|  |  | third | – | ≥ 5 | not measured |",
-    ]
 
 
 def test_a_section_has_the_figures_the_notes_and_the_plots(answer: Answer) -> None:
@@ -127,18 +109,3 @@ def test_only_what_is_between_the_marks_is_written(docs: Path, answer: Answer) -
     assert text.endswith(f"{page.END}{AFTER}")
     assert "old figures" not in text
     assert text.count(page.BEGIN) == text.count(page.END) == 1
-
-
-def test_what_is_published_again_is_the_same(docs: Path, answer: Answer) -> None:
-    page.published([answer], MACHINE, rounds=3, cores=2)
-    files = {path: path.read_bytes() for path in docs.rglob("*") if path.is_file()}
-    page.published([answer], MACHINE, rounds=3, cores=2)
-    assert {path: path.read_bytes() for path in docs.rglob("*") if path.is_file()} == files
-
-
-def test_every_plot_is_shown_by_the_page(docs: Path, answer: Answer) -> None:
-    page.published([answer], MACHINE, rounds=3, cores=2)
-    plots = sorted(path.relative_to(docs) for path in docs.rglob("*.svg"))
-    assert [str(plot) for plot in plots] == ["performance/shown-1.svg", "performance/shown-2.svg"]
-    assert all(f"]({plot})" in (docs / "performance.md").read_text() for plot in plots)
-    assert json.loads((docs / "performance" / "results.json").read_text())["rounds"] == 3
