@@ -14,12 +14,10 @@ from trio.testing import wait_all_tasks_blocked
 
 import penstock.server.serve
 from penstock import ConfigurationError, create_app, serve
-from penstock.cli import serve as serve_command
 from penstock.server.hypercorn_fixes import connection as connection_module
 from penstock.server.hypercorn_fixes.connection import MAX_USER_TIMEOUT
-from tests.cli.test_cli import ANY_PORT, ran, refused
-from tests.cli.test_cli import PRODUCERS as EXAMPLE
 from tests.support.certificates import tls_config
+from tests.support.command_line import ANY_PORT, EXAMPLE, refused
 from tests.support.connections import BRIEF, SOON, Ending, brief, brief_config, readers, sockets_at
 from tests.support.endpoints import flood, with_endless
 from tests.support.serving import Tap, eventually, quiet_config, serving
@@ -29,11 +27,10 @@ from tests.support.wire import DONE, ids
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from penstock.cli.host import Hosted
     from tests.support.serving import Server
 
 USER_TIMEOUT: Final = socket.TCP_USER_TIMEOUT
-SERVE: Final = ("serve", "--producers", EXAMPLE, *ANY_PORT)
+SERVE: Final = ("serve", "--producers", f"{EXAMPLE}:producers", *ANY_PORT)
 
 
 def giving_up_after(seconds: float, **knobs: Any) -> AbstractAsyncContextManager[Server]:
@@ -67,20 +64,6 @@ async def test_listening_and_accepted_sockets_have_the_timeout(
 async def test_a_timeout_that_no_socket_takes_is_refused(seconds: Any) -> None:
     with pytest.raises(ConfigurationError, match="tcp_user_timeout"):
         await serve(create_app({}), quiet_config(), signals=(), tcp_user_timeout=seconds)
-
-
-def test_the_command_line_takes_a_timeout_up_to_what_a_socket_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosted: list[Hosted] = []
-
-    def host(what: Hosted, *_sockets: Any, **_how: Any) -> int:
-        hosted.append(what)
-        return 0
-
-    monkeypatch.setattr(serve_command, "host", host)
-    for seconds in ("0", "0.5", "2147483.647"):
-        assert ran(*SERVE, "--tcp-user-timeout", seconds).exit_code == 0
-    assert ran(*SERVE).exit_code == 0
-    assert [each.tcp_user_timeout for each in hosted] == [0, 0.5, MAX_USER_TIMEOUT, 30.0]
 
 
 @pytest.mark.parametrize("seconds", ["-0.001", "2147483.648", "soon"])

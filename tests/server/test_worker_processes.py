@@ -16,7 +16,7 @@ import trio
 from click.testing import CliRunner
 
 from penstock.cli.main import main
-from tests.cli.test_cli import refused
+from tests.support.command_line import refused
 from tests.support.serving import eventually
 from tests.support.wire import DONE
 from tests.support.workers import (
