@@ -1,8 +1,12 @@
-"""Several batches of one run in one append: what follows one that is not stored is not stored, and comes again."""
+"""Several batches of one run in one append, and a log without room for some of them.
+
+What follows a batch that is not stored is not stored, and is sent again. A full log takes what ends a run all the same.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,15 +16,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import LogUnavailable
-from penstock.log import Appended, AppendStatus
+from penstock.log import PAGE_ENTRIES, Appended, AppendStatus
 from penstock.runs import RunStatus
+from penstock.sse import Event
 from penstock.supervisor.committer import FULL_PAUSE
-from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES, BufferState
+from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
 from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, Unreliable, in_virtual_time, seqs
+from tests.support.supervising import (
+    FIRST,
+    Notes,
+    View,
+    Witness,
+    assert_nothing_is_left,
+    count,
+    ended,
+    entries_of,
+    gists,
+    near,
+    readers,
+    two_supervisors,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from trio.testing import MockClock
 
@@ -28,7 +47,7 @@ if TYPE_CHECKING:
 
 APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
 """The most entries of one run in one append."""
-KTH = [1, 2, 3]
+KTH = [1, 3]
 """Which batch of several is not stored."""
 
 
@@ -302,68 +321,6 @@ async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_i
         await nothing_is_left(works)
 
 
-@pytest.mark.parametrize("kth", KTH)
-async def test_an_ending_that_comes_while_an_append_is_sent_again_goes_with_the_next(
-    autojump_clock: MockClock, kth: int
-) -> None:
-    async with committing(Between()) as works:
-        buffer = await works.run()
-        log_of(works).at(kth, away)
-        works.put(buffer, 2 * BATCH_ENTRIES + 7)
-        await trio.sleep(0.01)
-        await end(works)
-        assert works.sent() == [[(1, 200), (201, 400), (401, 407)]] * 2 + [[(408, 408)]]
-        await nothing_is_left(works)
-
-
-@pytest.mark.parametrize("replies", [1, 3])
-async def test_several_batches_with_an_ending_whose_replies_are_lost_are_stored_once(
-    autojump_clock: MockClock, replies: int
-) -> None:
-    async with committing() as works:
-        buffer = await works.run()
-        works.log.lost_replies = replies
-        works.put(buffer, APPEND_ENTRIES - 1)
-        await end(works)
-        assert works.sent() == [[(1, 200), (201, 400), (401, 600), (601, 800), (801, 1000)]] * (replies + 1)
-        assert works.owners["r"].told == ["settled"]
-        await nothing_is_left(works)
-
-
-async def test_what_is_written_while_several_batches_are_under_way_follows_them(autojump_clock: MockClock) -> None:
-    async with committing() as works:
-        works.log.latency = 1.0
-        buffer = await works.run()
-        works.put(buffer, APPEND_ENTRIES + 10)
-        await trio.sleep(0.5)
-        assert list(shown(buffer.tail)) == []
-        works.put(buffer, APPEND_ENTRIES)
-        works.committer.close(buffer, [DONE], COMPLETED)
-        await works.settled()
-        assert works.sent() == [
-            [(1, 200), (201, 400), (401, 600), (601, 800), (801, 1000)],
-            [(1001, 1200), (1201, 1400), (1401, 1600), (1601, 1800), (1801, 2000)],
-            [(2001, 2011)],
-        ]
-        await is_whole(works)
-        await nothing_is_left(works)
-
-
-async def test_a_run_that_is_given_up_while_several_of_its_batches_are_under_way_is_given_up_once(
-    autojump_clock: MockClock,
-) -> None:
-    async with committing() as works:
-        works.log.latency = 1.0
-        buffer = await works.run()
-        works.put(buffer, APPEND_ENTRIES + 10)
-        await trio.sleep(0.5)
-        works.committer.abandon(buffer)
-        await trio.sleep(1)
-        assert works.owners["r"].told == ["lost"]
-        assert list(shown(buffer.tail)) == []
-        await nothing_is_left(works)
-
-
 # --- a cancel on record ---------------------------------------------------------------------------------------------
 
 
@@ -428,27 +385,6 @@ async def test_an_owner_that_drops_its_run_between_two_replies_hears_no_more_of_
 
 
 # --- many runs ------------------------------------------------------------------------------------------------------
-
-
-async def test_many_runs_with_many_batches_each_are_all_stored_whole(autojump_clock: MockClock) -> None:
-    async with committing() as works:
-        works.log.latency = 0.01
-        boxes = [await works.run(f"r{number}") for number in range(30)]
-        for number, buffer in enumerate(boxes):
-            works.put(buffer, 1 + 83 * number)
-        await trio.sleep(0.005)
-        for number, buffer in enumerate(boxes):
-            works.put(buffer, 40 * (number % 3))
-        for buffer in boxes:
-            works.committer.close(buffer, [DONE], COMPLETED)
-        for buffer in boxes:
-            await works.settled(buffer.run_id)
-            await is_whole(works, buffer.run_id)
-            assert works.owners[buffer.run_id].told == ["settled"]
-        for _, sent in works.log.appended:
-            in_order(sent)
-        assert works.log.calls["append"] <= 1 + boxes[-1].seq // APPEND_ENTRIES + 1
-        await nothing_is_left(works)
 
 
 def in_order(sent: list[tuple[str, int, int]], most: int = BATCHES) -> None:
@@ -529,7 +465,7 @@ class Eventful(Unreliable):
         return super()._append(batch)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(happenings, steps, st.sampled_from([0.0, 0.01]))
 def test_whatever_happens_between_batches_each_run_is_stored_once_whole_and_in_order(
     happenings: list[str], steps: list[tuple[int, int, float]], latency: float
@@ -561,3 +497,405 @@ def test_whatever_happens_between_batches_each_run_is_stored_once_whole_and_in_o
         patch.setattr("penstock.supervisor.write_buffer.BATCH_ENTRIES", 4)
         patch.setattr("penstock.supervisor.write_buffer.BATCHES", 3)
         in_virtual_time(main)
+
+
+A_LOOK = 0.003
+"""So many seconds later is the next page of a run looked up elsewhere, if it has more than one."""
+WARNING = "cannot commit: no room; trying again"
+
+
+class FullLog(Unreliable):
+    """A log that can have no room for some runs, or for any; and that can refuse to hold a run at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full: set[str] = set()
+        """The runs for whose ordinary batches there is no room."""
+        self.has_room = True
+        """False: there is none for any run's."""
+        self.takes_ends = True
+        """False: not even for what is final."""
+        self.refused: set[str] = set()
+        """The runs that the log cannot hold, now or later."""
+        self.asked: list[tuple[str, float]] = []
+        """The run of every append that found no room for it, and when: once, however many batches it had of the run."""
+        self._told: set[str] = set()
+        """The runs for which this append has found none."""
+
+    async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
+        self._told = set()
+        return await super().append(batches)
+
+    def _append(self, batch: Batch) -> Appended:
+        last = self._runs[batch.run_id].ring.last if batch.run_id in self._runs else 0
+        if batch.run_id in self.refused:
+            return Appended(AppendStatus.REFUSED, last, words="the key holds something else")
+        without_room = not self.has_room or batch.run_id in self.full
+        if without_room and not (batch.final and self.takes_ends):
+            if batch.run_id not in self._told:
+                self._told.add(batch.run_id)
+                self.asked.append((batch.run_id, trio.current_time()))
+            return Appended(AppendStatus.FULL, last, words="no room")
+        return super()._append(batch)
+
+    def pauses(self, run_id: str) -> list[float]:
+        """The seconds between two askings for a run."""
+        asked = [when for asked, when in self.asked if asked == run_id]
+        return [round(after - before, 9) for before, after in pairwise(asked)]  # what is left is no time at all
+
+
+def full_log(works: Works) -> FullLog:
+    assert isinstance(works.log, FullLog)
+    return works.log
+
+
+async def test_a_run_without_room_is_stored_whole_once_there_is_some(autojump_clock: MockClock) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
+        full_log(works).has_room = False
+        for _ in range(100):
+            works.put(buffer, 3, 100)
+            await trio.sleep(0.1)
+        assert await works.stored() == seqs(shown(buffer.tail)) == [1, 2, 3, 4, 5]
+        assert works.committer.pending_bytes == buffer.size == 300 * 100
+        full_log(works).has_room = True
+        await trio.sleep(FULL_PAUSE + 0.1)
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, 306))
+        assert works.committer.pending_bytes == buffer.size == 0
+        works.put(buffer)
+        await works.committer.flush(buffer)
+        works.committer.close(buffer, [DONE], COMPLETED)
+        await works.settled()
+        assert works.owners["r"].told == ["settled"]
+
+
+@pytest.mark.parametrize("flush_interval", [0.0, 0.2])
+async def test_a_full_log_is_asked_after_every_pause_and_not_with_every_write(
+    autojump_clock: MockClock, flush_interval: float
+) -> None:
+    async with committing(FullLog(), flush_interval=flush_interval, flush_size=2) as works:
+        buffer = await works.run()
+        full_log(works).has_room = False
+        for _ in range(950):
+            works.put(buffer)
+            await trio.sleep(0.01)
+        pauses = full_log(works).pauses("r")
+        assert 10 / (FULL_PAUSE + flush_interval) - 2 <= len(pauses) <= 10 / FULL_PAUSE
+        assert min(pauses) >= FULL_PAUSE
+        assert works.warnings == [WARNING]
+
+
+async def test_what_is_written_while_a_full_log_is_asked_does_not_make_it_asked_again_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        full_log(works).has_room = False
+        works.log.latency = 0.1
+        for _ in range(100):
+            works.put(buffer)
+            await trio.sleep(0.05)
+        assert min(full_log(works).pauses("r")) >= FULL_PAUSE
+
+
+async def test_an_ending_that_comes_while_a_full_log_is_asked_is_stored_at_once(autojump_clock: MockClock) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        full_log(works).has_room = False
+        works.log.latency = 0.1
+        works.put(buffer)
+        await trio.sleep(0.05)
+        works.committer.close(buffer, [DONE], COMPLETED)
+        await works.settled()
+        assert trio.current_time() - works.start == near(0.2)
+        assert await works.stored() == [1, 2]
+
+
+async def test_neither_a_flush_nor_a_wait_for_room_asks_a_full_log_any_sooner(autojump_clock: MockClock) -> None:
+    async with committing(FullLog(), max_pending_bytes=1_000) as works:
+        buffer = await works.run()
+        full_log(works).has_room = False
+        went: list[str] = []
+
+        async def flush() -> None:
+            await works.committer.flush(buffer)
+            went.append("flush")
+
+        async def write() -> None:
+            await works.write(buffer, 30, 100)
+            went.append("write")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await trio.sleep(0.05)
+            full_log(works).asked.clear()
+            for _ in range(20):
+                nursery.start_soon(flush)
+                await trio.sleep(0.2)
+            assert went == []
+            assert 1_000 <= buffer.size < 1_100
+            assert min(full_log(works).pauses("r")) >= FULL_PAUSE
+            full_log(works).has_room = True
+            await trio.sleep(FULL_PAUSE + 0.2)
+            assert "write" in went
+        assert sorted(went) == ["flush"] * 20 + ["write"]
+
+
+async def test_others_commit_while_one_waits_for_room(autojump_clock: MockClock) -> None:
+    async with committing(FullLog(), max_pending_bytes=10_000) as works:
+        full, good = await works.run("full"), await works.run("good")
+        full_log(works).full.add("full")
+        for _ in range(100):
+            works.put(full, 1, 100)
+            works.put(good, 2, 100)
+            began = trio.current_time()
+            await works.committer.flush(good)
+            assert trio.current_time() <= began + 0.01
+            await trio.sleep(0.05)
+        assert await works.stored("good") == seqs(shown(good.tail)) == list(range(1, 201))
+        assert works.log._runs["full"].ring.last == 0
+        assert works.committer.is_full(full)
+        assert not works.committer.is_full(good)
+        assert min(full_log(works).pauses("full")) >= FULL_PAUSE
+        full_log(works).full.clear()
+        await works.committer.flush(full)
+        assert await works.stored("full") == list(range(1, 101))
+        assert works.committer.pending_bytes == 0
+
+
+async def test_a_run_that_finds_no_room_while_another_waits_is_asked_with_it(autojump_clock: MockClock) -> None:
+    async with committing(FullLog()) as works:
+        boxes = [await works.run(f"r{number}") for number in range(5)]
+        full_log(works).has_room = False
+        for buffer in boxes:
+            works.put(buffer)
+            await trio.sleep(0.07)
+        await trio.sleep(10)
+        assert len({when for _, when in full_log(works).asked if when > 1}) <= 10 / FULL_PAUSE
+        assert len(works.warnings) <= 1 + 10.4 / FULL_PAUSE
+        full_log(works).has_room = True
+        for buffer in boxes:
+            await works.committer.flush(buffer)
+            assert await works.stored(buffer.run_id) == [1]
+        assert works.committer.pending_bytes == 0
+
+
+async def test_a_log_with_room_for_some_leaves_none_behind(autojump_clock: MockClock) -> None:
+    async with committing(FullLog()) as works:
+        boxes = [await works.run(f"r{number}") for number in range(6)]
+        full_log(works).has_room = False
+        for buffer in boxes:
+            works.put(buffer, 3)
+        await trio.sleep(2)
+        full_log(works).has_room = True
+        full_log(works).full |= {"r1", "r4"}
+        await trio.sleep(2)
+        stored = [works.log._runs[buffer.run_id].ring.last for buffer in boxes]
+        assert stored == [3, 0, 3, 3, 0, 3]
+        full_log(works).full.clear()
+        await trio.sleep(FULL_PAUSE + 0.1)
+        assert [works.log._runs[buffer.run_id].ring.last for buffer in boxes] == [3] * 6
+        appends = len(works.log.appended)
+        await trio.sleep(10)
+        assert len(works.log.appended) == appends
+
+
+@pytest.mark.parametrize(
+    "pending, size, asked_before",
+    [(0, 0, False), (1, 0, True), (2 * APPEND_ENTRIES + 5, 0, True), (2 * BATCHES + 1, BATCH_BYTES, False)],
+)
+async def test_an_ending_is_stored_at_once_with_all_that_comes_before_it(
+    autojump_clock: MockClock, pending: int, size: int, *, asked_before: bool
+) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        works.put(buffer, 2)
+        await works.committer.flush(buffer)
+        full_log(works).has_room = False
+        works.put(buffer, pending, size)
+        if asked_before:
+            await trio.sleep(FULL_PAUSE / 2)
+        began = trio.current_time()
+        works.committer.close(buffer, [b"event: error\ndata: no\n\n", DONE], FAILED)
+        await works.settled()
+        assert trio.current_time() - began <= 0.1
+        assert await works.stored() == seqs(shown(buffer.tail)) == list(range(1, pending + 5))
+        assert works.owners["r"].told == ["settled"]
+        assert works.committer.pending_bytes == 0
+        appends = len(works.log.appended)
+        await trio.sleep(10)
+        assert len(works.log.appended) == appends
+
+
+@pytest.mark.parametrize("pending", [2 * BATCH_ENTRIES, 2 * BATCHES * BATCH_ENTRIES])
+async def test_an_ending_for_which_there_is_no_room_either_is_asked_for_again(
+    autojump_clock: MockClock, pending: int
+) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        full_log(works).has_room = full_log(works).takes_ends = False
+        works.put(buffer, pending)
+        works.committer.close(buffer, [DONE], COMPLETED)
+        await trio.sleep(10)
+        assert min(full_log(works).pauses("r")) >= FULL_PAUSE
+        assert works.owners["r"].told == []
+        full_log(works).takes_ends = True
+        await trio.sleep(FULL_PAUSE + 0.1)
+        assert works.owners["r"].told == ["settled"]
+        assert await works.stored() == list(range(1, pending + 2))
+
+
+async def test_a_run_that_is_given_up_while_it_waits_is_asked_for_no_more(autojump_clock: MockClock) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        full_log(works).has_room = False
+        works.put(buffer, 3)
+        await trio.sleep(0.1)
+        works.committer.abandon(buffer)
+        full_log(works).asked.clear()
+        await trio.sleep(10)
+        assert full_log(works).asked == []
+        assert works.committer.pending_bytes == 0
+
+
+async def test_a_run_that_is_lost_while_it_waits_is_given_again_once_there_is_room(autojump_clock: MockClock) -> None:
+    async with committing(FullLog()) as works:
+        buffer = await works.run()
+        works.put(buffer, 5)
+        await works.committer.flush(buffer)
+        full_log(works).has_room = False
+        works.put(buffer, 3)
+        await trio.sleep(0.1)
+        forget(works.log, "r")
+        works.committer.restore(buffer)
+        await trio.sleep(2)
+        assert min(full_log(works).pauses("r")) >= FULL_PAUSE - 0.1
+        full_log(works).has_room = True
+        await works.committer.flush(buffer)
+        assert await works.stored() == list(range(1, 9))
+        assert works.committer.pending_bytes == 0
+
+
+async def test_a_run_that_the_log_cannot_hold_is_given_up_alone(autojump_clock: MockClock) -> None:
+    async with committing(FullLog(), max_pending_bytes=1_000, max_process_pending_bytes=1_500) as works:
+        boxes = [await works.run(f"r{number}") for number in range(3)]
+        for buffer in boxes:
+            works.put(buffer, 2)
+            await works.committer.flush(buffer)
+        full_log(works).refused.add("r1")
+        async with trio.open_nursery() as nursery:
+            for buffer in (boxes[0], boxes[2]):
+                nursery.start_soon(partial(works.write, buffer, 50, 100))
+            works.put(boxes[1], 10, 100)
+        await works.settled("r1", "cannot be stored")
+        for buffer in (boxes[0], boxes[2]):
+            await works.committer.flush(buffer)
+            assert await works.stored(buffer.run_id) == list(range(1, 53))
+        assert works.owners["r1"].told == ["cannot be stored"]
+        assert (boxes[1].state, boxes[1].size, boxes[1].entries) == (BufferState.ABANDONED, 0, [])
+        assert works.warnings == ["cannot store run r1: the key holds something else"]
+        assert works.committer.pending_bytes == 0
+
+
+# --- with producers and readers -------------------------------------------------------------------------------------
+
+
+async def test_a_producer_is_held_by_backpressure_only_and_goes_on_with_room(autojump_clock: MockClock) -> None:
+    log, notes, written = FullLog(), Notes(), [0]
+    view = View(log)
+
+    async def producer() -> AsyncIterator[Event]:
+        for number in range(1, 101):
+            written[0] = number
+            yield Event(data=f"{number:09}" + "." * 90)
+
+    async with two_supervisors(view, max_pending_bytes=2_000, observer=notes) as (owner, other):
+        other_run = await owner.start(count, 50, 0.1)
+        log.full.add("big")
+        run = await owner.start(producer, run_id="big")
+        async with readers((owner, run.id), (other, run.id), (other, other_run.id)) as (here, there, undisturbed):
+            await trio.sleep(20)
+            assert 15 <= written[0] <= 22
+            assert (here.entries, there.entries) == ([], [])
+            assert undisturbed.ended_at == near(5)
+            assert (await owner.get(run.id)).status == "running"
+            log.full.clear()
+        assert [each.seq for each in here.entries] == list(range(1, 102))
+        assert here.entries == there.entries == await entries_of(view, run.id)
+        assert (await ended(view, run.id)).status == "completed"
+        assert set(notes.warnings) == {WARNING}
+        assert_nothing_is_left(owner)
+        assert_nothing_is_left(other)
+
+
+@pytest.mark.parametrize("end, pages", [("cancel", 2), ("timeout", 1), ("drain", 1)])
+async def test_whatever_ends_a_run_ends_it_at_once_although_the_log_is_full(
+    autojump_clock: MockClock, end: str, pages: int
+) -> None:
+    log, said = FullLog(), pages * PAGE_ENTRIES - 2
+    view, witness = View(log), Witness()
+
+    async def producer() -> AsyncIterator[Event]:
+        for number in range(1, said + 1):
+            yield Event(data=str(number))
+        with witness.watching():
+            await trio.sleep_forever()
+
+    async with two_supervisors(view) as (owner, other):
+        log.has_room = False
+        run = await owner.start(producer, run_id="r", timeout=5 if end == "timeout" else None)
+        async with readers((owner, run.id), (other, run.id)) as (here, there):
+            await trio.sleep(5)
+            if end == "cancel":
+                await other.cancel(run.id)
+            elif end == "drain":
+                await owner.drain(0)
+        assert here.ended_at == near(5)
+        assert here.ended_at is not None
+        assert there.ended_at is not None
+        assert 0 <= there.ended_at - here.ended_at <= (pages - 1) * A_LOOK
+        assert here.entries == there.entries == await entries_of(view, run.id)
+        record = await ended(view, run.id)
+        code = {"cancel": "cancelled", "timeout": "error TIMEOUT", "drain": "error INTERRUPTED"}[end]
+        assert gists(here.entries) == [*map(str, range(1, said + 1)), code, "[DONE]"]
+        assert record.status == ("cancelled" if end == "cancel" else "failed")
+        assert witness.saw_at == near(5)
+        assert_nothing_is_left(owner)
+
+
+async def test_a_run_that_the_log_refuses_is_given_up_and_ended_as_lost_by_a_reaper(
+    autojump_clock: MockClock,
+) -> None:
+    log, witness, notes = FullLog(), Witness(), Notes()
+    view = View(log)
+
+    async def producer() -> AsyncIterator[Event]:
+        yield FIRST
+        await trio.sleep(20)
+        yield Event(data="refused")
+        with witness.watching():
+            await trio.sleep_forever()
+
+    async with two_supervisors(view, lease=6.0, observer=notes) as (owner, other):
+        run = await owner.start(producer, run_id="bad")
+        good = await owner.start(count, 40, 1.0)
+        async with readers((owner, run.id), (other, run.id), (owner, good.id)) as (here, there, fine):
+            await trio.sleep(1)
+            log.refused.add("bad")
+            await trio.sleep(20)
+            assert (witness.saw, witness.saw_at) == ("log unavailable", near(20))
+        for reader in (here, there):
+            assert reader.error is None
+            assert gists(reader.entries) == ["first", "error RUN_LOST", "[DONE]"]
+            assert reader.ended_at is not None
+            assert 20 + 2 <= reader.ended_at <= 20 + 6 + 2
+        assert gists(fine.entries) == [*map(str, range(1, 41)), "[DONE]"]
+        assert fine.ended_at == near(40)
+        assert (await ended(view, "bad")).status == "lost"
+        assert (await ended(view, good.id)).status == "completed"
+        assert [each.id for each in notes.ended] == [good.id]
+        assert notes.fenced == []
+        assert_nothing_is_left(owner)
+        assert_nothing_is_left(other)

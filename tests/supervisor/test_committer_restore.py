@@ -18,9 +18,8 @@ from penstock.sse import Event
 from penstock.supervisor import open_supervisor
 from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
-from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, Unreliable, batch, entries, in_virtual_time, record, seqs
+from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, Unreliable, batch, in_virtual_time, record, seqs
 from tests.support.supervising import (
-    FIRST,
     Notes,
     View,
     Witness,
@@ -34,7 +33,6 @@ from tests.support.supervising import (
     near,
     read,
     readers,
-    shielded,
     two_supervisors,
     unavailable,
 )
@@ -71,8 +69,9 @@ LOSE_AN_APPEND = partial(lose_last, count=APPEND_ENTRIES)
 # --- given again ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 2, 3 * BATCH_ENTRIES, 3 * APPEND_ENTRIES])
-@pytest.mark.parametrize("before", [1, 3, BATCH_ENTRIES, 2 * BATCH_ENTRIES + 50, 2 * APPEND_ENTRIES + 50])
+@pytest.mark.parametrize(
+    "before, after", [(1, 1), (BATCH_ENTRIES, 2), (2 * APPEND_ENTRIES + 50, 3 * BATCH_ENTRIES), (3, 3 * APPEND_ENTRIES)]
+)
 async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
     autojump_clock: MockClock, before: int, after: int
 ) -> None:
@@ -88,7 +87,7 @@ async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
         await finish(works)
 
 
-@pytest.mark.parametrize("lost", [1, 2, 10, BATCH_ENTRIES + 10, 2 * BATCH_ENTRIES, APPEND_ENTRIES + 10])
+@pytest.mark.parametrize("lost", [1, BATCH_ENTRIES + 10, APPEND_ENTRIES + 10])
 async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
     autojump_clock: MockClock, lost: int
 ) -> None:
@@ -107,53 +106,9 @@ async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
         await finish(works)
 
 
-async def test_what_is_given_again_is_shown_to_no_reader_a_second_time(autojump_clock: MockClock) -> None:
-    async with committing() as works:
-        buffer = await works.run()
-        works.put(buffer, 10)
-        await works.committer.flush(buffer)
-        first = list(shown(buffer.tail))
-        forget(works.log, "r")
-        works.put(buffer)
-        await works.committer.flush(buffer)
-        assert list(shown(buffer.tail))[:10] == first
-        assert seqs(shown(buffer.tail)) == list(range(1, 12))
-
-
-async def test_several_runs_that_are_lost_at_once_are_all_given_again(autojump_clock: MockClock) -> None:
-    async with committing() as works:
-        boxes = [await works.run(f"r{number}") for number in range(7)]
-        for number, buffer in enumerate(boxes):
-            works.put(buffer, 1 + 100 * number)
-        for buffer in boxes:
-            await works.committer.flush(buffer)
-        forget(works.log, "r0", "r2", "r4", "r6")
-        lose_last(works.log, "r5", 300)
-        for buffer in boxes:
-            works.put(buffer, 3)
-        for buffer in boxes:
-            await works.committer.flush(buffer)
-            assert await works.stored(buffer.run_id) == list(range(1, buffer.seq + 1))
-        assert len(works.warnings) == 5
-        await finish(works)
-
-
-async def test_a_run_that_is_lost_again_and_again_is_given_again_each_time(autojump_clock: MockClock) -> None:
-    async with committing() as works:
-        buffer = await works.run()
-        for number in range(10):
-            works.put(buffer, 30)
-            await works.committer.flush(buffer)
-            if number % 2:
-                forget(works.log, "r")
-            else:
-                lose_last(works.log, "r", 7 * number)
-        await finish(works)
-
-
 @pytest.mark.parametrize("loss", [forget, LOSE_AN_APPEND, partial(lose_last, count=1)])
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("nth", [1, 3])
 async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given_again(
     autojump_clock: MockClock, nth: int, when: str, loss: Callable[[MemoryLog, str], None]
 ) -> None:
@@ -180,23 +135,10 @@ async def test_what_is_lost_a_second_time_while_it_is_being_given_again_is_given
         await finish(works)
 
 
-async def test_entries_that_came_while_the_log_was_given_what_it_had_lost_follow_it(
-    autojump_clock: MockClock,
-) -> None:
-    async with committing() as works:
-        buffer = await works.run()
-        works.put(buffer, 2 * APPEND_ENTRIES)
-        await works.committer.flush(buffer)
-        forget(works.log, "r")
-        works.log.latency = 1.0
-        for _ in range(20):
-            works.put(buffer, 2)
-            await trio.sleep(0.3)
-        await finish(works)
-
-
-@pytest.mark.parametrize("before", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
-@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
+@pytest.mark.parametrize(
+    "before, pending",
+    [(0, 0), (1, 0), (0, 1), (BATCH_ENTRIES, BATCH_ENTRIES + 1), (APPEND_ENTRIES + 1, APPEND_ENTRIES)],
+)
 async def test_an_ending_that_was_pending_comes_last_in_the_log_that_had_lost_the_run(
     autojump_clock: MockClock, before: int, pending: int
 ) -> None:
@@ -211,7 +153,7 @@ async def test_an_ending_that_was_pending_comes_last_in_the_log_that_had_lost_th
         assert buffer.tail.ended
 
 
-@pytest.mark.parametrize("lost", [1, 3, 4, 6])
+@pytest.mark.parametrize("lost", [1, 4, 6])
 async def test_an_ending_whose_reply_was_lost_and_then_itself_is_stored_once(
     autojump_clock: MockClock, lost: int
 ) -> None:
@@ -231,7 +173,7 @@ async def test_an_ending_whose_reply_was_lost_and_then_itself_is_stored_once(
         assert works.committer.pending_bytes == 0
 
 
-@pytest.mark.parametrize("lost", [2, 5, 8, 10])
+@pytest.mark.parametrize("lost", [5, 8, 10])
 async def test_what_was_stored_and_lost_before_its_reply_came_is_stored_once(
     autojump_clock: MockClock, lost: int
 ) -> None:
@@ -336,8 +278,7 @@ async def test_a_loss_that_the_tail_covers_to_the_entry_is_made_good(autojump_cl
         await finish(works)
 
 
-@pytest.mark.parametrize("pending", [0, 1, 3, BATCH_ENTRIES + 7, APPEND_ENTRIES + 7])
-@pytest.mark.parametrize("lost", [6, 19, 20])
+@pytest.mark.parametrize("lost, pending", [(6, 0), (19, 3), (20, 0), (20, APPEND_ENTRIES + 7)])
 async def test_a_loss_beyond_the_tail_ends_the_run_after_what_is_left(
     autojump_clock: MockClock, lost: int, pending: int
 ) -> None:
@@ -370,7 +311,7 @@ async def is_what_is_left(works: Works, *, first: int, last: int) -> None:
     assert (newest.data, newest.terminal) == (DONE, True)
 
 
-@pytest.mark.parametrize("pending", [0, 1, BATCH_ENTRIES, BATCH_ENTRIES + 1, APPEND_ENTRIES, APPEND_ENTRIES + 1])
+@pytest.mark.parametrize("pending", [0, BATCH_ENTRIES, APPEND_ENTRIES + 1])
 async def test_an_ending_that_was_pending_gives_way_to_the_one_that_says_so(
     autojump_clock: MockClock, pending: int
 ) -> None:
@@ -442,23 +383,6 @@ async def test_entries_that_are_pending_again_are_kept_although_the_tail_has_giv
 # --- what is pending again ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seq", [0, 1, 5, 6, 7])
-async def test_what_is_pending_again_is_what_the_log_had_acknowledged_once_and_in_order(
-    autojump_clock: MockClock, seq: int
-) -> None:
-    works = Works(Unreliable())
-    buffer = await works.run()
-    buffer.tail.extend(entries(1, 10, 50))  # it has more than what the log has acknowledged since it was lost
-    buffer.stored, buffer.seq = 6, 12
-    buffer.entries = entries(7, 12, 50)
-    buffer.size = 6 * 50
-    buffer.rewind(seq, buffer.acknowledged())
-    stands_at = min(seq, 6)
-    assert buffer.stored == stands_at
-    assert seqs(buffer.entries) == list(range(stands_at + 1, 13))
-    assert buffer.size == 50 * len(buffer.entries)
-
-
 # --- not to be given back -------------------------------------------------------------------------------------------
 
 
@@ -494,8 +418,7 @@ class Forgetful(Unreliable):
         super().__init__()
         self.restores: list[float] = []
         self.cannot_restore = 0
-        self.restored: AppendStatus | None = None
-        """What is said instead of what the log would say."""
+        self.full = False
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         self.restores.append(trio.current_time())
@@ -503,8 +426,8 @@ class Forgetful(Unreliable):
         if self.cannot_restore:
             self.cannot_restore -= 1
             raise LogUnavailable("away")
-        if self.restored is not None:
-            return Appended(self.restored, words="as it was told")
+        if self.full:
+            return Appended(AppendStatus.FULL, words="no room")
         reply = await super().restore(run, lease, oldest)
         await self._leave("restore")
         return reply
@@ -525,26 +448,6 @@ async def test_a_log_that_is_away_is_given_what_it_had_lost_when_it_is_back(auto
         await finish(works)
 
 
-@pytest.mark.parametrize("refusal", [AppendStatus.FENCED, AppendStatus.ENDED])
-async def test_a_refusal_to_take_the_run_back_ends_it_here_and_harms_no_other(
-    autojump_clock: MockClock, refusal: AppendStatus
-) -> None:
-    log = Forgetful()
-    async with committing(log) as works:
-        boxes = [await works.run(f"r{number}") for number in range(3)]
-        for buffer in boxes:
-            works.put(buffer, 5)
-            await works.committer.flush(buffer)
-        forget(log, "r1")
-        log.restored = refusal
-        for buffer in boxes:
-            works.put(buffer, 5)
-        await works.settled("r1", "lost")
-        assert works.owners["r1"].told == ["lost"]
-        await finish(works, "r0", "r2")
-        assert len(log.restores) == 1
-
-
 async def test_a_full_log_is_asked_later_whether_it_takes_back_what_it_had_lost(autojump_clock: MockClock) -> None:
     log = Forgetful()
     async with committing(log) as works:
@@ -552,12 +455,12 @@ async def test_a_full_log_is_asked_later_whether_it_takes_back_what_it_had_lost(
         works.put(buffer, 5)
         await works.committer.flush(buffer)
         forget(log, "r")
-        log.restored = AppendStatus.FULL
+        log.full = True
         works.put(buffer, 5)
         await trio.sleep(10)
         assert 15 <= len(log.restores) <= 21
         assert buffer.size == works.committer.pending_bytes > 0
-        log.restored = None
+        log.full = False
         await works.committer.flush(buffer)
         await finish(works)
 
@@ -596,7 +499,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(steps, st.sampled_from([0.0, 0.01, 0.7]), st.sampled_from([0.0, 0.3]))
 def test_whatever_is_lost_each_run_is_in_the_log_once_whole_and_in_order(
     steps: list[tuple[str, int, int]], latency: float, flush_interval: float
@@ -670,8 +573,7 @@ def numbers(upto: int) -> list[str]:
     return [*map(str, range(1, upto + 1)), "[DONE]"]
 
 
-@pytest.mark.parametrize("lost", [1, 7, ALL])
-@pytest.mark.parametrize("times", [1, 4])
+@pytest.mark.parametrize("lost, times", [(1, 1), (7, 4), (ALL, 4)])
 async def test_readers_here_and_elsewhere_see_every_entry_of_a_run_that_was_lost_once(
     autojump_clock: MockClock, lost: int, times: int
 ) -> None:
@@ -733,27 +635,6 @@ async def test_a_silent_run_is_given_again_when_its_renewal_finds_it_gone(autoju
         assert_nothing_is_left(owner)
 
 
-async def test_a_reader_that_is_reading_the_history_when_the_log_loses_it_goes_on_when_it_is_there_again(
-    autojump_clock: MockClock,
-) -> None:
-    view = View()
-    async with two_supervisors(view, tail_entries=1000, lease=LEASE_SECONDS) as (owner, other):
-        run = await owner.start(count_and_wait)
-        await trio.sleep(1)
-        async with other.follow(run.id) as entries:
-            seen = [(await anext(entries)).seq for _ in range(500)]
-            forget(view.log, run.id)  # and the second page is asked for
-            seen += [(await anext(entries)).seq for _ in range(499)]
-        assert seen == list(range(1, 1000))
-        await owner.cancel(run.id)
-
-
-async def count_and_wait() -> AsyncIterator[Event]:
-    for number in range(1, 1000):
-        yield Event(data=str(number))
-    await trio.sleep_forever()
-
-
 async def diverges(view: View, run_id: str, *, first: int, last: int) -> None:
     """The run is in the log from `first` on, and failed since the log had lost what was before."""
     record = await view.get(run_id)
@@ -796,30 +677,6 @@ async def test_a_run_of_which_nobody_has_the_beginning_any_more_ends_and_says_so
         assert [each.status for each in notes.ended] == ["failed"]
 
 
-async def test_a_reader_in_the_middle_of_what_is_lost_for_good_is_told_where_the_rest_begins(
-    autojump_clock: MockClock,
-) -> None:
-    view = View()
-    async with two_supervisors(view, tail_entries=5, lease=LEASE_SECONDS) as (owner, other):
-        run = await owner.start(count_and_wait)
-        await trio.sleep(1)
-        for supervisor in (owner, other):
-            entries = await supervisor.follow(run.id).__aenter__()
-            assert [(await anext(entries)).seq for _ in range(500)] == list(range(1, 501))
-            if supervisor is owner:
-                forget(view.log, run.id)
-                await trio.sleep(LEASE_SECONDS)
-                with pytest.raises(CursorExpired) as caught:
-                    await anext(entries)
-                assert caught.value.oldest_seq == 995
-            await entries.__aexit__(None, None, None)
-            if supervisor is owner:
-                break
-        await diverges(view, run.id, first=995, last=1001)
-        assert_nothing_is_left(owner)
-        assert_nothing_is_left(other)
-
-
 async def test_an_ending_that_was_on_its_way_is_replaced_by_one_that_says_what_was_lost(
     autojump_clock: MockClock,
 ) -> None:
@@ -839,7 +696,7 @@ async def test_an_ending_that_was_on_its_way_is_replaced_by_one_that_says_what_w
         assert_nothing_is_left(owner)
 
 
-@pytest.mark.parametrize("cleanup", [1.0, 8.0, 30.0])
+@pytest.mark.parametrize("cleanup", [1.0, 8.0])
 async def test_a_run_whose_producer_only_cleans_up_ends_as_diverged_all_the_same(
     autojump_clock: MockClock, cleanup: float
 ) -> None:
@@ -875,44 +732,6 @@ async def test_a_run_whose_producer_only_cleans_up_ends_as_diverged_all_the_same
         assert gists(here.entries) == [*map(str, range(1, 21)), "error LOG_DIVERGED", "[DONE]"]
         await diverges(view, run.id, first=16, last=22)
         await trio.sleep(cleanup)
-        assert_nothing_is_left(owner)
-
-
-async def test_a_run_written_by_hand_is_cut_short_when_the_log_has_diverged(autojump_clock: MockClock) -> None:
-    view, witness = View(), Witness()
-    async with open_supervisor(view, tail_entries=2, lease=3.0) as owner:
-        with pytest.raises(Exception, match="has ended") as caught:  # noqa: PT012
-            async with owner.open_run("by-hand") as writer:
-                for _ in range(5):
-                    await writer.write(FIRST)
-                await writer.flush()
-                forget(view.log, "by-hand")
-                with witness.watching():
-                    await trio.sleep_forever()
-        assert type(caught.value).__name__ == "RunEnded"
-        assert (witness.saw, witness.saw_at) == ("log diverged", near(1))
-        await diverges(view, "by-hand", first=4, last=7)
-        assert_nothing_is_left(owner)
-
-
-async def test_a_stuck_producer_does_not_keep_a_diverged_run_from_its_end(autojump_clock: MockClock) -> None:
-    view, let_go = View(), trio.Event()
-
-    async def holds_on() -> AsyncIterator[Event]:
-        for _ in range(5):
-            yield FIRST
-        await shielded(let_go)
-        yield FIRST
-
-    async with open_supervisor(view, tail_entries=2, lease=3.0, cancel_grace=4) as owner:
-        run = await owner.start(holds_on)
-        async with readers((owner, run.id)) as (here,):
-            await trio.sleep(0.5)
-            forget(view.log, run.id)
-        assert here.ended_at == near(5)
-        await diverges(view, run.id, first=4, last=7)
-        let_go.set()
-        await trio.sleep(1)
         assert_nothing_is_left(owner)
 
 
