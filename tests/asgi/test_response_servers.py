@@ -43,32 +43,29 @@ def check_headers(response: httpx2.Response) -> None:
     assert "content-length" not in response.headers
 
 
-def test_a_stream_arrives_whole(server: Server, at: str) -> None:
+def test_a_stream_and_an_error_arrive_whole(server: Server, at: str) -> None:
     with server.client.stream("GET", f"{at}/content") as response:
         check_headers(response)
         assert response.status_code == 200
         received = list(EventSource(response))
     assert [event.data for event in received] == ["one", "two", "three", "x" * 200_000]
     assert received[0].id == "1"
-
-
-def test_d12_an_empty_source_is_a_whole_empty_stream(server: Server, at: str) -> None:
-    response = server.client.get(f"{at}/empty")
-    check_headers(response)
-    assert (response.status_code, response.content) == (200, b"")
-
-
-def test_d12_an_error_before_the_first_chunk_is_a_whole_response_with_a_code(server: Server, at: str) -> None:
-    response = server.client.get(f"{at}/fails")
-    assert response.status_code == 500
-    assert response.headers["content-type"] == "application/problem+json"
-    assert response.json()["code"] == "ERROR"
-    assert "secret" not in response.text
-    response = server.client.get(f"{at}/rejected")
-    assert (response.status_code, response.json()["code"]) == (409, "PENDING_APPROVAL")
-
-
-def test_d13_an_error_later_is_an_error_event_and_done(server: Server, at: str) -> None:
+    empty, head, created = (
+        server.client.request(*each)
+        for each in (("GET", f"{at}/empty"), ("HEAD", f"{at}/content"), ("GET", f"{at}/status"))
+    )
+    for response, status, body in (
+        (empty, 200, ""),
+        (head, 200, ""),
+        (created, 201, "data: created\n\ndata: more\n\n"),
+    ):
+        check_headers(response)
+        assert (response.status_code, response.text) == (status, body)
+    for path, status, code in (("fails", 500, "ERROR"), ("rejected", 409, "PENDING_APPROVAL")):
+        response = server.client.get(f"{at}/{path}")
+        assert (response.status_code, response.json()["code"]) == (status, code)
+        assert response.headers["content-type"] == "application/problem+json"
+        assert "secret" not in response.text
     with server.client.stream("GET", f"{at}/fails_later") as response:
         first, error, done = EventSource(response)
     assert (first.data, error.event, done.data) == ("one", "error", "[DONE]")
@@ -81,17 +78,6 @@ def test_d16_headers_come_before_a_late_first_chunk(server: Server, at: str, nam
         check_headers(response)
         server.let(f"{name}.go")
         assert response.read() == b"data: late\n\n"
-
-
-def test_the_first_chunks_status_is_the_responses(server: Server, at: str) -> None:
-    response = server.client.get(f"{at}/status")
-    assert (response.status_code, response.text) == (201, "data: created\n\ndata: more\n\n")
-
-
-def test_head_is_headers_only(server: Server, at: str) -> None:
-    response = server.client.head(f"{at}/content")
-    check_headers(response)
-    assert (response.status_code, response.content) == (200, b"")
 
 
 def test_pings_are_sent_on_silence(server: Server, at: str, name: str) -> None:
