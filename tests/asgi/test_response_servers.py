@@ -73,15 +73,15 @@ def test_a_stream_and_an_error_arrive_whole(server: Server, at: str) -> None:
     assert json.loads(error.data)["error_id"]
 
 
-def test_d16_headers_come_before_a_late_first_chunk(server: Server, at: str, name: str) -> None:
-    with server.client.stream("GET", f"{at}/headers_first", params={"name": name}) as response:
+def test_d16_headers_come_before_a_late_first_chunk(server: Server, name: str) -> None:
+    with server.client.stream("GET", "/middleware/headers_first", params={"name": name}) as response:
         check_headers(response)
         server.let(f"{name}.go")
         assert response.read() == b"data: late\n\n"
 
 
-def test_pings_are_sent_on_silence(server: Server, at: str, name: str) -> None:
-    with server.client.stream("GET", f"{at}/pings", params={"name": name}) as response:
+def test_pings_are_sent_on_silence(server: Server, name: str) -> None:
+    with server.client.stream("GET", "/middleware/pings", params={"name": name}) as response:
         lines = response.iter_lines()
         assert [next(lines) for _ in range(6)] == ["data: first", "", ": ping", "", ": ping", ""]
         server.let(f"{name}.go")
@@ -98,9 +98,9 @@ def test_a_disconnect_cancels_the_source_and_its_finally_runs(server: Server, at
     server.wait_for(f"{name}.closed")
 
 
-def test_a_disconnect_after_a_request_with_a_body_cancels_the_source(server: Server, at: str, name: str) -> None:
+def test_a_disconnect_after_a_request_with_a_body_cancels_the_source(server: Server, name: str) -> None:
     parameters = {"name": name}
-    with server.client.stream("POST", f"{at}/cancels", params=parameters, content=b"x" * 100_000) as response:
+    with server.client.stream("POST", "/fastapi/cancels", params=parameters, content=b"x" * 100_000) as response:
         assert next(response.iter_lines()) == "data: first"
     server.wait_for(f"{name}.cancelled")
 
@@ -119,9 +119,8 @@ def test_a_detached_source_runs_to_its_end_after_a_disconnect(server: Server, at
 
 
 @pytest.mark.parametrize("kind", SHUTTING_DOWN)
-@pytest.mark.parametrize("at", ["/plain", "/fastapi"])
-def test_d14_at_a_shutdown_the_client_is_told_and_the_server_ends(kind: str, at: str, name: str) -> None:
-    with serving(kind) as server, server.connect(f"{at}/cancels?name={name}") as connection:
+def test_d14_at_a_shutdown_the_client_is_notified_and_the_server_ends(kind: str, name: str) -> None:
+    with serving(kind) as server, server.connect(f"/plain/cancels?name={name}") as connection:
         read_until(connection, b"data: first\n\n")
         server.shut_down()
         received = read_until(connection, b"data: [DONE]\n\n")
