@@ -6,7 +6,7 @@ import json
 import logging
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 import trio
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.support.serving import Server
 
 several = settings(
-    max_examples=5,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),  # shrinking starts a server for each step
@@ -80,13 +80,13 @@ BODIES: Final = st.one_of(
     OBJECTS.map(lambda body: json.dumps(body | {"producer": "count"}).encode()),
     JSON.map(lambda body: json.dumps(body).encode()),
     st.binary(max_size=200),
-    st.sampled_from(["[" * 99 + "]" * 99, "[" * 5000 + "]" * 5000, '"' + "1" * 10**6 + '"', '"\\ud800"', "1e999"]).map(
+    st.sampled_from(["[" * 99 + "]" * 99, "[" * 5000 + "]" * 5000, '"' + "1" * 10_000 + '"', '"\\ud800"', "1e999"]).map(
         lambda value: f'{{"producer": "echo", "input": {value}}}'.encode()
     ),
 )
 TEXTS: Final = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20).map(str.encode)
 VALUES: Final = TEXTS | st.binary(max_size=20).map(lambda raw: bytes(b for b in raw if b >= 0x20 and b != 0x7F).strip())
-NAMES: Final = ["last-event-id", "idempotency-key", "content-type", "accept", "cookie", "range", "origin", "host", "x"]
+NAMES: Final = ["last-event-id", "idempotency-key", "content-type", "accept", "cookie", "range", "origin", "x"]
 SPECIAL: Final = [
     ("host", b"elsewhere.example:x"),
     ("origin", b"http://[x"),
@@ -96,7 +96,9 @@ SPECIAL: Final = [
     ("authorization", b"Basic eDp5"),
     ("last-event-id", b"1" * 10_000),
 ]
-HEADERS: Final = st.lists(st.tuples(st.sampled_from(NAMES), VALUES) | st.sampled_from(SPECIAL), max_size=4)
+HEADERS: Final = st.lists(
+    st.tuples(st.sampled_from(NAMES), VALUES) | st.sampled_from(SPECIAL), max_size=4, unique_by=lambda header: header[0]
+).map(lambda headers: [(name.encode(), value) for name, value in headers])
 LINKS: Final = ["eyJhbGciOiJub25lIn0.e30.", "a.b.c", "..", "W10.W10.W10", "eyJhbGciOiJIUzI1NiJ9.bnVsbA.AAAA"]
 QUERIES: Final = st.dictionaries(
     st.sampled_from(["limit", "status", "starting_after", "tail", "include_pings", "link", "x"]),
@@ -113,7 +115,21 @@ TARGETS: Final = st.one_of(
         ).map(lambda pieces: "/v1/runs/" + "".join(pieces)),
     ),
 )
-REQUESTS: Final = st.tuples(TARGETS, BODIES, HEADERS, QUERIES)
+
+
+class Request(NamedTuple):
+    """A request. A failing test does not print every byte of it."""
+
+    target: tuple[str, str]
+    body: bytes
+    headers: list[tuple[bytes, bytes]]
+    query: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Request{tuple(self)!r:.300}"
+
+
+REQUESTS: Final = st.builds(Request, TARGETS, BODIES, HEADERS, QUERIES)
 
 
 # Servers
@@ -161,7 +177,7 @@ async def attacked(**options: Any) -> AsyncIterator[Server]:
             assert [each.getMessage() for each in server.complaints if each.levelno >= logging.ERROR] == []
 
 
-async def ask(server: Server, request: Any) -> None:
+async def ask(server: Server, request: Request) -> None:
     """Send it, and check the response. A stream is left after its headers, since its run may take an hour."""
     (method, path), body, headers, query = request
     content = body if method in {"POST", "PUT"} else None
@@ -184,8 +200,8 @@ def test_no_route_is_left_out() -> None:
 
 @pytest.mark.parametrize("guarded", [False, True])
 @several
-@given(st.lists(REQUESTS, min_size=60, max_size=80))
-async def test_no_request_is_an_error_of_the_servers(guarded: bool, requests: list[Any]) -> None:
+@given(st.lists(REQUESTS, min_size=20, max_size=30))
+async def test_no_request_is_an_error_of_the_servers(guarded: bool, requests: list[Request]) -> None:
     authorizer = TokenAuthorizer({"a": Token.of(TOKEN)}, Links("s" * 32)) if guarded else None
     async with attacked(authorizer=authorizer) as server, trio.open_nursery() as nursery:
         for request in requests:

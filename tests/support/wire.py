@@ -149,3 +149,13 @@ class Reader:
         while (block := await self.next()) is not None:
             blocks.append(block)
         return blocks
+
+
+def unchunked(body: bytes) -> bytes:
+    """The content of a body in chunked encoding."""
+    pieces = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        pieces.append(body[: int(size, 16)])
+        body = body[int(size, 16) + 2 :]
+    return b"".join(pieces)

@@ -20,33 +20,21 @@ EVENT_SOURCE: Final = {"accept": "text/event-stream"}
 """What a browser's `EventSource` accepts."""
 
 
-@pytest.mark.parametrize(
-    "path", ["/nowhere", "/v1", "/v1/runs/a/b", "/v1/runs/a/stream/b", "/v1/runs/a%2Fb", "/v1/runs//stream"]
-)
-async def test_a_route_that_is_not_there_is_a_404_with_a_code(path: str) -> None:
+async def test_a_route_or_a_method_that_is_not_there_is_a_404_or_a_405_that_names_the_methods() -> None:
     async with serving() as server:
-        for method in ("GET", "POST", "DELETE"):
-            problem(await server.client.request(method, path), 404, "NOT_FOUND")
-
-
-@pytest.mark.parametrize(
-    "method, path, allowed",
-    [
-        ("DELETE", "/v1/runs", {"GET", "HEAD", "POST"}),
-        ("PUT", "/v1/runs/x", {"GET", "HEAD"}),
-        ("PATCH", "/v1/runs/x/stream", {"GET", "HEAD", "POST"}),
-        ("GET", "/v1/runs/x/cancel", {"POST"}),
-        ("POST", "/healthz", {"GET", "HEAD"}),
-        ("OPTIONS", "/readyz", {"GET", "HEAD"}),
-    ],
-)
-async def test_a_method_that_is_not_there_is_a_405_that_says_which_are(
-    method: str, path: str, allowed: set[str]
-) -> None:
-    async with serving() as server:
-        answer = await server.client.request(method, path)
-        problem(answer, 405, "METHOD_NOT_ALLOWED")
-        assert set(answer.headers["allow"].split(", ")) == allowed
+        for path in ("/nowhere", "/v1", "/v1/runs/a/b", "/v1/runs/a/stream/b", "/v1/runs/a%2Fb", "/v1/runs//stream"):
+            for method in ("GET", "POST", "DELETE"):
+                problem(await server.client.request(method, path), 404, "NOT_FOUND")
+        for method, path, allowed in (
+            ("DELETE", "/v1/runs", {"GET", "HEAD", "POST"}),
+            ("PUT", "/v1/runs/x", {"GET", "HEAD"}),
+            ("PATCH", "/v1/runs/x/stream", {"GET", "HEAD", "POST"}),
+            ("GET", "/v1/runs/x/cancel", {"POST"}),
+            ("OPTIONS", "/readyz", {"GET", "HEAD"}),
+        ):
+            answer = await server.client.request(method, path)
+            problem(answer, 405, "METHOD_NOT_ALLOWED")
+            assert set(answer.headers["allow"].split(", ")) == allowed
 
 
 async def test_head_is_get_without_a_body_on_every_get_route() -> None:
@@ -163,14 +151,14 @@ async def test_a_mounted_application_says_where_the_stream_really_is() -> None:
         assert ids(blocks_of((await server.client.get(answer.headers["location"])).text)) == [1, 2]
 
 
-@pytest.mark.parametrize("path", ["/v1/runs", "/v1/runs/any/cancel", "/v1/runs/any/stream"])
-@pytest.mark.parametrize("site", ["cross-site", "same-site"])
-async def test_a_page_of_another_site_posts_nothing_without_having_asked_first(path: str, site: str) -> None:
+async def test_a_page_of_another_site_posts_nothing_without_a_preflight() -> None:
     async with serving() as server:
-        headers = {"Sec-Fetch-Site": site, "Content-Type": "text/plain"}
-        answer = await server.client.post(path, headers=headers, content=b'{"producer": "echo"}')
-        problem(answer, 403, "CROSS_SITE")
-        headers["Content-Type"] = "application/json"  # asked for, since it needs a preflight: it is looked at
-        assert (await server.client.post(path, headers=headers, content=b"{}")).status_code in {400, 404}
-        headers = {"Sec-Fetch-Site": "same-origin"}
-        assert (await server.client.post(path, headers=headers, content=b"{}")).status_code in {400, 404}
+        for path in ("/v1/runs", "/v1/runs/any/cancel", "/v1/runs/any/stream"):
+            for site in ("cross-site", "same-site"):
+                headers = {"Sec-Fetch-Site": site, "Content-Type": "text/plain"}
+                answer = await server.client.post(path, headers=headers, content=b'{"producer": "echo"}')
+                problem(answer, 403, "CROSS_SITE")
+                headers["Content-Type"] = "application/json"  # a preflight was needed, so it is looked at
+                assert (await server.client.post(path, headers=headers, content=b"{}")).status_code in {400, 404}
+            headers = {"Sec-Fetch-Site": "same-origin"}
+            assert (await server.client.post(path, headers=headers, content=b"{}")).status_code in {400, 404}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from penstock import Event, MemoryLog
 from tests.support.serving import Tap, quiet_config, serving
-from tests.support.wire import DONE, Block, blocks_of, ids
+from tests.support.wire import DONE, Block, blocks_of, ids, unchunked
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -72,33 +70,17 @@ async def test_d16_headers_are_sent_at_once_however_long_the_producer_is_silent(
             assert STREAM_HEADERS.items() <= reader.headers.items()
 
 
-async def test_every_way_to_ask_for_a_stream_gets_the_same_headers() -> None:
+async def test_whatever_the_method_and_accept_are_the_answer_is_the_stream_with_its_headers() -> None:
     async with serving() as server:
         path = f"/v1/runs/{await ended(server)}/stream"
-        for method in ("GET", "POST", "HEAD"):
-            answer = await server.client.request(method, path)
+        for method, accept in (
+            *[("GET", each) for each in ("*/*", "application/json", "text/html", "text/event-stream;q=0", "")],
+            *[("POST", "application/json"), ("HEAD", "*/*")],
+        ):
+            answer = await server.client.request(method, path, headers={"Accept": accept}, params={"stream": "true"})
             assert answer.status_code == 200
             assert STREAM_HEADERS.items() <= dict(answer.headers).items()
-
-
-async def test_events_arrive_as_the_producer_yields_them() -> None:
-    tap = Tap()
-    async with serving({"tap": tap}) as server, server.reading(await server.start("tap")) as reader:
-        for seq in range(1, 6):
-            tap.feed(f"event {seq}")
-            assert await reader.take(1) == [Block(seq, data=f"event {seq}")]
-        tap.end()
-        assert await reader.rest() == [Block(6, data=DONE)]
-
-
-@pytest.mark.parametrize("accept", ["*/*", "application/json", "text/html", "text/event-stream;q=0", ""])
-async def test_whatever_accept_says_the_answer_is_the_stream(accept: str) -> None:
-    async with serving() as server:
-        answer = await server.client.get(
-            f"/v1/runs/{await ended(server)}/stream?stream=true", headers={"Accept": accept}
-        )
-        assert answer.headers["content-type"] == STREAM_HEADERS["content-type"]
-        assert len(blocks_of(answer.text)) == 10
+            assert len(blocks_of(answer.text)) == (0 if method == "HEAD" else 10)
 
 
 async def test_d12_a_run_that_yields_nothing_or_fails_at_once_is_a_whole_stream() -> None:
@@ -344,11 +326,47 @@ async def test_a_reader_that_trimming_has_overtaken_is_told_so_and_closed_withou
             assert ids(await reader.rest()) == [41]
 
 
-def unchunked(body: bytes) -> bytes:
-    """The content of a body in chunked encoding."""
-    pieces = []
-    while body:
-        size, _, body = body.partition(b"\r\n")
-        pieces.append(body[: int(size, 16)])
-        body = body[int(size, 16) + 2 :]
-    return b"".join(pieces)
+# Pings
+
+
+async def test_a_ping_is_sent_on_silence_and_carries_no_id() -> None:
+    tap = Tap()
+    async with serving({"tap": tap}, ping_interval=0.05) as server:
+        run_id = await server.start("tap")
+        async with server.reading(run_id) as reader:
+            assert await reader.take(2) == [Block(comment="ping")] * 2
+            tap.feed("x")
+            while (block := await reader.next()) == Block(comment="ping"):
+                pass
+            assert block == Block(1, data="x")
+            assert await reader.take(1) == [Block(comment="ping")]
+            tap.end()
+            *pings, done = await reader.rest()
+            assert done == Block(2, data=DONE)
+            assert all(ping == Block(comment="ping") for ping in pings)
+        assert await server.read(run_id) == [Block(1, data="x"), Block(2, data=DONE)]  # pings are not stored
+
+
+async def test_pings_can_be_left_out() -> None:
+    tap, value = Tap(), "false"
+    async with serving({"tap": tap}, ping_interval=0.02) as server:
+        run_id = await server.start("tap")
+        path = f"/v1/runs/{run_id}/stream"
+        async with (
+            server.reading(run_id) as pinged,
+            server.opened("POST", path, json_body={"include_pings": value}) as by_body,
+            server.reading(run_id, include_pings=value) as by_query,
+        ):
+            await pinged.take(5)  # time enough for the others
+            tap.end()
+            assert await by_query.rest() == [Block(1, data=DONE)]
+            assert await by_body.rest() == [Block(1, data=DONE)]
+
+
+async def test_a_ping_in_dialect_letta_names_the_run() -> None:
+    async with serving(dialect="letta", ping_interval=0.02) as server:
+        run_id = await server.start("silent")
+        async with server.reading(run_id) as reader:
+            (ping,) = await reader.take(1)
+            assert ping.id is None
+            assert (ping.json["message_type"], ping.json["run_id"]) == ("ping", run_id)
