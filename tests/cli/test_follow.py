@@ -109,7 +109,7 @@ def test_it_comes_back_with_the_last_id_that_it_has_printed() -> None:
     assert set(server.header("accept")) == {"text/event-stream, application/problem+json"}
 
 
-def test_repeats_are_said_once_and_pings_of_the_dialect_letta_are_none() -> None:
+def test_repeats_are_reported_once_and_pings_of_the_dialect_letta_are_no_repeats() -> None:
     ping = 'data: {"message_type":"ping","id":"ping-1","run_id":null,"seq_id":null}'
     said = [stream(ping, event(1), ping), stream(ping, event(1), event(1), event(2)), WHOLE, record()]
     with answering(*said) as server:
@@ -120,10 +120,10 @@ def test_repeats_are_said_once_and_pings_of_the_dialect_letta_are_none() -> None
         assert "repeats" not in follow(server).stderr
 
 
-def test_data_of_a_typed_event_may_be_the_last_words() -> None:
+def test_an_event_that_only_looks_like_the_last_one_does_not_end_the_run() -> None:
     said = [
         stream(event(1, "[DONE]", "stdout"), event(2, "[DONE]", "message")),
-        record("running"),  # so the second was none either
+        record("running"),  # so the second was not the last one either
         stream(DONE),
         record(),
     ]
@@ -149,12 +149,12 @@ def test_the_exit_code_and_the_last_line_say_how_the_run_ended(status: str, code
             assert follow(server, "--quiet", code=code).stderr == ""
 
 
-def test_quiet_leaves_out_reconnects_too() -> None:
+def test_quiet_leaves_out_reconnects() -> None:
     with answering(stream(event(1)), b"", stream(event(2), DONE), record()) as server:
         assert follow(server, "--quiet").stderr == ""
 
 
-def test_events_that_the_server_no_longer_has_are_said_to_be_missing() -> None:
+def test_expired_events_are_reported_as_missing() -> None:
     expired = problem(410, "CURSOR_EXPIRED", oldest_seq=3)
     for status, code in (("completed", 6), ("failed", 4)):
         with answering(expired, stream(DONE), record(status)) as server:
@@ -170,13 +170,13 @@ def test_events_that_the_server_no_longer_has_are_said_to_be_missing() -> None:
 
 
 @pytest.mark.parametrize("oldest", [0, 1, -5, "3", None, 3.5])
-def test_a_cursor_that_is_refused_with_nowhere_to_go_is_the_end_of_it(oldest: Any) -> None:
+def test_a_410_without_a_later_event_ends_it(oldest: Any) -> None:
     with answering(problem(410, "CURSOR_EXPIRED", oldest_seq=oldest)) as server:
         result = follow(server, code=1)
     assert result.stderr == "penstock: the server answered 410 CURSOR_EXPIRED: so it is\n"
 
 
-def test_the_last_events_are_those_of_the_moment_when_they_were_asked_for() -> None:
+def test_the_last_events_are_those_at_the_time_of_the_request() -> None:
     with answering(
         record("running", seq=9), b"", stream(event(8), event(9)), stream(event(10, "[DONE]")), record()
     ) as server:
@@ -226,16 +226,14 @@ def test_the_last_events_may_be_fewer_than_were_asked_for() -> None:
         ([answer(204), problem(404, "X")], "gave up after 0.3 s: the server answered 404 X: so it is; go on with"),
     ],
 )
-def test_what_keeps_it_from_going_on_is_said_with_the_cursor(
-    monkeypatch: pytest.MonkeyPatch, said: list[Said], words: str
-) -> None:
+def test_an_error_that_ends_it_names_the_cursor(monkeypatch: pytest.MonkeyPatch, said: list[Said], words: str) -> None:
     monkeypatch.setattr(module, "SEEK_LIMIT", 0.3)
     with answering(*said) as server:
         last = follow(server, code=1).stderr.splitlines()[-1]
     assert words in last
 
 
-# Patience, by a clock of its own
+# Time limits and pauses, with a clock of their own
 
 
 @dataclass
@@ -275,16 +273,16 @@ def patient(port: int, give_up_after: float = inf, **how: Any) -> Iterator[tuple
 
 
 @pytest.fixture
-def nobody() -> Iterator[int]:
-    """A port where nobody listens, and nobody else will."""
+def unused_port() -> Iterator[int]:
+    """A port without a server, which no other program can take."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
 
-def test_it_gives_up_after_so_many_seconds_without_an_answer(nobody: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_gives_up_after_so_many_seconds_without_an_answer(unused_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.1)
-    with patient(nobody, 60) as (following, screen), pytest.raises(CommandFailed) as caught:
+    with patient(unused_port, 60) as (following, screen), pytest.raises(CommandFailed) as caught:
         following.run()
     assert str(caught.value) == "gave up after 60 s: no connection: Connection refused"
     assert sum(screen.pauses) == pytest.approx(60)
@@ -292,11 +290,11 @@ def test_it_gives_up_after_so_many_seconds_without_an_answer(nobody: int, monkey
     assert max(screen.pauses) > 1
 
 
-def test_without_a_limit_it_never_gives_up(nobody: int) -> None:
+def test_without_a_limit_it_never_gives_up(unused_port: int) -> None:
     class EnoughError(Exception):
         pass
 
-    with patient(nobody) as (following, screen):
+    with patient(unused_port) as (following, screen):
 
         def sleep(seconds: float) -> None:
             screen.sleep(seconds)
@@ -308,15 +306,15 @@ def test_without_a_limit_it_never_gives_up(nobody: int) -> None:
             following.run()
 
 
-def test_an_answer_that_puts_off_renews_no_patience_and_a_stream_does() -> None:
-    put_off_for = [problem(503, "DRAINING", retry_after="20")]
+def test_the_time_limit_starts_anew_after_a_stream_and_not_after_a_503() -> None:
+    later = [problem(503, "DRAINING", retry_after="20")]
     with (
-        answering(*put_off_for * 2, stream(event(1)), *put_off_for * 2, stream(event(2), DONE), record()) as server,
+        answering(*later * 2, stream(event(1)), *later * 2, stream(event(2), DONE), record()) as server,
         patient(server.port, 50) as (following, screen),
     ):
         assert following.run() == 0
         assert [pause for pause in screen.pauses if pause > 1] == [20] * 4
-    with answering(*put_off_for) as server, patient(server.port, 50) as (following, screen):
+    with answering(*later) as server, patient(server.port, 50) as (following, screen):
         with pytest.raises(
             CommandFailed, match=r"gave up, since the server asks for 20 s of patience: .* 503 DRAINING"
         ):
@@ -363,7 +361,7 @@ def test_a_run_that_is_gone_is_sought_for_fifteen_seconds() -> None:
         assert following.run() == 0
 
 
-def test_each_time_that_a_run_is_gone_it_is_sought_anew() -> None:
+def test_each_time_that_a_run_is_gone_the_limit_starts_anew() -> None:
     gone = problem(404, "RUN_NOT_FOUND")
     said = [stream(event(1)), gone, stream(event(2)), gone, stream(DONE), record()]
     with answering(*said) as server, patient(server.port) as (following, screen):
@@ -371,7 +369,7 @@ def test_each_time_that_a_run_is_gone_it_is_sought_anew() -> None:
         assert following.run() == 0
 
 
-def test_a_record_that_cannot_be_had_is_not_waited_for_as_long_as_a_stream(nobody: int) -> None:
+def test_a_record_is_not_waited_for_as_long_as_a_stream() -> None:
     with answering(WHOLE, problem(503, "X")) as server, patient(server.port, 3600) as (following, screen):
         with pytest.raises(
             CommandFailed, match="how the run ended is not known: gave up after 15 s: the server answered 503"
@@ -381,7 +379,7 @@ def test_a_record_that_cannot_be_had_is_not_waited_for_as_long_as_a_stream(nobod
     assert len(screen.events) == 3
 
 
-def test_a_connection_that_says_nothing_is_taken_for_dead_and_opened_again() -> None:
+def test_a_silent_connection_counts_as_dead_and_is_opened_again() -> None:
     with (
         answering(Held(stream(event(1), cut=True)), Held(b""), stream(event(2), DONE), record()) as server,
         patient(server.port, silence=0.2) as (following, screen),
@@ -423,7 +421,7 @@ def test_the_silence_of_a_stream_has_a_limit_of_its_own() -> None:
         (404, {"retry-after": "7"}, True, Action.SEEK, 0),
     ],
 )
-def test_what_a_reader_does_after_an_answer(
+def test_what_a_reader_does_after_a_response(
     status: int, headers: dict[str, str], seen: bool, step: Action, pause: float
 ) -> None:
     decision = decide(ApiResponse(status, headers), cursor=5, seen=seen)
@@ -433,7 +431,7 @@ def test_what_a_reader_does_after_an_answer(
         assert retry_or_stop(ApiResponse(status, headers), seen=seen) == decision
 
 
-def test_a_cursor_that_has_expired_is_followed_by_the_oldest_there_is() -> None:
+def test_after_an_expired_cursor_a_reader_continues_at_the_oldest_event() -> None:
     body = json.dumps({"code": "CURSOR_EXPIRED", "detail": "x", "oldest_seq": 7}).encode()
     steps = [decide(ApiResponse(410, body=body), cursor=cursor, seen=True).action for cursor in (0, 5, 6, 7)]
     assert steps == [Action.SKIP, Action.SKIP, Action.STOP, Action.STOP]
@@ -465,7 +463,7 @@ def test_how_events_are_printed() -> None:
     assert line.isascii()
 
 
-def test_how_a_run_ended_is_said_in_words() -> None:
+def test_how_a_run_ended_is_described() -> None:
     error = {"code": "ERROR", "message": "it broke", "error_id": "e1"}
     assert (
         describe_end(record_of("failed", stop_reason="error", error=error)) == "run r1: failed (error), ERROR: it broke"
@@ -475,7 +473,7 @@ def test_how_a_run_ended_is_said_in_words() -> None:
     assert describe_end(record_of("completed", stop_reason=None)) == "run r1: completed"
 
 
-def test_progress_counts_what_there_was() -> None:
+def test_progress_counts_events_bytes_and_reconnects() -> None:
     progress = Progress(10.0, events=3, size=456, reconnects=2, state="no connection", until=12.5)
     assert progress.line(11.0) == "no connection, again in 1.5 s · 3 events, 456 bytes, 1.0 s, 2 reconnects"
     assert Progress(10.0, state="connected").line(12.0) == "connected · 0 events, 0 bytes, 2.0 s"

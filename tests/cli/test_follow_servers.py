@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,9 @@ import trio
 from penstock import Event
 from tests.support.command_line import GUARD, environment, ran
 from tests.support.processes import Process, process_of
+from tests.support.runs_answers import answering, event, record, stream
 from tests.support.runs_following import following, http_proxy
+from tests.support.runs_producers import until_told
 from tests.support.serving import Tap, serving
 from tests.support.wire import DONE
 
@@ -56,16 +60,15 @@ def counted(last: int) -> list[tuple[int, str]]:
     return [(number, str(number)) for number in range(1, last)] + [(last, DONE)]
 
 
-async def test_over_a_server_that_is_stopped_three_times_every_event_is_printed_once(
+async def test_over_a_server_that_is_stopped_twice_every_event_is_printed_once(
     server: Endpoint, tmp_path: Path
 ) -> None:
     told = tmp_path / "told"
     with kept_port() as port:
-        async with serving_on(0, server.url) as owner:
+        async with serving({"until_told": until_told}, server.url) as owner:
             run_id = await owner.start("until_told", str(told))
             async with following(f"http://127.0.0.1:{port}", run_id, "--json") as follower:
-                await follower.said("no connection")
-                for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+                for number in (signal.SIGTERM, signal.SIGKILL):
                     async with serving_on(port, server.url) as between:
                         await follower.more()
                         between.signal(number)
@@ -77,7 +80,7 @@ async def test_over_a_server_that_is_stopped_three_times_every_event_is_printed_
             run = await owner.run(run_id)
     assert [(each["id"], each["data"]) for each in follower.events] == counted(run["seq"])
     assert f"run {run_id}: completed (end_turn); {run['seq']} events, " in follower.err[-1]
-    assert int(re.findall(r"(\d+) reconnects", follower.err[-1])[0]) == len(follower.err) - 1 >= 4
+    assert int(re.findall(r"(\d+) reconnects", follower.err[-1])[0]) == len(follower.err) - 1 >= 2
 
 
 async def test_through_a_proxy_that_cuts_connections_every_event_is_printed_once() -> None:
@@ -156,6 +159,13 @@ async def test_each_event_is_printed_at_once_and_a_closed_pipe_ends_it_also_in_a
             )
         assert (done.returncode, done.stdout, done.stderr) == (0, b"1  message  one\n", b"")
         tap.end()
+
+
+def test_a_slow_reader_gets_a_long_event_whole_although_signals_interrupt_the_write() -> None:
+    with answering(stream(event(1, "x" * 300_000), event(2, "[DONE]")), record()) as server:
+        line = f"{sys.executable} -u -m penstock runs --url {server.url} follow r1 --json | (sleep 1; cat)"
+        done = subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=True, env=environment())
+    assert [len(json.loads(each)["data"]) for each in done.stdout.splitlines()] == [300_000, len(DONE)]
 
 
 async def test_what_a_producer_sends_cannot_drive_the_terminal() -> None:

@@ -1,4 +1,4 @@
-"""A server whose answers are written beforehand, byte by byte: for what no server of penstock's would say."""
+"""A server with prepared responses, byte by byte: for responses that no server of penstock would send."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GUARD = 60.0
-"""Seconds after which a client that asks for nothing has hung. No test comes near it."""
+"""Seconds after which a client that requests nothing has hung. No test comes near it."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """An answer after which the connection stays open, and nothing more comes."""
+    """A response after which the connection stays open and silent."""
 
     begins: bytes
 
 
 @dataclass(frozen=True)
 class Reset:
-    """An answer after which the connection is reset."""
+    """A response after which the connection is reset."""
 
     begins: bytes
 
@@ -35,14 +35,14 @@ Said = bytes | Held | Reset
 
 
 def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """A whole answer; an underscore in a header's name is a hyphen."""
+    """A whole response; an underscore in a header's name is a hyphen."""
     lines = [f"HTTP/1.1 {status} words", f"content-length: {len(body)}", "connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def problem(status: int, code: str, detail: str = "so it is", *, retry_after: str = "", **members: Any) -> bytes:
-    """A refusal, as penstock spells it."""
+    """An error response of the dialect plain."""
     body = {"status": status, "code": code, "detail": detail, **members}
     headers = {"retry_after": retry_after} if retry_after else {}
     return answer(status, json.dumps(body).encode(), content_type="application/problem+json", **headers)
@@ -60,7 +60,7 @@ def record_of(status: str = "completed", **members: Any) -> dict[str, Any]:
 
 
 def stream(*blocks: str, cut: bool = False) -> bytes:
-    """A stream of these blocks; one that is cut does not come to the end of its encoding."""
+    """A stream of these blocks; a cut one lacks the end of the chunked encoding."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
     chunks = [f"{block}\n\n".encode() for block in blocks]
     body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
@@ -75,7 +75,7 @@ def event(seq: int, data: str = "words", event: str | None = None) -> str:
 
 @dataclass
 class Scripted:
-    """What the server is asked, and where it is."""
+    """The port of the server, and the requests that it has received."""
 
     port: int
     requests: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Scripted:
 
 @contextmanager
 def answering(*said: Said) -> Iterator[Scripted]:
-    """A server that gives one answer on each connection; the last one again and again."""
+    """A server that sends one response on each connection, and the last one again and again."""
     held: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Scripted(listener.getsockname()[1])

@@ -127,6 +127,10 @@ def _command(group: click.Group, **settings: Any) -> Callable[[Callable[..., Non
             own = {name: given.pop(name) for name in ("url", "token", "cafile")}
             where = {name: ctx.obj[name] if value is None else value for name, value in own.items()}
             if isinstance(sys.stdout, io.TextIOWrapper):
+                if isinstance(
+                    sys.stdout.buffer, io.RawIOBase
+                ):  # as with python -u: a signal would cut a long write short
+                    sys.stdout = io.TextIOWrapper(io.BufferedWriter(sys.stdout.buffer), sys.stdout.encoding)
                 sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters of a producer's
             try:
                 with _client(**where) as client:

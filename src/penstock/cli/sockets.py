@@ -112,7 +112,7 @@ def _listen(bind: str, *, anywhere: bool) -> socket.socket:
         raise ConfigurationError(f"{bind}: there is no address of that name ({error}); check the spelling") from None
     if not anywhere and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise ConfigurationError(
-            f"{bind} can be reached from other machines, and whoever reaches it can start, read and cancel every run; "
+            f"{bind} can be reached from other machines, where every client can start, read and cancel every run; "
             "give --token or --tokens, bind to 127.0.0.1 behind a proxy that authenticates its clients, or add "
             "--insecure if the network itself is safe"
         )
