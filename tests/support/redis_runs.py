@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from tests.support.redis_servers import Endpoint
     from tests.support.supervising import Reader
 
-GUARD: Final = 60.0
+GUARD: Final = 110.0
 """Seconds after which a test has hung. No test comes near it."""
-SOON: Final = 15.0
+SOON: Final = 45.0
 """Seconds within which what must happen has happened, on a machine that is busy with something else."""
 
 FIELDS: Final = {"seq_id", "data", "timestamp"}

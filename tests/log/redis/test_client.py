@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from penstock.log.redis.slots import Command
     from tests.support.proxy import Proxy
 
-GUARD = 10
+GUARD = 60
 SHORT = 0.3
 """How long Redis may take to answer where a test waits for it to be too long."""
 
@@ -371,10 +371,11 @@ async def test_answers_that_come_too_late_are_nobody_elses(client: Client, betwe
 # Cancelling
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of_another(
-    server: Endpoint, between: Proxy, seed: int
+    monkeypatch: pytest.MonkeyPatch, server: Endpoint, between: Proxy, seed: int
 ) -> None:
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", GUARD)
     chance = random.Random(seed)
     numbers = iter(range(1_000_000))
     cancelled = answered = 0

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tests.support.redis_servers import RedisServer
 
 KEYS = Keys()
-MANY = 200
+MANY = 50
 """So many entries come to readers of other runs while a node is away."""
 PATIENT = 600.0
 """Seconds without an answer after which nodes take another for failed: no test waits for that."""

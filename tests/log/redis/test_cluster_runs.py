@@ -124,7 +124,7 @@ async def test_the_runs_of_a_master_that_dies_go_on_at_its_replica_or_say_what_w
             await master.kill()
             elsewhere = [reader for at, reader in enumerate(following) if nodes[at // 2] is not master]
             if elsewhere:
-                await further(elsewhere, 200)
+                await further(elsewhere, 50)
             await cluster.failed_over(master)
             said = [ticks.said for ticks in several]
             await until(

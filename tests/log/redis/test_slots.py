@@ -159,7 +159,8 @@ def test_a_reply_that_tells_of_no_slots_is_refused_and_changes_nothing(said: Any
 
 
 WORDS: st.SearchStrategy[Any] = st.none() | st.integers(-2, 20_000) | st.binary(max_size=3) | st.just(list(A))
-REPLIES = st.recursive(WORDS, lambda inner: st.lists(inner, max_size=5), max_leaves=20)
+LISTS = st.lists(WORDS | st.lists(WORDS, max_size=4), max_size=5)
+REPLIES = WORDS | LISTS | st.lists(WORDS | LISTS, max_size=5)
 
 
 @settings(max_examples=50, deadline=None)
