@@ -116,7 +116,7 @@ def test_gaps_and_repeats_are_counted() -> None:
         pytest.param(verdict(seen([*whole(until=3), Block(4, data=DONE)])), "is complete with 4", id="cut short"),
         pytest.param(verdict(seen(completed()), seen([Block(1, data=DONE)])), "disagree", id="readers disagree"),
         pytest.param(verdict(seen(lost()), status="lost"), "its server lived", id="lost alive"),
-        pytest.param(verdict(seen(lost(), ended=15.1), killed=10.0, status="lost"), "told 5.10 s after", id="late"),
+        pytest.param(verdict(seen(lost(), ended=15.1), killed=10.0, status="lost"), "informed 5.10 s after", id="late"),
         pytest.param(
             verdict(seen(lost(), ended=9.0), killed=10.0, status="lost"), "1.00 s before its server", id="too early"
         ),

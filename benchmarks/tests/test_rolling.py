@@ -83,9 +83,9 @@ def test_a_run_that_is_interrupted_after_its_server_was_told_to_end_is_well() ->
 @pytest.mark.parametrize(
     "owner, status, words",
     [
-        pytest.param(Life("1.1", 0.0, 0.5), "failed", "before its server was told to end", id="not told"),
+        pytest.param(Life("1.1", 0.0, 0.5), "failed", "before its server was sent SIGTERM", id="not told"),
         pytest.param(
-            Life("1.1", 0.0, 0.5, stopped=13.0), "failed", "before its server was told to end", id="too early"
+            Life("1.1", 0.0, 0.5, stopped=13.0), "failed", "before its server was sent SIGTERM", id="too early"
         ),
         pytest.param(Life("1.1", 0.0, 0.5, stopped=10.0), "running", "its record says running", id="record"),
     ],
