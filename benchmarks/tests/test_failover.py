@@ -20,6 +20,7 @@ SHORT = Settings(
 
 
 @pytest.mark.parametrize("scenario", ["cluster", "stalled", "sentinel", "slots"])
+@pytest.mark.timeout(400)  # a busy machine takes minutes
 async def test_servers_fail_or_hand_over_and_every_reader_sees_every_run_once_in_order_and_to_its_end(
     scenario: str,
 ) -> None:

@@ -36,6 +36,7 @@ SHORT = Settings(
 """With slack for a machine that has the rest of the suite to do at the same time."""
 
 
+@pytest.mark.timeout(400)  # a busy machine takes minutes
 async def test_a_server_is_restarted_and_loses_workers_and_every_reader_sees_every_run_to_its_end() -> None:
     report = await chaos(SHORT, kind=Rolling)
     words = "\n".join([*report.table, *report.wrong])
