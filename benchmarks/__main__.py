@@ -125,9 +125,9 @@ def main(
     chosen = [questions()[name] for name in dict.fromkeys(names)] or [*questions().values()]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
     if against is not None:
-        run = Run(console, output, Scale(quick=quick), 1 if quick else rounds or comparison.ROUNDS)
+        run = Run(console, output, Scale(quick=quick), rounds or (1 if quick else comparison.ROUNDS))
         sys.exit(compare(run, _comparing(chosen, named=bool(names)), against, within=within))
-    measure(Run(console, output, Scale(quick=quick), 1 if quick else rounds or ROUNDS), chosen, publish=publish)
+    measure(Run(console, output, Scale(quick=quick), rounds or (1 if quick else ROUNDS)), chosen, publish=publish)
 
 
 class Run:

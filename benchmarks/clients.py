@@ -1,4 +1,4 @@
-"""What the questions ask penstock's HTTP API for, and how they start the load generator."""
+"""Calls of penstock's HTTP API, and the start of the load generator, for the questions."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from benchmarks.processes import Server
 
 WAIT: Final = 120.0
-"""Seconds that a run may take to its end."""
+"""Seconds until a run must have ended."""
 ENOUGH: Final = 0.5
-"""Seconds that a rate is measured for, at least."""
+"""The shortest time, in seconds, for which a rate is measured."""
 LOOK: Final = 0.02
-"""Seconds between two looks at a run."""
+"""Seconds between two requests for a run's status."""
 
 
 def started_run(server: Server, producer: str, **given: Any) -> str:
-    """Start a run; its id."""
+    """Start a run and return its id."""
     answer = httpx2.post(f"{server.url}/v1/runs", json={"producer": producer, "input": given}, timeout=WAIT)
     answer.raise_for_status()
     return str(answer.json()["id"])
 
 
 def stream_of(server: Server, run_id: str) -> str:
-    """Where a run's stream is."""
+    """The URL of a run's stream."""
     return f"{server.url}/v1/runs/{run_id}/stream"
 
 
 def stored_run(server: Server, producer: str, **given: Any) -> str:
-    """Start a run, and wait for its end; its id.
+    """Start a run, wait for its end and return its id.
 
     Raises:
         BenchmarkError: it did not complete.
@@ -48,18 +48,18 @@ def stored_run(server: Server, producer: str, **given: Any) -> str:
         time.sleep(LOOK)
         status = httpx2.get(f"{server.url}/v1/runs/{run_id}", timeout=WAIT).raise_for_status().json()["status"]
     if status != "completed":
-        raise BenchmarkError(f"a run that was to be stored is {status}")
+        raise BenchmarkError(f"run {run_id} is {status}, not completed")
     return run_id
 
 
 def read(urls: Sequence[str] | str, *, readers: int = 1, **given: Any) -> dict[str, float]:
-    """Let the load generator read, as `load.py` says."""
+    """Run the load generator; `load.py` lists the options and the figures."""
     urls = [urls] if isinstance(urls, str) else urls
     return job(module("load", urls=urls, readers=readers, **given))
 
 
 def reading(urls: Sequence[str] | str, *, readers: int = 1, **given: Any) -> Job:
-    """Let the load generator read while one does something else; it has connected all readers."""
+    """Start the load generator and return when all of its readers are connected."""
     urls = [urls] if isinstance(urls, str) else urls
     load = job_started(module("load", urls=urls, readers=readers, **given))
     load.wait_for("ready")
@@ -67,7 +67,7 @@ def reading(urls: Sequence[str] | str, *, readers: int = 1, **given: Any) -> Job
 
 
 def starting(producer: str, **given: Any) -> dict[str, Any]:
-    """What is to be sent to `/v1/runs`, so that a reader starts a run, and has its stream as the answer."""
+    """The request to `/v1/runs` that starts a run and is answered with its stream."""
     return {
         "method": "POST",
         "headers": {"Content-Type": "application/json"},
@@ -77,10 +77,10 @@ def starting(producer: str, **given: Any) -> dict[str, Any]:
 
 @contextmanager
 def held(urls: Sequence[str] | str, *, readers: int, **given: Any) -> Iterator[None]:
-    """So many connections, while the block lasts.
+    """Hold connections open while the block lasts.
 
     Raises:
-        BenchmarkError: not all of them were still there at its end.
+        BenchmarkError: a connection was lost before the end of the block.
     """
     load, left = reading(urls, readers=readers, hold=True, **given), 0.0
     try:
@@ -92,7 +92,7 @@ def held(urls: Sequence[str] | str, *, readers: int, **given: Any) -> Iterator[N
 
 
 def rate(server: Server, url: str, *, events: int, **given: Any) -> dict[str, float]:
-    """Read a stream to its end, at full speed, again and again until that has taken `ENOUGH`.
+    """Read a stream to its end at full speed, repeatedly until that has taken `ENOUGH`.
 
     Raises:
         BenchmarkError: an event is missing.

@@ -2,11 +2,11 @@
 
     python -m benchmarks.load '{"urls": ["http://127.0.0.1:8000/stream"], "readers": 1000, "seconds": 5}'
 
-It reads from plain sockets through epoll, and looks once at bytes that many readers get alike, so that it costs little:
-it is to wait for what it measures, and not the other way round. `just bench load` shows how much it can take in, and
-every turn says how busy it was.
+It reads from plain sockets through epoll and parses bytes that many readers get alike only once, so that the measured
+server is the bottleneck and not the generator. `just bench load` shows how much it can take in, and every turn reports
+how busy it was.
 
-What it looks for are marks, which servers of all kinds put into the data of their events:
+It looks for marks that the servers put into the data of their events:
 
 | mark | meaning |
 |---|---|
@@ -15,13 +15,13 @@ What it looks for are marks, which servers of all kinds put into the data of the
 
 Options: `urls`, one for each reader in turn; `readers`; `headers`, `method` and `body` of their requests; and how long:
 
-- `seconds`: the events made in so many seconds are measured, `warm_up` seconds after all readers had their headers;
+- `seconds`: the events made during these seconds are measured, `warm_up` seconds after all readers had their headers;
 - otherwise until all streams have ended;
 - `hold`: nothing is measured, and the connections stay until standard input is closed.
 
 It prints `ready` when all readers have had their headers, `measuring` and `measured` when the measured seconds begin
 and end and, last of all, a line of JSON: `events`; `bytes`; `seconds`, from the first request, or the end of the
-warm-up, to the last byte; `made`, the different marks that anybody saw; `fewest`, the events of the reader that got
+warm-up, to the last byte; `made`, the different marks that any reader saw; `fewest`, the events of the reader that got
 fewest; `arrived`, the events that came in the measured seconds, whenever they were made; `p50`, `p99` and `max` in
 milliseconds; `ended`, the streams that did; `busy`, the share of a core that it took.
 """
@@ -53,15 +53,15 @@ MARK: Final = re.compile(rb"t=(\d+);")
 LAST: Final = b"0\r\n\r\n"
 """How a body in chunks ends (RFC 9112, 7.1)."""
 REMEMBERED: Final = 256
-"""So many pieces are remembered, with what was found in them."""
+"""Pieces that are remembered, with the marks found in them."""
 LATE: Final = 3.0
 """Seconds after the measured ones in which their events may still arrive."""
 AT_ONCE: Final = 100
-"""So many readers may wait for their headers before the next one connects: a server's backlog is short."""
+"""Readers that may wait for their headers before the next one connects: a server's backlog is short."""
 ANSWER: Final = 60.0
 """Seconds that all readers together may wait for their headers."""
 SILENCE: Final = 20.0
-"""Seconds without a byte for anybody, after which no more is expected."""
+"""Seconds without a byte for any reader, after which no more is expected."""
 
 
 class LoadError(Exception):
@@ -74,13 +74,13 @@ class Reader:
 
     connection: socket.socket
     rest: bytes = b""
-    """What was read of a line that is not whole yet; before that, of the headers."""
+    """The bytes of an incomplete line; before that, of incomplete headers."""
     tail: bytes = b""
-    """The last bytes that were looked at."""
+    """The last bytes that were parsed."""
     headers: bool = False
     ended: bool = False
     past: bool = False
-    """It has had an event that was made after the measured time, and so all that were made in it."""
+    """It has read an event made after the measured time, and so all that were made in it."""
     events: int = 0
 
 
@@ -145,7 +145,7 @@ class Load:
         return bool(self.seen.marks) and any(not (reader.past or reader.ended) for reader in self._readers.values())
 
     def answered(self, *, all_but: int = 0) -> None:
-        """Wait until all readers but so many have had their headers.
+        """Wait until all readers but `all_but` have had their headers.
 
         Raises:
             LoadError: they did not come in time.
@@ -241,7 +241,7 @@ class Load:
 
 
 def run(given: Mapping[str, Any]) -> dict[str, float]:
-    """Do what the options say."""
+    """Run the load generator by its options."""
     allow_files(given["readers"])
     load = Load()
     load.connect(
@@ -298,7 +298,7 @@ def _figures(load: Load) -> dict[str, float]:
 
 
 def allow_files(readers: int) -> None:
-    """Each reader is an open file, here and in a server started from here; a shell's limit may be too low."""
+    """Raise the limit of open files, which may be too low for the readers here and in a server started from here."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(readers + 100, hard) if hard != resource.RLIM_INFINITY else readers + 100
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

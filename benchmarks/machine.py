@@ -1,4 +1,4 @@
-"""What was measured, and on what."""
+"""Describes the machine and the versions of the measured software."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES: Final = (
     "assistant-stream",
 )
 NODE_PACKAGES: Final = Path(__file__).parent / "servers" / "durable" / "package.json"
-"""Where the versions of those from npm are pinned."""
+"""Pins the versions of the packages from npm."""
 
 
 def cores() -> int:
@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def described() -> dict[str, str]:
-    """The machine, and the versions of what ran on it."""
+    """The machine and the installed versions, by name."""
     memory = psutil.virtual_memory().total / 1024**3
     found = {
         "machine": f"{_processor()}, {cores()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}",
@@ -63,7 +63,7 @@ def _said(*argv: str) -> str:
 
 
 def _processor() -> str:
-    """Its name, where the system tells."""
+    """The processor's name, or the architecture if the system does not name it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,11 +1,11 @@
-"""What a benchmark is made of: a question has cases, which take turns, and goals, which judge their medians.
+"""The parts of a benchmark: a question has cases, which take turns, and goals, which judge their medians.
 
     Question ──▶ Case ──▶ a turn: {"events/s": 51_234.0, ...}     every case once, then again: a round
         │                       └── over all rounds ──▶ Spread (median, lowest, highest)
         └──────▶ Goal ──▶ Verdict: one figure, or the ratio of two, against what it is to reach
 
-A turn never reports a time that is to be compared with another day's: machines differ, and so do days. What is judged
-is a ratio of two figures of the same run, or a count.
+Goals judge ratios of two figures of the same run, or counts: a time alone differs from machine to machine and from day
+to day.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class Scale:
     quick: bool = False
 
     def count(self, number: int) -> int:
-        """So many, or a fiftieth of it."""
+        """The number, or a fiftieth of it in a quick run, at least 10."""
         return max(10, number // 50) if self.quick else number
 
     def seconds(self, number: float) -> float:
-        """So long, or a tenth of it, but a second at least."""
+        """The seconds, or a tenth of them in a quick run, at least 1."""
         return max(1.0, number / 10) if self.quick else number
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One that takes turns with the others.
+    """One of the things that take turns.
 
     Attributes:
-        name: what is measured, in the words of the table.
+        name: what is measured, as the table shows it.
         turn: measures once.
         missing: why it cannot be measured on this machine, or None.
     """
@@ -64,7 +64,7 @@ class Spread(NamedTuple):
 
 
 class Outcome(Enum):
-    """How a goal fared."""
+    """The outcome of a goal."""
 
     REACHED = "pass"
     MISSED = "MISS"
@@ -74,14 +74,14 @@ class Outcome(Enum):
 
 
 class Figure(NamedTuple):
-    """A case's figure, by name."""
+    """A figure of a case, by their names."""
 
     case: str
     name: str
 
 
 class Verdict(NamedTuple):
-    """A goal, what was measured of it, and how it fared."""
+    """A goal, its measured value and its outcome."""
 
     says: str
     value: float | None
@@ -91,15 +91,15 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure, or the ratio of two, is to reach; neither `at_least` nor `at_most`: it is only reported.
+    """The limit of a figure, or of the ratio of two. Without `at_least` and `at_most` it is only reported.
 
     Attributes:
-        says: what is compared, in a few words.
+        says: what is compared, in short.
         of: the figure.
         to: what it is divided by; None: by nothing.
-        at_least: the least that is good enough, if more is better.
-        at_most: the most that is, if less is better.
-        cores: judged only on machines that have so many.
+        at_least: the lowest value that passes, if more is better.
+        at_most: the highest value that passes, if less is better.
+        cores: it is judged only on machines with at least this number of cores.
     """
 
     says: str
@@ -140,7 +140,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What a question's plot shows.
+    """The plot of a question.
 
     Attributes:
         title: what it is.
@@ -217,7 +217,7 @@ class Answer:
         }
 
     def verdicts(self, *, cores: int) -> list[Verdict]:
-        """How the goals fared."""
+        """The outcomes of the goals."""
         figures = self.spreads()
         return [goal.judged(figures, cores=cores) for goal in self.question.goals]
 
@@ -228,7 +228,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that so many percent of the *sorted* values do not exceed (nearest rank)."""
+    """The value that a share of the *sorted* values does not exceed (nearest rank)."""
     return values[max(0, -(-len(values) * percent // 100).__trunc__() - 1)] if values else float("nan")
 
 

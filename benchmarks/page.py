@@ -1,4 +1,4 @@
-"""`docs/performance.md`: its words are written by hand, what is between its marks by `just bench --publish`."""
+"""Writes the figures into `docs/performance.md`, between two marks; the rest of the page is written by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END: Final = "<!-- the end of the figures -->"
 def written(
     folder: Path, answers: Sequence[Answer], machine: Mapping[str, str], *, rounds: int, cores: int
 ) -> list[str]:
-    """Write `results.json` and the plots into a folder; the section that shows them, in Markdown."""
+    """Write `results.json` and the plots into a folder; return the lines of Markdown that show them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(as_json(answers, machine, rounds=rounds, cores=cores))
     lines = [", ".join(f"{name} {what}" for name, what in machine.items() if name != "machine") + ".", ""]
@@ -32,7 +32,7 @@ def written(
 
 
 def published(answers: Sequence[Answer], machine: Mapping[str, str], *, rounds: int, cores: int) -> Path:
-    """Write results and plots to where the page shows them, and the page's figures."""
+    """Write the results, the plots and the page; return the page's path."""
     page = DOCS / "performance.md"
     lines = written(DOCS / "performance", answers, machine, rounds=rounds, cores=cores)
     before, _, rest = page.read_text().partition(BEGIN)

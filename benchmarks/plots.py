@@ -28,7 +28,7 @@ NUMBERS = StrMethodFormatter("{x:,g}")
 
 
 def plotted(answer: Answer, folder: Path) -> list[str]:
-    """Write a question's charts into a folder; the names of the files."""
+    """Write a question's charts into a folder; return the names of the files."""
     files = []
     with mpl.rc_context({"svg.hashsalt": "penstock", "svg.fonttype": "none", "font.size": 9}):
         for number, chart in enumerate(answer.question.charts, start=1):
@@ -63,7 +63,7 @@ def _bars(axes: Axes, chart: Chart, spreads: Mapping[Figure, Spread]) -> None:
 
 
 def _decades(lowest: float, highest: float) -> tuple[float, float]:
-    """Where a logarithmic axis begins and ends: at whole decades, or a few per cent would look like all."""
+    """The ends of a logarithmic axis, at whole decades; a shorter axis would magnify a few per cent."""
     return 10.0 ** math.floor(math.log10(lowest)), 10.0 ** math.ceil(math.log10(highest))
 
 

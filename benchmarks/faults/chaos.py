@@ -1,4 +1,4 @@
-"""Several servers over one Redis, killed again and again, and readers who must not notice.
+"""Kills servers that share one Redis again and again, and checks what their readers see.
 
     penstock serve  1 ─┐                 ┌─ reader 1: run-7, drops, comes back to server 3 with its cursor, ...
     penstock serve  2 ─┼─ redis-server   ├─ reader 2: ...
@@ -6,13 +6,13 @@
           ▲
        SIGKILL every few seconds, and started again at once on the same port
 
-What is promised, and looked at here: every reader of a run sees 1, 2, 3 ... to its end, without gap or repeat, whoever
-serves it and however often it is cut off. A run whose server lives is completed; one whose server was killed is lost,
-and its readers hear of it a lease and little more after the kill. A start whose answer was lost is repeated under the
-same key, and leads to one run, begun once.
+The checked promises: every reader of a run sees 1, 2, 3 ... to its end, without gap or repeat, from any server and over
+any number of reconnects. A run whose server lives is completed; a run whose server was killed is lost, and its readers
+learn it a lease and little more after the kill. A start whose answer was lost is repeated under the same key and leads
+to one run, begun once.
 
-As a script (`python -m benchmarks.faults.chaos --help`) it goes on for as long as one likes.
-Real processes, real sockets and the real clock: only its own choices can be repeated, with `--seed`.
+`python -m benchmarks.faults.chaos --help` lists the options. Processes, sockets and the clock are real: `--seed`
+repeats only the choices made here.
 """
 
 from __future__ import annotations
@@ -48,43 +48,43 @@ if TYPE_CHECKING:
     from tests.support.redis_servers import RedisServer
 
 GUARD: Final = 15.0
-"""Seconds beyond all that may take long, after which whoever waits is said to hang."""
+"""Seconds beyond the slowest expected step, after which a wait counts as a hang."""
 GONE: Final = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
-"""What a client sees of a server that is not there, or is no longer."""
+"""The errors of a client whose server is down or goes down."""
 CREATED: Final = 201
 STARTED: Final = (200, CREATED)
 UNAVAILABLE: Final = 503
 PORTS: Final = range(20_000, 32_000)
-"""Below those that systems give to outgoing connections: one of them could take the port of a server that is down."""
+"""Below the ephemeral ports: an outgoing connection could take the port of a server that is down."""
 PAUSE: Final = (0.02, 0.4)
-"""Seconds that a reader stays away, from and to."""
+"""The shortest and longest time, in seconds, that a reader stays away."""
 PATIENCE: Final = (0.2, 9.0)
-"""Seconds after which a reader drops its connection, from and to."""
+"""The shortest and longest time, in seconds, after which a reader drops its connection."""
 AUDITORS: Final = 16
 NOTICED: Final = 2.0
-"""Seconds beyond the lease within which a lost run's readers hear of it."""
+"""Seconds beyond the lease within which a lost run's readers learn of it."""
 
 
-def knob(default: Any, says: str) -> Any:
+def option(default: Any, says: str) -> Any:
     return field(default=default, metadata={"says": says})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much chaos."""
+    """The options of the command."""
 
-    seconds: float = knob(
+    seconds: float = option(
         60.0, "for how long runs are started and servers killed; to see the last runs end takes longer"
     )
-    servers: int = knob(4, "how many servers there are")
-    runs: int = knob(200, "how many runs are started")
-    readers: int = knob(400, "how many readers there are at a time; each follows one run after the other")
-    lease: float = knob(3.0, "the servers' lease, in seconds")
-    shortest: float = knob(5.0, "the seconds that the shortest run takes")
-    longest: float = knob(30.0, "the seconds that the longest run takes")
-    kill_every: float = knob(4.0, "the seconds between two kills, on average")
-    slack: float = knob(NOTICED, "how many seconds after kill and lease readers may hear that a run is lost")
-    seed: int = knob(1, "repeats the choices that are made here: who is killed when, what runs say when")
+    servers: int = option(4, "how many servers there are")
+    runs: int = option(200, "how many runs are started")
+    readers: int = option(400, "how many readers there are at a time; each follows one run after the other")
+    lease: float = option(3.0, "the servers' lease, in seconds")
+    shortest: float = option(5.0, "the seconds that the shortest run takes")
+    longest: float = option(30.0, "the seconds that the longest run takes")
+    kill_every: float = option(4.0, "the seconds between two kills, on average")
+    slack: float = option(NOTICED, "how many seconds after kill and lease readers may hear that a run is lost")
+    seed: int = option(1, "repeats the choices that are made here: who is killed when, what runs say when")
 
 
 class Report(NamedTuple):
@@ -121,16 +121,16 @@ class Server:
         return self.lives[-1]
 
     def kill(self) -> None:
-        """Let it die as in a crash."""
+        """Kill it with SIGKILL."""
         assert self._process is not None
         self.life.killed = trio.current_time()
         self._process.kill()
 
     async def stop(self, *, again: bool = False) -> None:
-        """Let it shut down in order, which is to end well and soon.
+        """End it with SIGTERM; it must end with code 0 and in time.
 
         Args:
-            again: and have it started again.
+            again: start it again.
         """
         assert self._process is not None
         life, process = self.life, self._process
@@ -186,7 +186,7 @@ class Server:
 
 
 class Chaos:
-    """All that happens."""
+    """A whole trial: servers, runs, readers and kills."""
 
     def __init__(self, settings: Settings, redis: RedisServer, witness: Path) -> None:
         self.settings = settings
@@ -231,7 +231,7 @@ class Chaos:
     # Who does what
 
     async def go_on(self, show: Callable[[str], None]) -> None:
-        """From the first start to the last reader."""
+        """Run the trial, from the first start to the last reader."""
         self.began = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick, show)
@@ -250,7 +250,7 @@ class Chaos:
             show(self.progress())
 
     def progress(self) -> str:
-        """How it stands, in a line."""
+        """The state of the trial, in a line."""
         seconds = trio.current_time() - self.began
         kills = sum(life.killed is not None for server in self.servers for life in server.lives)
         entries = sum(f.sequence.cursor for f in self.followings)

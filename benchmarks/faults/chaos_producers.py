@@ -1,7 +1,7 @@
-"""What the servers of a chaos test run: numbered events that say whose they are, at times that both sides can tell.
+"""The producer of a chaos test: numbered events that name their run, at times that server and test both compute.
 
 The order of a run, its input, is `{"run": a name, "seed": a number, "seconds": how long}`. From it `schedule` makes the
-same times and the same number of events in the server and in the test, and `content` the same words.
+same times and the same number of events in the server and in the test, and `content` the same text.
 
 Environment:
     CHAOS_SERVER   how the test calls the process; `{pid}` in it is the process's id.
@@ -29,7 +29,7 @@ BURSTS: Final = 0.05
 
 
 class Moment(NamedTuple):
-    """So many seconds after its begin a run says so many events."""
+    """A number of events, some seconds after a run's begin."""
 
     seconds: float
     events: int
@@ -47,7 +47,7 @@ def schedule(seed: int, seconds: float) -> list[Moment]:
 
 
 def content(run: str, number: int, execution: str, *, late: float = 0.0) -> dict[str, Any]:
-    """The data of an event; how late it is tells how busy the machine was."""
+    """The data of an event; its lateness shows how busy the machine was."""
     text = "lorem ipsum " * (zlib.crc32(f"{run} {number}".encode()) % 20)
     return {"run": run, "number": number, "execution": execution, "late": late, "text": text}
 
@@ -67,7 +67,7 @@ async def numbered(order: Any) -> AsyncIterator[Event]:
 
 
 def bear_witness(run: str, execution: str) -> None:
-    """Write it down in one step, so that no kill leaves half a line."""
+    """Append a line in one write, so that a kill leaves no half line."""
     file = os.open(os.environ["CHAOS_WITNESS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         life = os.environ["CHAOS_SERVER"].replace("{pid}", str(os.getpid()))

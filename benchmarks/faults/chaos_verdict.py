@@ -1,10 +1,10 @@
-"""What a chaos test has seen, and what is wrong with it. Nothing in here waits, or talks to anybody.
+"""The observations of a chaos test, and the judge of them. Nothing here does I/O or waits.
 
     Sequence    what one reader has seen of one run: every block is looked at when it comes
     Following   that, with the times: from when to when, how often cut off, how soon back
     Life        one process that served, from its start to its kill
-    Order       a run that was asked for, and of whom
-    judge       all of it together: did every run end as it had to, for everybody, and in time?
+    Order       a run that was asked for, and the servers that were asked
+    judge       did every run end as it had to, for all readers and in time?
 
 All times are Trio's.
 """
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 LOST: Final = "RUN_LOST"
 INTERRUPTED: Final = "INTERRUPTED"
 STATUSES: Final = {None: "completed", LOST: "lost", INTERRUPTED: "failed"}
-"""What the record of a run says whose readers were told this error."""
+"""The status in a run's record, by the error that its readers saw."""
 FAULTS: Final = 3
-"""How many faults of one reader are told; what follows the first is mostly its echo."""
+"""The faults of one reader that are shown; later ones mostly follow from the first."""
 STEPS: Final = 8
-"""How many steps of a reader's way are remembered, for the sake of those who wait too long."""
+"""The steps of a reader that are kept, to explain a long wait."""
 
 
 @dataclass
@@ -90,10 +90,10 @@ class Sequence:
         if said != content(self.run, self.cursor, str(self.execution), late=late) or self.error is not None:
             self.fault(f"{self.cursor} is {block}, of execution {self.execution}, error {self.error}")
 
-    def fault(self, words: str) -> None:
+    def fault(self, text: str) -> None:
         """Remember that this is wrong."""
         if len(self.faults) < FAULTS:
-            self.faults.append(words)
+            self.faults.append(text)
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Following:
         where: the server that it asked last.
         drops: how often it went away by itself.
         cuts: how often its stream broke, or ended too early.
-        refusals: how often nobody was there, or a server could not yet, or no longer.
+        refusals: how often no server was there, or a server was starting or draining.
         slowest: the longest it took to be back after its pause, through all refusals.
         pauses: from when to when it stayed away by itself.
         path: when something happened last, and what.
@@ -128,13 +128,13 @@ class Following:
     def __str__(self) -> str:
         return f"{self.reader} of {self.run}"
 
-    def step(self, now: float, words: str) -> None:
+    def step(self, now: float, text: str) -> None:
         """Remember what has happened."""
-        self.path.append((now, f"{words} {self.where} with {self.sequence.cursor}"))
+        self.path.append((now, f"{text} {self.where} with {self.sequence.cursor}"))
 
-    def told(self, since: float) -> str:
+    def history(self, since: float) -> str:
         """The last steps, in seconds since then."""
-        return ", ".join(f"{now - since:+.2f} {words}" for now, words in self.path)
+        return ", ".join(f"{now - since:+.2f} {text}" for now, text in self.path)
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Life:
     Attributes:
         ready: when it said that it serves.
         killed: when it was killed; None: it was not.
-        stopped: when it was told to end; None: it was not.
+        stopped: when it was sent SIGTERM; None: it was not.
     """
 
     name: str
@@ -196,11 +196,11 @@ class Story:
     begun: Several[tuple[str, str, str]]
     """Each line of the witness: which run was begun, by which life, in which execution."""
     mortals: Several[Life] = ()
-    """Who can tell of a lost run; empty: at every moment there is one who has been there for long enough."""
+    """The processes that can end lost runs; empty: at every moment one has run for long enough."""
 
 
 def judge(story: Story, limit: float) -> list[str]:
-    """Everything that is wrong, in words; nothing, if all is well.
+    """All faults, as messages; empty if there are none.
 
     Args:
         story: all that there was.
@@ -229,9 +229,9 @@ def _judge_run(order: Order, followings: list[Following], story: Story, limit: f
 def _judge_followings(followings: list[Following], begun: list[tuple[str, str]]) -> Iterator[str]:
     for following in followings:
         if following.ended is None:
-            yield f"{following} never came to its end; {following.told(following.began)}"
+            yield f"{following} never came to its end; {following.history(following.began)}"
         elif begun and following.sequence.execution not in {None, *(execution for _, execution in begun)}:
-            yield f"{following} was told of execution {following.sequence.execution}, and there were {begun}"
+            yield f"{following} saw execution {following.sequence.execution}, and there were {begun}"
 
 
 def _judge_outcome(order: Order, ended: list[Following], story: Story, limit: float) -> Iterator[str]:
@@ -259,23 +259,23 @@ def _judge_lost(order: Order, ended: list[Following], story: Story, limit: float
     if (early := min(notice(following, kill) for following in ended)) < 0:
         yield f"{order.name} was lost {-early:.2f} s before its server was killed: it was taken from a living one"
         return
-    since = told_from(kill, story, limit)
+    since = informed_from(kill, story, limit)
     for following in ended:
         if (waited := notice(following, since)) > limit:
             yield (
-                f"{following}: told {waited:.2f} s after {since - kill:.2f} s after the kill that it is lost: "
-                f"{following.told(kill)}"
+                f"{following}: informed {waited:.2f} s after {since - kill:.2f} s after the kill that it is lost: "
+                f"{following.history(kill)}"
             )
 
 
 def _judge_interrupted(order: Order, ended: list[Following], story: Story) -> Iterator[str]:
-    told = [life.stopped for life in owners_of(order, story) if life.stopped is not None]
-    if not told or min(following.ended or 0.0 for following in ended) < min(told):
-        yield f"{order.name} was interrupted before its server was told to end"
+    stopped = [life.stopped for life in owners_of(order, story) if life.stopped is not None]
+    if not stopped or min(following.ended or 0.0 for following in ended) < min(stopped):
+        yield f"{order.name} was interrupted before its server was sent SIGTERM"
 
 
 def owners_of(order: Order, story: Story) -> list[Life]:
-    """Whose run it is: who has begun it. If nobody had the time to, who has started it, or who may have."""
+    """The process that has begun a run, else the one that has started it, else those that may have."""
     begun = [story.lives[life] for run, life, _ in story.begun if run == order.name]
     return begun or ([order.heard] if order.heard is not None else order.unheard)
 
@@ -299,21 +299,21 @@ def notice(following: Following, kill: float, *, pauses: bool = False) -> float:
     return following.ended - since - (0.0 if pauses else away)
 
 
-def told_from(kill: float, story: Story, limit: float) -> float:
-    """From when on readers of a run that was lost at this time can be promised to hear of it within `limit`.
+def informed_from(kill: float, story: Story, limit: float) -> float:
+    """The time from which readers of a run that was lost at this time must learn of it within `limit`.
 
-    Who has only just come tells of no lost run, so that one is needed who stays for so long.
+    A new process ends no lost runs at first, so one is needed that lives for so long.
     """
     times = [(max(kill, life.ready), life.killed or life.stopped or inf) for life in story.mortals if life.ready]
     return min((since for since, gone in times if gone > since + limit), default=kill)
 
 
 def slowest_notice(story: Story, *, pauses: bool, limit: float | None = None) -> float:
-    """The longest that a reader waited for the end of a run that was lost; with a limit: from `told_from` on."""
+    """The longest that a reader waited for the end of a run that was lost; with a limit: from `informed_from` on."""
     kills = {order.name: kill_of(order, story) for order in story.orders}
     return max(
         (
-            notice(f, kill if limit is None else told_from(kill, story, limit), pauses=pauses)
+            notice(f, kill if limit is None else informed_from(kill, story, limit), pauses=pauses)
             for f in story.followings
             if f.ended is not None and f.sequence.error == LOST and (kill := kills[f.run]) is not None
         ),

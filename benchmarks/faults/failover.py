@@ -1,19 +1,18 @@
-"""Runs and readers over Redis servers that stand still, die, and hand their slots over, and who notices.
+"""Stalls, kills and fails over Redis servers under runs and readers, and measures which of them notice.
 
     a process with 100 runs ──▶ redis-servers ──▶ a process with 200 readers
                                      ▲
                SIGSTOP, SIGKILL, a failover, slots that move
 
-    cluster     three masters with a replica each; one master stands still, is replaced meanwhile, and killed
-    stalled     the same, but nobody notices that it stands still before it is killed
+    cluster     three masters with a replica each; one master stalls, is replaced meanwhile, and is killed
+    stalled     as cluster, but the other nodes do not notice the stall before the master is killed
     sentinel    a master with two replicas, killed again and again
     slots       three masters; the slots of all runs, and more, move to the next master and back
 
-Every reader sees 1, 2, 3 ... to the end, without gap or repeat; every run is completed, or its readers are told that
-the log has lost a part of it. The runs on the other nodes of a cluster notice nothing: this measures their pauses.
+Every reader sees 1, 2, 3 ... to the end, without gap or repeat; every run is completed, or its readers learn that
+the log has lost entries of it. The runs on the other nodes of a cluster notice nothing: this measures their pauses.
 
-As a script (`python -m benchmarks.faults.failover --help`) it takes some minutes. Real servers, real processes,
-the real clock.
+`python -m benchmarks.faults.failover --help` lists the options. Servers, processes and the clock are real.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from tests.support.redis_runs import record_of, whole
 from tests.support.redis_sentinels import redis_sentinels
 from tests.support.redis_servers import _talk
 
-from benchmarks.faults.chaos import knob, parser_of
+from benchmarks.faults.chaos import option, parser_of
 from benchmarks.faults.failover_process import Child, child
 from benchmarks.faults.failover_verdict import CONCERNED, OTHERS, Answer, Limits, Reading, Story, judge, table
 
@@ -47,9 +46,9 @@ if TYPE_CHECKING:
     from tests.support.redis_servers import RedisServer
 
 GUARD: Final = 60.0
-"""Seconds after the runs were told to end within which all have, and all readers know."""
+"""Seconds until all runs have ended, and their readers have read it, after the request to end."""
 LONG: Final = 1000.0
-"""A node timeout, in seconds, within which nobody is replaced."""
+"""A node timeout, in seconds, within which no node is replaced."""
 REFUSED: Final = 12.0
 """Seconds within which a start fails whose server is away: it waits for its turn, for an answer, and takes it back."""
 CANCELS: Final = 10
@@ -60,20 +59,22 @@ STEP: Final = 0.01
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of it."""
+    """The options of the command."""
 
-    runs: int = knob(100, "how many runs there are")
-    readers: int = knob(200, "how many readers they have together")
-    rate: float = knob(10.0, "the events a second of each run")
-    calm: float = knob(8.0, "the seconds before the trouble, and after it")
-    stall: float = knob(20.0, "cluster, stalled: for how many seconds a master stands still before it is killed")
-    node_timeout: float = knob(2.0, "cluster: after how many seconds without an answer a node is replaced")
-    kills: int = knob(5, "sentinel: how often the master is killed")
-    slots: int = knob(300, "slots: how many slots are moved, and back")
-    lease: float = knob(10.0, "the lease of the runs, in seconds")
-    notice: float = knob(1.0, "by how many seconds the longest pause of others may grow; a start or cancel may take it")
-    recover: float = knob(8.0, "seconds from the end of the trouble until those concerned go on")
-    seed: int = knob(1, "repeats the choices that are made here")
+    runs: int = option(100, "how many runs there are")
+    readers: int = option(200, "how many readers they have together")
+    rate: float = option(10.0, "the events a second of each run")
+    calm: float = option(8.0, "the seconds before the trouble, and after it")
+    stall: float = option(20.0, "cluster, stalled: for how many seconds a master stands still before it is killed")
+    node_timeout: float = option(2.0, "cluster: after how many seconds without an answer a node is replaced")
+    kills: int = option(5, "sentinel: how often the master is killed")
+    slots: int = option(300, "slots: how many slots are moved, and back")
+    lease: float = option(10.0, "the lease of the runs, in seconds")
+    notice: float = option(
+        1.0, "by how many seconds the longest pause of others may grow; a start or cancel may take it"
+    )
+    recover: float = option(8.0, "seconds from the end of the trouble until those concerned go on")
+    seed: int = option(1, "repeats the choices that are made here")
 
 
 class Report(NamedTuple):
@@ -83,7 +84,7 @@ class Report(NamedTuple):
 
 
 class Trial:
-    """All that happens, whatever the trouble is."""
+    """A whole trial; a subclass makes the trouble."""
 
     owners: Child
     readers: Child
@@ -96,7 +97,7 @@ class Trial:
         self.wrong: list[str] = []
         self.late = 0.0
         self.did = "starting"
-        """What happens at the moment, in words."""
+        """The present step, for the progress line."""
         self.runs = [f"run-{number}" for number in range(1, settings.runs + 1)]
         self._probes = count(1)
         self._began = time.monotonic()
@@ -107,7 +108,7 @@ class Trial:
 
     @abstractmethod
     async def prepare(self) -> None:
-        """The processes are there: say who is concerned."""
+        """Choose the runs that are concerned; the processes run already."""
 
     @abstractmethod
     async def trouble(self) -> None:
@@ -128,7 +129,7 @@ class Trial:
         return CONCERNED
 
     async def go(self, folder: Path, show: Callable[[str], None]) -> None:
-        """From the first server to the last reader."""
+        """Run the trial, from the first server to the last reader."""
         s, story = self.settings, self.story
         async with self.servers() as url, trio.open_nursery() as nursery:
             async with (
@@ -157,20 +158,20 @@ class Trial:
         every = 1 / self.settings.rate
         for run in self.runs:
             self.story.groups[run] = self.group_of(run)
-            await self.owners.tell("start", run, every=every)
+            await self.owners.send("start", run, every=every)
         for run in self.runs:
             if (error := (await self.owners.heard("start", run))["error"]) is not None:
                 raise RuntimeError(f"{run} could not be started: {error}")
         followed = [self.runs[number % self.settings.runs] for number in range(self.settings.readers)]
         followed += self.runs[self.settings.runs :]
         for number, run in enumerate(followed, 1):
-            await self.readers.tell("follow", run, reader=f"reader {number}")
+            await self.readers.send("follow", run, reader=f"reader {number}")
         while self.readers.stands["readers"] < len(followed):  # noqa: ASYNC110  (it says so now and then)
             await trio.sleep(0.1)
 
     async def _finish(self, folder: Path) -> None:
         self.did = "the runs end"
-        await self.owners.tell("enough")
+        await self.owners.send("enough")
         with trio.move_on_after(GUARD):
             while self.readers.stands["readers"] or self.owners.stands["runs"]:  # noqa: ASYNC110  (the same)
                 await trio.sleep(0.2)
@@ -184,7 +185,7 @@ class Trial:
         for one, name in ((self.owners, "owners"), (self.readers, "readers")):
             if one.code != 0:
                 self.wrong.append(f"the process of the {name} ended with code {one.code}")
-            lines = one.words.splitlines()
+            lines = one.output.splitlines()
             bad = [line for line in lines if " ERROR " in line or "Traceback" in line or "Error:" in line]
             self.wrong += [f"the process of the {name} said: {line}" for line in bad[:5]]
 
@@ -216,7 +217,7 @@ class Trial:
         answer.took, answer.error = said["took"], said["error"]
         if answer.error is None:
             self.story.groups[run] = group
-            await self.readers.tell("follow", run, reader="a late reader")
+            await self.readers.send("follow", run, reader="a late reader")
 
     async def cancel(self, run: str) -> None:
         """Cancel a run of those that are not concerned, from the readers' process."""
@@ -231,7 +232,7 @@ class Trial:
             show(self.progress())
 
     def progress(self) -> str:
-        """How it stands, in a line."""
+        """The state of the trial, in a line."""
         runs, stands = self.owners.stands["runs"], self.readers.stands
         return (
             f"{time.monotonic() - self._began:4.0f} s  {self.did}; {runs} runs, {stands['readers']} readers, "
@@ -240,7 +241,7 @@ class Trial:
 
     def figures(self) -> dict[str, str]:
         """More rows for the table."""
-        warnings = sum(one.words.count(" WARNING ") for one in (self.owners, self.readers))
+        warnings = sum(one.output.count(" WARNING ") for one in (self.owners, self.readers))
         return {"warnings": f"{warnings}", "latest tick of a process": f"{self.late:.2f} s"}
 
 
@@ -249,7 +250,7 @@ class OfCluster(Trial):
 
     replicas = 1
     detected = True
-    """Others notice when a node stands still."""
+    """The other nodes notice a stall."""
 
     @asynccontextmanager
     async def servers(self) -> AsyncIterator[str]:
@@ -301,7 +302,7 @@ class OfCluster(Trial):
 
 
 class Stalled(OfCluster):
-    """Nobody notices that it stands still."""
+    """The other nodes do not notice the stall."""
 
     detected = False
 
@@ -420,7 +421,7 @@ def main() -> int:
         "Runs in one process, their readers in another, over real Redis servers that stand still, die, and hand over "
         "their slots. Then see whether every reader of every run has seen all of it once, in order, to its end, and "
         "whether the runs on the servers that were well noticed anything. Exits with 1, and a list, if anything is "
-        "wrong. It takes most of two cores: on a machine with other work, pauses tell little.",
+        "wrong. It takes most of two cores: on a machine with other work, the pauses mean little.",
     )
     parser.add_argument("scenario", nargs="*", default=[*TRIALS], help=f"{', '.join(TRIALS)}; by default all")
     options = vars(parser.parse_args())

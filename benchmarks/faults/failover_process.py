@@ -1,10 +1,10 @@
-"""One process of a failover test: a supervisor that does what it is told on stdin, and says on stdout what comes of it.
+"""One process of a failover test: a supervisor that takes commands on stdin and reports their results on stdout.
 
     python -m benchmarks.faults.failover_process URL LEASE
 
 A line each, in JSON. `do` is one of these, and `run` the run that it is about:
 
-    start     a run that says an event `every` so many seconds, until all are told that it is enough
+    start     a run that yields an event `every` seconds, until `enough`
     follow    read a run to its end, as `reader`, coming back with the cursor when sent away
     cancel    ask for it
     enough    all runs of this process are to end
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     from penstock.supervisor import Supervisor
 
 PULSE: Final = 0.3
-"""Seconds between two words of how it stands."""
+"""Seconds between two reports of the state."""
 TICK: Final = 0.1
 """Seconds between two looks at how late this process is."""
 MISSING: Final = 12.0
 """For how many seconds a run that was started may be missing, for who has just come."""
 PAUSE: Final = (0.05, 0.4)
-"""Seconds that a reader who was sent away stays away, from and to."""
+"""The shortest and longest time, in seconds, that a reader stays away after a refusal."""
 SETTLED: Final = 15.0
 """Seconds after which nothing may be left of runs that are over."""
 
@@ -117,7 +117,7 @@ class Process:
         _say(do=what, run=run, at=began, took=time.monotonic() - began, error=error)
 
     async def _says(self, run: str, every: float) -> AsyncIterator[Event]:
-        """A run's events; who was held up does not make up for it."""
+        """A run's events; one that was delayed does not catch up."""
         execution = os.urandom(8).hex()
         due = trio.current_time() + self._choose.uniform(0.0, every)
         number = 0
@@ -144,7 +144,7 @@ class Process:
             except (ReaderReleased, LogUnavailable) as error:
                 following.step(time.monotonic(), f"was sent away: {error};")
             except RunNotFound as error:
-                following.step(time.monotonic(), f"was told: {error};")
+                following.step(time.monotonic(), f"was refused: {error};")
                 if time.monotonic() - following.began > MISSING or sequence.cursor:
                     sequence.fault(f"{error}, after {sequence.cursor}")
                     return
@@ -158,7 +158,7 @@ class Process:
 
     async def _report(self, runs: list[str], to: Path) -> None:
         with trio.move_on_after(SETTLED):
-            while left_over(self._supervisor):  # noqa: ASYNC110  (it tells nobody)
+            while left_over(self._supervisor):  # noqa: ASYNC110  (there is no event for it)
                 await trio.sleep(0.05)
         records: dict[str, Any] = {}
         for run in runs:
@@ -180,13 +180,13 @@ def _block_of(entry: Entry) -> Block:
     return block._replace(event="error") if block.event == "cancelled" else block  # it has a code as well
 
 
-def _say(**words: Any) -> None:
-    sys.stdout.write(json.dumps(words) + "\n")
+def _say(**fields: Any) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 
 class Child:
-    """A process with a supervisor, which does what it is told: `failover_process.py`."""
+    """A process that runs `failover_process.py`."""
 
     def __init__(self, process: trio.Process, said: Path) -> None:
         self._process = process
@@ -216,8 +216,8 @@ class Child:
         self.code = await self._process.wait()
         self._news.set()
 
-    async def tell(self, do: str, run: str = "", **more: Any) -> None:
-        """Tell it to do something."""
+    async def send(self, do: str, run: str = "", **more: Any) -> None:
+        """Send it a command."""
         assert self._process.stdin is not None
         async with self._sending:
             await self._process.stdin.send_all(json.dumps({"do": do, "run": run, **more}).encode() + b"\n")
@@ -226,13 +226,13 @@ class Child:
         """What it answers to that."""
         while (do, run) not in self._answers:
             if self.code is not None:
-                raise RuntimeError(f"the process ended with code {self.code}; it said:\n{self.words}")
+                raise RuntimeError(f"the process ended with code {self.code}; its output:\n{self.output}")
             await self._news.wait()
         return self._answers[do, run]
 
     async def ask(self, do: str, run: str = "", **more: Any) -> dict[str, Any]:
         """`notify`, and what is `heard` then."""
-        await self.tell(do, run, **more)
+        await self.send(do, run, **more)
         return await self.heard(do, run)
 
     async def stop(self) -> None:
@@ -246,7 +246,7 @@ class Child:
         self._process.kill()
 
     @property
-    def words(self) -> str:
+    def output(self) -> str:
         """What it has written to stderr."""
         return self._said.read_text()
 

@@ -1,8 +1,8 @@
-"""What a failover test has seen, and what is wrong with it. Nothing in here waits, or talks to anybody.
+"""The observations of a failover test, and the judge of them. Nothing here does I/O or waits.
 
     Reading    what one reader has seen of one run, and when
     Answer     what came of a start, or of a cancel
-    judge      all of it together: did every run end as it may, for everybody, and did others notice nothing?
+    judge      did every run end as it may, for all readers, and did the other runs notice nothing?
 
 All times are those of the monotonic clock.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 OTHERS: Final = "others"
-"""The group of the runs that are not to notice anything."""
+"""The group of the runs that must not notice anything."""
 CONCERNED: Final = "concerned"
 """The group of the runs whose server is away for some time, or whose slot is moved."""
 ENDS: Final = {None: "completed", "LOG_DIVERGED": "failed", "RUN_CANCELLED": "cancelled"}
-"""What the record of a run may say in the end, by the error that its readers were told."""
+"""The status in a run's record at its end, by the error that its readers saw."""
 
 
 @dataclass
@@ -101,9 +101,9 @@ class Story:
         groups: the group of each run that was started.
         records: what their records say in the end.
         cancelled: which of them were cancelled.
-        calm: when all was well, and everybody there.
+        calm: when all readers were connected and nothing had failed yet.
         trouble: when it began.
-        enough: when the runs were told to end.
+        enough: when the runs were asked to end.
         outages: for how long something was away, each time.
     """
 
@@ -133,7 +133,7 @@ class Story:
 
 
 def judge(story: Story) -> list[str]:
-    """Everything that is wrong, in words; nothing, if all is well."""
+    """All faults, as messages; empty if there are none."""
     wrong = [f"{reading}: {fault}" for reading in story.readings for fault in reading.faults[:FAULTS]]
     by_run: dict[str, list[Reading]] = {run: [] for run in story.groups}
     for reading in story.readings:
@@ -148,10 +148,10 @@ def _judge_run(run: str, readings: list[Reading], story: Story) -> Iterator[str]
     status, seq = record["status"], record["seq"]
     for reading in readings:
         if reading.ended is None:
-            way = ", ".join(f"{at - story.trouble:+.2f} {words}" for at, words in reading.path)
+            way = ", ".join(f"{at - story.trouble:+.2f} {text}" for at, text in reading.path)
             yield f"{reading} never came to its end: it is at {reading.cursor} of {seq}, {status}; {way}"
         elif ENDS.get(reading.error, f"a run with the error {reading.error}") != status:
-            yield f"{reading} was told the end {reading.error or 'completed'}, and its record says {status}"
+            yield f"{reading} saw the end {reading.error or 'completed'}, and its record says {status}"
         elif reading.cursor != seq:
             yield f"{reading} ended with entry {reading.cursor}, and its record says {seq}"
     if status not in ENDS.values():
@@ -254,12 +254,12 @@ def _pauses(story: Story, group: str) -> dict[str, str]:
 
 def _starts(story: Story, group: str) -> dict[str, str]:
     rows = {}
-    for words, refused in (("starts", False), ("starts refused", True)):
+    for title, refused in (("starts", False), ("starts refused", True)):
         took = sorted(
             start.took for start in story.starts if (start.group, start.error is not None) == (group, refused)
         )
         if took:
-            rows[f"{words}, {group}: {len(took)}"] = _seconds(took)
+            rows[f"{title}, {group}: {len(took)}"] = _seconds(took)
     return rows
 
 

@@ -1,16 +1,16 @@
-"""One server of several workers under load: restarted again and again, then losing a worker every second.
+"""Restarts a server of several workers under load, then kills a worker every second, and checks what readers see.
 
     penstock serve --workers 4   parent ─┬─ worker 1 ─┐                 ┌─ 200 readers, each on a run,
                    ▲                     ├─ worker 2 ─┼─ redis-server ──┤  and on the next one when that is over;
     SIGTERM to all ┘ then SIGKILL to one ┴─ ...      ─┘                 └─ back with its cursor when it is cut off
 
-What is promised, and looked at here: a reader sees 1, 2, 3 ... to the end of its run over any number of reconnects. At
+The checked promises: a reader sees 1, 2, 3 ... to the end of its run over any number of reconnects. At
 a restart /readyz says 503 before connections are refused, every run has its last entry, and the server ends with code 0
-and says so. Only the runs of a killed worker are lost, another worker takes its place, and readers of these runs hear
-of it a lease and little more after the kill; or after the first worker has begun to serve that then lives for so long,
-since whoever has just come waits for a lease before it takes anybody for dead.
+and says so. Only the runs of a killed worker are lost, another worker takes its place, and readers of these runs
+learn it a lease and little more after the kill; or after the start of the first worker that then lives for so long,
+since a new worker waits for a lease before it ends lost runs.
 
-As a script: `python -m benchmarks.faults.rolling --help`. The servers, the readers and the verdict are those of
+`python -m benchmarks.faults.rolling --help` lists the options. The servers, the readers and the verdict are those of
 `chaos.py`.
 """
 
@@ -29,7 +29,7 @@ import trio
 from tests.support.redis_runs import record_of
 
 from benchmarks.faults import chaos
-from benchmarks.faults.chaos import GONE, UNAVAILABLE, Chaos, Server, knob, main, parser_of
+from benchmarks.faults.chaos import GONE, UNAVAILABLE, Chaos, Server, main, option, parser_of
 from benchmarks.faults.chaos_verdict import Life, slowest_notice
 from penstock.cli.host import STOPPED, STOPPED_AFTER_DEATHS
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from benchmarks.faults.chaos_verdict import Order, Story
 
 KILLED: Final = f"was ended by signal {signal.SIGKILL:d}"
-"""What the parent says of a worker that was killed."""
+"""The parent's message about a worker that was killed."""
 
 
 RESTART: Final = 3.0
@@ -51,21 +51,21 @@ RESTART: Final = 3.0
 
 @dataclass(frozen=True)
 class Settings(chaos.Settings):
-    """How much of it."""
+    """The options of the command."""
 
     seconds: float = field(default=0.0, init=False)
     servers: int = field(default=1, init=False)
-    workers: int = knob(4, "how many workers the server has")
-    restarts: int = knob(3, "how often the server is restarted, in the first phase")
-    calm: float = knob(7.0, "how long the server is left alone before each restart, in seconds")
-    drain_timeout: float = knob(2.0, "how long runs may go on when the server is to end, in seconds")
-    killing: float = knob(30.0, "how long workers are killed, in the second phase, in seconds")
-    kill_every: float = knob(1.0, "the seconds from one kill to the next")
-    runs: int = knob(500, "how many runs are started, all the time")
-    readers: int = knob(200, "how many readers there are at a time; each follows one run after the other")
-    shortest: float = knob(3.0, "the seconds that the shortest run takes")
-    longest: float = knob(12.0, "the seconds that the longest run takes")
-    slack: float = knob(4.0, "how many seconds after kill and lease readers may hear that a run is lost")
+    workers: int = option(4, "how many workers the server has")
+    restarts: int = option(3, "how often the server is restarted, in the first phase")
+    calm: float = option(7.0, "how long the server is left alone before each restart, in seconds")
+    drain_timeout: float = option(2.0, "how long runs may go on when the server is to end, in seconds")
+    killing: float = option(30.0, "how long workers are killed, in the second phase, in seconds")
+    kill_every: float = option(1.0, "the seconds from one kill to the next")
+    runs: int = option(500, "how many runs are started, all the time")
+    readers: int = option(200, "how many readers there are at a time; each follows one run after the other")
+    shortest: float = option(3.0, "the seconds that the shortest run takes")
+    longest: float = option(12.0, "the seconds that the longest run takes")
+    slack: float = option(4.0, "how many seconds after kill and lease readers may hear that a run is lost")
 
     def __post_init__(self) -> None:
         restart = self.drain_timeout + RESTART
@@ -104,7 +104,7 @@ class Group(Server):
         return sum(life.killed is not None for life in self.workers.values())
 
     def kill_one(self, choose: random.Random) -> None:
-        """Let a worker die as in a crash, if another one serves: where starts take long, all would only ever start."""
+        """Kill a worker if another one serves: otherwise slow starts would leave none that serves."""
         there = self.look()
         life = choose.choice(there) if there else None
         if life is None or not any(other.ready for other in there if other is not life):
@@ -120,7 +120,7 @@ class Group(Server):
             life.stopped = began
         await self.stop(again=True)
         ended = trio.current_time()
-        while self.life is before or self.life.ready is None:  # noqa: ASYNC110  (it tells nobody)
+        while self.life is before or self.life.ready is None:  # noqa: ASYNC110  (there is no event for it)
             await trio.sleep(0.01)
         return ended - began, self.life.ready - began
 
@@ -140,7 +140,7 @@ class Group(Server):
 
 
 class Rolling(Chaos):
-    """All that happens."""
+    """A whole trial: restarts, then kills."""
 
     settings: Settings
     group: Group
@@ -158,7 +158,7 @@ class Rolling(Chaos):
         return [self.group]
 
     async def go_on(self, show: Callable[[str], None]) -> None:
-        """From the first start to the last reader."""
+        """Run the trial, from the first start to the last reader."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._see_workers)
             await super().go_on(show)
@@ -182,7 +182,7 @@ class Rolling(Chaos):
                 await nursery.start(self._see_it_leave)
                 self.restarts.append(await self.group.restart())
                 nursery.cancel_scope.cancel()
-        await trio.sleep(s.lease)  # from then on workers can tell of the dead
+        await trio.sleep(s.lease)  # from then on workers end the runs of killed ones
         self.second_phase = trio.current_time()
         self._killing.set()
         choose = self._chooser("killer")
@@ -191,7 +191,7 @@ class Rolling(Chaos):
             self.group.kill_one(choose)
 
     async def _see_it_leave(self, task_status: trio.TaskStatus[None]) -> None:
-        """Ask whether the server is ready, until it is gone; whoever balances loads must have been warned."""
+        """Request /readyz until the server is gone; a load balancer must have been warned before."""
         said = [(await self._ask(self.group, "GET", "/readyz", {}))[0]]
         task_status.started()
         with suppress(*GONE):
@@ -211,7 +211,7 @@ class Rolling(Chaos):
         await super()._follow(name, order, choose, drops=drops)  # every reconnect is the server's doing
 
     def progress(self) -> str:
-        """How it stands, in a line."""
+        """The state of the trial, in a line."""
         return f"{super().progress()}; {len(self.restarts)} restarts, {self.group.killed()} workers killed"
 
     async def audit(self) -> None:
@@ -219,12 +219,12 @@ class Rolling(Chaos):
         await super().audit()
         begun = {run for run, _, _ in super().story().begun}
         for order in self.orders:
-            if order.ids and order.name not in begun:  # nobody but its record can tell whose it was
+            if order.ids and order.name not in begun:  # only its record names its owner
                 owner = await self.redis.command("HGET", record_of(order.id), "owner")
                 name = f"{self.group.life.name}/{owner.partition('-')[0]}"
                 order.heard = self.group.workers.get(name, order.heard)
         with trio.move_on_after(self.settings.slack):
-            while len(self.group.look()) != self.settings.workers:  # noqa: ASYNC110  (they tell nobody)
+            while len(self.group.look()) != self.settings.workers:  # noqa: ASYNC110  (there is no event for it)
                 await trio.sleep(0.01)
             return
         self.wrong.append(f"there are {len(self.group.look())} workers in the end")
@@ -237,7 +237,7 @@ class Rolling(Chaos):
         return story
 
     def what_servers_said(self) -> list[str]:
-        """What a server should never say, or has not said."""
+        """Messages that a server should not have written, or has not written."""
         wrong = super().what_servers_said()
         if (said := self.group.said.count(KILLED)) != (killed := self.group.killed()):
             wrong.append(f"{killed} workers were killed, and the server said so of {said}")
@@ -272,13 +272,13 @@ def _arguments() -> Settings:
         "Then see whether every reader of every run has seen all of it once, in order, to its end, and soon heard of "
         "what was lost; whether the server warned before it was gone, ended with code 0, and replaced its workers. "
         "Exits with 1, and a list, if anything is wrong. It takes all of two cores: on a machine with other work, "
-        "times tell little.",
+        "the times mean little.",
     )
     settings = Settings(**vars(parser.parse_args()))
     if settings.workers < 2 or settings.restarts < 1 or not 0 < settings.shortest <= settings.longest:
         parser.error(
-            "at least 2 workers, please, one to kill and one to notice, a restart, and a shortest run that is not the "
-            "longer one"
+            "it takes at least 2 workers, one to kill and one to notice, at least 1 restart, and a shortest run that "
+            "is not longer than the longest"
         )
     return settings
 

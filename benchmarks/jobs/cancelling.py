@@ -83,7 +83,7 @@ def cancelled(client: httpx2.Client, given: dict[str, str]) -> float:
 
 
 def main() -> dict[str, float]:
-    """Cancel so many runs."""
+    """Cancel the runs."""
     given = options()
     with httpx2.Client(timeout=WITHIN) as client:
         took = sorted(cancelled(client, given) * 1000 for _ in range(given["count"]))

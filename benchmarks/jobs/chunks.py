@@ -1,7 +1,7 @@
-"""Chunks on their way through a response, without a server: nothing is behind its `send`.
+"""Sends chunks through a response without a server: its `send` only counts.
 
-The jobs `chunks_trio` and `chunks_asyncio` say what is between the source and `send`. They are two, so that nothing of
-penstock's is in a process in which its peers run.
+The jobs `chunks_trio` and `chunks_asyncio` put the measured code between the source and `send`. They are separate so
+that no process that measures a peer imports penstock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCOPE: Final = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.1"
 
 
 async def source(count: int, suspend: Callable[[], Awaitable[object]]) -> AsyncGenerator[bytes]:
-    """So many chunks, each after a turn of everybody else."""
+    """Yield chunks; the other tasks run before each."""
     for _ in range(count):
         await suspend()
         yield CHUNK
@@ -38,7 +38,7 @@ def bare(chunks: AsyncGenerator[bytes]) -> ASGIApp:
 
 
 async def is_cancelled() -> bool:
-    """Nobody asks for a cancel."""
+    """No run is ever cancelled here."""
     return False
 
 
@@ -51,8 +51,8 @@ async def measured(
 
     Args:
         respond: makes the response of a source.
-        suspend: lets everybody else have a turn.
-        wait: waits for ever, as `receive` does while the client is there.
+        suspend: lets the other tasks run.
+        wait: waits forever, as `receive` does while the client is connected.
     """
     seen = 0
 

@@ -1,4 +1,4 @@
-"""What a chunk costs on asyncio: through the predecessor's design, and through Starlette's response.
+"""Measures the CPU of a chunk on asyncio: through the predecessor's design, and through Starlette's response.
 
 python -m benchmarks.jobs.chunks_asyncio '{"way": "predecessor", "count": 50000}'
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def predecessor(chunks: AsyncGenerator[bytes]) -> ASGIApp:
-    """Wrapper around wrapper, as plainly as possible."""
+    """The predecessor's wrappers around the source."""
     return ResponseWithStatus(with_pings(until_cancelled(chunks, is_cancelled)), media_type="text/event-stream")
 
 

@@ -1,4 +1,4 @@
-"""What a chunk costs on Trio: through penstock, as its docs tell users to, and through Starlette's response.
+"""Measures the CPU of a chunk on Trio: through penstock, as its docs recommend, and through Starlette's response.
 
 python -m benchmarks.jobs.chunks_trio '{"way": "all", "count": 50000}'
 """
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def alone(chunks: AsyncGenerator[bytes]) -> ASGIApp:
-    """The response, which pings by itself."""
+    """The response alone, with its own pings."""
     return penstock.EventStreamResponse(chunks)
 
 
 def watched(chunks: AsyncGenerator[bytes]) -> ASGIApp:
-    """The same, and a cancel from elsewhere ends it."""
+    """The response and `cancel_when`."""
 
     @asynccontextmanager
     async def source() -> AsyncIterator[AsyncIterator[bytes]]:
@@ -38,7 +38,7 @@ def watched(chunks: AsyncGenerator[bytes]) -> ASGIApp:
 
 
 def all_of_it(chunks: AsyncGenerator[bytes]) -> ASGIApp:
-    """The same, with a `keepalive` around the source."""
+    """The response, `cancel_when`, and `keepalive` around the source."""
 
     @asynccontextmanager
     async def source() -> AsyncIterator[AsyncIterator[bytes]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from benchmarks.jobs.storing import run_ids, told
+from benchmarks.jobs.storing import run_ids, wait_for_start
 from benchmarks.processes import options
 from penstock import open_log, open_supervisor
 from penstock.cli.host import collect_rarely
@@ -41,7 +41,7 @@ async def main(given: Mapping[str, Any]) -> dict[str, float]:
         async with trio.open_nursery() as nursery:
             for run_id in run_ids(given["name"], given["runs"]):
                 await nursery.start(read, supervisor, run_id, seen)
-            await told()
+            await wait_for_start()
             busy, began = time.process_time(), time.monotonic()
         end, busy = time.monotonic(), time.process_time() - busy
         print("done", flush=True)

@@ -47,7 +47,7 @@ class Window:
     commits: list[float] = field(default_factory=list)
     """Seconds of each append."""
     stall: float = 0.0
-    """The latest that anybody woke, in seconds."""
+    """The longest that a waking task was late, in seconds."""
     collection: float = 0.0
     """The longest that Python's garbage collector took, in seconds."""
 

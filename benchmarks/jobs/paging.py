@@ -1,4 +1,4 @@
-"""Reading a stream out of Redis with redis-py alone, page by page: a floor for any reader."""
+"""Reads a stream from Redis with redis-py alone, page by page: the floor for any reader."""
 
 from __future__ import annotations
 

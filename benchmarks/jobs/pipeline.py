@@ -1,4 +1,4 @@
-"""Storing events with redis-py alone, as fast as it documents it: pipelines of 50 XADDs, each awaited before the next.
+"""Stores events with redis-py alone, as its docs recommend: pipelines of 50 XADDs, each awaited before the next.
 
 Options: `url`; `runs`, each of which is a task; `count`, the events of all runs together; `size`, the bytes of each;
 `connections`, which the tasks share; `on_trio`: on trio-asyncio's event loop instead of asyncio's own.
@@ -26,7 +26,7 @@ WARM_UP = 2000
 
 
 async def write(client: Redis, key: str, count: int, data: bytes) -> None:
-    """So many events in one stream."""
+    """Add events to one stream."""
     for first in range(1, count + 1, PIPED):
         pipe = client.pipeline(transaction=False)
         for seq in range(first, min(first + PIPED, count + 1)):
@@ -36,7 +36,7 @@ async def write(client: Redis, key: str, count: int, data: bytes) -> None:
 
 
 async def stored(client: Redis, name: str, *, runs: int, count: int, size: int) -> None:
-    """Store so many events in so many runs."""
+    """Store `count` events in `runs` streams together."""
     async with asyncio.TaskGroup() as tasks:
         for number in range(runs):
             tasks.create_task(write(client, f"{name}:{number}", count // runs, b"x" * size))

@@ -1,4 +1,4 @@
-"""Storing events with penstock: runs in this process, whose producers yield as fast as they are allowed to.
+"""Stores events with penstock: runs in this process, whose producers yield as fast as they may.
 
     python -m benchmarks.jobs.store '{"url": "redis://127.0.0.1:6379", "runs": 1, "count": 200000, "size": 200}'
 
@@ -36,14 +36,14 @@ NUMBERED = len("id: 100000\n")
 
 
 async def burst(go: trio.Event, count: int, data: str) -> AsyncGenerator[Event]:
-    """So many events, one by one, once all may begin."""
+    """Yield events one by one after the common start."""
     await go.wait()
     for _ in range(count):
         yield Event(data)
 
 
 async def stored(supervisor: Supervisor, url: str, *, runs: int, count: int, size: int) -> dict[str, float]:
-    """Store so many events in so many runs."""
+    """Store `count` events in `runs` runs together."""
     each, data, go = count // runs, "x" * (size - FRAME), trio.Event()
     started = [await supervisor.start(burst, go, each, data) for _ in range(runs)]
     redis, busy, wall = cpu_at(url), time.process_time(), time.monotonic()
@@ -64,8 +64,8 @@ async def main(given: Mapping[str, Any]) -> dict[str, float]:
     """Store a few events, then those that count."""
     url, runs, size = given["url"], given["runs"], given["size"]
     pending = given.get("window", WINDOW) * (size + NUMBERED)
-    knobs = {"max_pending_bytes": pending, "max_process_pending_bytes": pending}
-    async with open_log(url) as log, open_supervisor(log, **knobs) as supervisor:
+    settings = {"max_pending_bytes": pending, "max_process_pending_bytes": pending}
+    async with open_log(url) as log, open_supervisor(log, **settings) as supervisor:
         await stored(supervisor, url, runs=runs, count=max(WARM_UP, runs), size=size)
         return await stored(supervisor, url, runs=runs, count=given["count"], size=size)
 

@@ -1,4 +1,4 @@
-"""Storing as `store` does it, beside others who begin at the same word; who says it looks at what the servers use.
+"""Stores events as `store` does, in one of several processes that start at the same moment.
 
     python -m benchmarks.jobs.storing '{"url": "redis://127.0.0.1:6379", "name": "a", "runs": 100, "count": 20000, ...}'
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def run_ids(name: str, runs: int) -> list[str]:
-    """The same for whoever follows them."""
+    """The ids of the runs, for this job and for the one that follows them."""
     return [f"{name}-{number}" for number in range(runs)]
 
 
 class Endings(LoggingObserver):
-    """Notices when the last run has ended; to ask for each with `Supervisor.wait` would be a part of the load."""
+    """Sets an event when the last run has ended; `Supervisor.wait` for each run would add to the load."""
 
     def __init__(self, runs: int, each: int) -> None:
         super().__init__()
@@ -46,7 +46,6 @@ class Endings(LoggingObserver):
         self._left, self._each = runs, each
 
     def run_ended(self, run: Run) -> None:
-        """It has, and that is stored."""
         super().run_ended(run)
         if run.status is not RunStatus.COMPLETED or run.seq <= self._each:
             self.lacking.append(run)
@@ -55,8 +54,8 @@ class Endings(LoggingObserver):
             self.all.set()
 
 
-async def told() -> None:
-    """Say that one is ready, and wait for the word."""
+async def wait_for_start() -> None:
+    """Print `ready` and wait for a line on standard input."""
     print("ready", flush=True)
     await trio.to_thread.run_sync(sys.stdin.readline)
 
@@ -73,14 +72,14 @@ def at_work() -> float:
 async def stored(
     log: EventLog, ids: Sequence[str], each: int, ready: Callable[[], Awaitable[None]], *, size: int, pending: int
 ) -> dict[str, float]:
-    """Store so many events in each of these runs, from when `ready` returns.
+    """Store `each` events in each of the runs; the clock starts when `ready` returns.
 
     Raises:
         AssertionError: a run lacks events.
     """
     endings, go, pending = Endings(len(ids), each), trio.Event(), pending * (size + NUMBERED)
-    knobs = {"max_pending_bytes": pending, "max_process_pending_bytes": pending * len(ids)}
-    async with open_supervisor(log, observer=endings, **knobs) as supervisor:
+    settings = {"max_pending_bytes": pending, "max_process_pending_bytes": pending * len(ids)}
+    async with open_supervisor(log, observer=endings, **settings) as supervisor:
         for run_id in ids:
             await supervisor.start(burst, go, each, "x" * (size - FRAME), run_id=run_id)
         await ready()
@@ -95,12 +94,12 @@ async def stored(
 
 
 async def main(given: Mapping[str, Any]) -> dict[str, float]:
-    """Store a few events, then, at the word, those that count."""
+    """Store a few events, wait for the start, then store those that count."""
     name, runs = given["name"], given["runs"]
     store = partial(stored, size=given["size"], pending=given["pending"])
     async with open_log(given["url"]) as log:
         await store(log, run_ids(f"{name}-warm", runs), max(1, WARM_UP // runs), trio.lowlevel.checkpoint)
-        figures = await store(log, run_ids(name, runs), given["count"] // runs, told)
+        figures = await store(log, run_ids(name, runs), given["count"] // runs, wait_for_start)
         print("done", flush=True)
     return figures
 

@@ -1,4 +1,4 @@
-"""One XADD after the other, at even times, over one plain connection to Redis: the least that a producer takes.
+"""Sends one XADD after the other, at even intervals, over one plain connection: the floor for any producer.
 
     python -m benchmarks.jobs.ticking '{"port": 6379, "names": ["a", "b"], "rate": 20, "seconds": 5}'
 

@@ -1,4 +1,4 @@
-"""One module per question; each has a `QUESTION`."""
+"""The questions, one module each, which defines `QUESTION`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ if TYPE_CHECKING:
 
 @cache
 def questions() -> Mapping[str, Question]:
-    """All there are, by name, in the order of their numbers."""
+    """All questions by name, in the order of their numbers."""
     found: list[Question] = [import_module(f"{__name__}.{module.name}").QUESTION for module in iter_modules(__path__)]
     return {question.name: question for question in sorted(found, key=lambda question: question.number)}

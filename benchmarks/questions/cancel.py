@@ -79,9 +79,9 @@ QUESTION = Question(
     ],
     charts=[Chart("Cancel to the end of the stream, median", "p50 ms", log=True)],
     notes="""\
-The run is on one server; its reader and whoever cancels it are on another, so that the cancel crosses Redis on its way
-to the producer, and the end of the run crosses it on its way back. The clock runs from before the request is sent, over
-a connection that is there, as soon as the reader has the first event, until the reader has the end of the response's
+The run is on one server; its reader and the client that cancels it are on another, so that the cancel crosses Redis on
+its way to the producer, and the end of the run crosses it on its way back. The clock runs from before the request is
+sent, over an open connection, as soon as the reader has the first event, until the reader has the end of the response's
 body: the producer has been stopped by then, and the run's last entry is stored. It is compared with the way of one
 event from a producer on one server to a reader on the other, measured as in the question `latency`.
 

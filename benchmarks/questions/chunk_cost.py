@@ -29,8 +29,8 @@ WAYS = {
 }
 
 NOTES = """\
-No server and no socket: the application is called with a `send` that only counts. The source lets everybody else have
-a turn before each chunk, in the cheapest way that the library has, so that as little as possible hides what is added.
+No server and no socket: the application is called with a `send` that only counts. The source lets the other tasks
+run before each chunk, in the cheapest way of its library, so that as little as possible hides what is added.
 CPU is that of the whole process, system calls included.
 
 `EventStreamResponse` keeps its stream alive by itself: a timer beside the source sends the pings, and a chunk pays

@@ -1,4 +1,4 @@
-"""P14: what does a cluster of Redis bring, and what does it cost its clients?"""
+"""P14: what does a Redis Cluster gain, and what does it cost its clients?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RATE, COST, READING = "events/s", "µs client CPU/event", "µs reader CPU/event"
 
 @contextmanager
 def cases(scale: Scale) -> Iterator[Sequence[Case]]:
-    """Each on one Redis, then on the cluster, which are empty to begin with."""
+    """Each case on one Redis, then on the cluster, both empty at first."""
     count, missing = scale.count(COUNT), no_cluster()
     with redis_server() as redis, ExitStack() as stack:
         cluster = stack.enter_context(redis_cluster(NODES)) if missing is None else None
@@ -52,10 +52,10 @@ def cases(scale: Scale) -> Iterator[Sequence[Case]]:
 
 
 def _stored(url: str, nodes: Sequence[Redis], *, runs: int, processes: int, followed: bool, count: int) -> Figures:
-    """Let processes store, and perhaps one follow, all at the same word.
+    """Let processes store, and perhaps one follow, from a common start.
 
     Raises:
-        BenchmarkError: one of them failed, or who followed lacks events.
+        BenchmarkError: a process failed, or the follower lacks events.
     """
     for node in nodes:
         node.client.flushall()
@@ -72,17 +72,17 @@ def _stored(url: str, nodes: Sequence[Redis], *, runs: int, processes: int, foll
         if followed:
             jobs.append(begun("following", name="run-0"))
         before = [node.cpu() for node in nodes]
-        for job in reversed(jobs):  # who follows is there first
+        for job in reversed(jobs):  # the follower starts first
             job.send("go")
         for job in jobs:
             job.wait_for("done")
         used = [node.cpu() - cpu for node, cpu in zip(nodes, before, strict=True)]
-        told = [job.result() for job in jobs]
-    storing, following = told[:processes], told[processes:]
+        results = [job.result() for job in jobs]
+    storing, following = results[:processes], results[processes:]
     events = sum(each["events"] for each in storing)
     if any(each["events"] != events for each in following):
         raise BenchmarkError(f"of {events} events {following[0]['events']} were followed")
-    wall = max(each["ended"] for each in told) - min(each["began"] for each in storing)
+    wall = max(each["ended"] for each in results) - min(each["began"] for each in storing)
     client = sum(each["busy"] for each in storing)
     figures = {RATE: events / wall, COST: client / events * 1e6, "client cores": client / wall}
     figures["client asleep"] = fmean(each["asleep"] / (each["ended"] - each["began"]) for each in storing)
@@ -110,7 +110,7 @@ QUESTION = Question(
     charts=[Chart("Stored events, of all processes", RATE), Chart("CPU of the processes that store", COST)],
     notes=f"""\
 - Storing is that of `growth`: supervisors in processes without HTTP, whose producers yield events of {SIZE} bytes as
-  fast as they are allowed to, with {PENDING} events of each run under way at most. The clock runs from the word at
+  fast as they are allowed to, with {PENDING} events of each run under way at most. The clock runs from the start at
   which all may begin until the last run has ended, which is acknowledged after all of its events. {TWO} processes have
   half of the runs and of the events each. Starting the runs is not measured: it takes a round trip more in a cluster.
 - The cluster has {NODES} masters and no replicas. Its nodes, the one Redis and the clients are all on this machine.

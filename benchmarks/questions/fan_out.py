@@ -1,4 +1,4 @@
-"""P5: how fast does an event reach all who read its run?"""
+"""P5: how fast does an event reach all readers of its run?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ INSTALL: Final = "npm ci --prefix benchmarks/servers/durable"
 def fan_out(
     server: Server, url: str, *, readers: int, rate: float, seconds: float, warm_up: float = WARM_UP
 ) -> Figures:
-    """Let many read a stream with `rate` events a second, and see what they get in so many seconds.
+    """Let readers read a stream with `rate` events a second, and measure what arrives in some seconds.
 
     Args:
         server: whose CPU is measured, in the same seconds.
@@ -69,7 +69,7 @@ def fan_out(
 
 @contextmanager
 def penstock_ticks(server: Server, *, rate: float, size: int = SIZE, offset: float = 0) -> Iterator[str]:
-    """Where the stream of a run is that has `rate` events a second, from `offset` seconds on, while the block lasts."""
+    """Run a producer of `rate` events a second, from `offset` seconds on, during the block; yields its stream's URL."""
     run_id = started_run(server, "ticks", rate=rate, size=size, seconds=FOR_LONG, offset=offset)
     try:
         yield stream_of(server, run_id)
@@ -78,7 +78,7 @@ def penstock_ticks(server: Server, *, rate: float, size: int = SIZE, offset: flo
 
 
 def penstock_fan_out(server: Server, *, readers: int, rate: float, seconds: float, size: int = SIZE) -> Figures:
-    """The same for a run of its own, which begins when all are there."""
+    """`fan_out` of a new run, which begins when all readers are connected."""
     offset = readers * CONNECTING
     with penstock_ticks(server, rate=rate, size=size, offset=offset) as url:
         return fan_out(server, url, readers=readers, rate=rate, seconds=seconds, warm_up=offset + WARM_UP)
@@ -105,19 +105,19 @@ def durable_missing() -> str | None:
 
 
 def durable_fan_out(server: Server, *, readers: int, rate: float, seconds: float) -> Figures:
-    """The same for a stream of its own."""
+    """`fan_out` of a new stream."""
     offset = readers * CONNECTING
     with durable_ticks(server, offset=offset) as url:
         return fan_out(server, url, readers=readers, rate=rate, seconds=seconds, warm_up=offset + WARM_UP)
 
 
 def of_penstock(readers: int) -> str:
-    """A case's name."""
+    """The name of penstock's case."""
     return f"penstock, {_so_many(readers)}"
 
 
 def of_durable(readers: int) -> str:
-    """Its peer's."""
+    """The name of the peer's case."""
     return f"Durable Streams for Node, {_so_many(readers)}"
 
 

@@ -1,4 +1,4 @@
-"""P7: what do readers cost that have nothing to read?"""
+"""P7: what do idle readers cost?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LEASE: Final = 30.0
 """Seconds of penstock's leases. A server looks for lost runs only when it has been there for so long."""
 WINDOW: Final = LEASE / 3
-"""Seconds of a turn: in so many every lease of penstock's is renewed once."""
+"""Seconds of a turn, in which penstock renews every lease once."""
 PINGED: Final = 30.0
 """Seconds of a turn in which each reader is pinged exactly twice, and each lease renewed three times."""
 CPU: Final = "server, ms CPU/s"
@@ -36,7 +36,7 @@ LASTS: Final = 3600
 """Seconds for which the runs are silent: for longer than the question takes."""
 SOME, MANY = 100, 1000
 FLAT: Final = 1.2
-"""How much more still counts as the same."""
+"""The ratio up to which two figures count as equal."""
 COMMANDS, CONNECTIONS = "commands/s", "connections"
 OURS: Final = {
     (
@@ -55,7 +55,7 @@ Makers: TypeAlias = "Mapping[str, Callable[[Redis], AbstractContextManager[Serve
 
 @dataclass(slots=True)
 class Idle:
-    """A server and its Redis; a turn is what happened since the last one."""
+    """A server and its Redis; a turn measures from the end of the last one."""
 
     server: Server
     redis: Redis
@@ -88,7 +88,7 @@ class Idle:
 
 @contextmanager
 def penstock_idle(redis: Redis, *, readers: int, runs: int, checkout: Checkout = HERE) -> Iterator[Server]:
-    """So many runs, and so many readers: of the one run, or of as many."""
+    """Runs and readers: all of one run, or one reader for each run."""
     with checkout.penstock(log=redis.url, drain_timeout=0) as server, ExitStack() as stack:
         if runs == 1:
             url = stream_of(server, started_run(server, "silence", seconds=LASTS))
@@ -105,7 +105,7 @@ def penstock_idle(redis: Redis, *, readers: int, runs: int, checkout: Checkout =
 
 @contextmanager
 def predecessor_idle(redis: Redis, *, readers: int) -> Iterator[Server]:
-    """So many readers of one run."""
+    """Readers of one run."""
     with serving(module("servers.predecessor", url=redis.url)) as server:
         given = {"producer": "silence", "seconds": LASTS}
         run = httpx2.post(f"{server.url}/runs", json=given, timeout=WAIT).raise_for_status().json()
@@ -115,7 +115,7 @@ def predecessor_idle(redis: Redis, *, readers: int) -> Iterator[Server]:
 
 @contextmanager
 def assistant_idle(redis: Redis, *, readers: int) -> Iterator[Server]:
-    """So many readers of one run, which one of them has started."""
+    """Readers of one run; one of them starts it."""
     with (
         serving(module("servers.assistant", url=redis.url)) as server,
         held(f"{server.url}/runs/idle?rate={2 / LASTS}&seconds={LASTS}", readers=1, method="POST"),
@@ -139,7 +139,7 @@ def cases(scale: Scale) -> Iterator[Sequence[Case]]:
 
 @contextmanager
 def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
-    """Those that cost enough to be compared."""
+    """The cases whose CPU is large enough to compare."""
     with opened(_ours(checkout, scale, COMPARED), scale, window=PINGED) as found:
         yield found
 
@@ -195,16 +195,16 @@ QUESTION = Question(
     charts=[Chart("What idle readers ask Redis for", COMMANDS, log=True)],
     notes=f"""\
 - Every run has had one event and is then silent; its readers stay. With as many runs as readers, each reader has begun
-  the run that it reads. Where nobody reads {MANY:,} runs, those who began them have left.
+  the run that it reads. Where {MANY:,} runs have no readers, the readers that started them have left.
 - Each case has a server and a Redis of its own, and all of them are there at the same time. A turn is {WINDOW:g}
-  seconds, in which penstock renews each lease once; Redis' `MONITOR` has told every command in them. What a script does
+  seconds, in which penstock renews each lease once; Redis' `MONITOR` reports every command in them. What a script does
   within Redis is not counted, and neither is the connection that watches.
 - It begins when all servers have been there for a lease, from when on they also look for lost runs.
 - What is left with no readers is the floor: the looks for cancels and for lost runs, by each process, and the renewals.
   Those come all at once, {SOME} runs in a command, so a little less or more than one round of them may fall into a
   turn. That is nothing for one run; with {MANY:,} it is more than any difference that readers make. Pings come from
   the server alone.
-- Readers who come all at once look their runs up over a few connections, at most a fixed number however many they are.
+- Readers that come all at once look their runs up over a few connections, at most a fixed number.
   Once made, those stay, so every server has had readers before, who have left again. One that never had any holds two.
 - The peers have {SOME} readers only. Redis' CPU contains what `MONITOR` costs it.
 """,

@@ -43,7 +43,7 @@ def compared(checkout: Checkout, scale: Scale) -> Iterator[Sequence[Case]]:
 
 @contextmanager
 def cases(scale: Scale) -> Iterator[Sequence[Case]]:
-    """Each reader starts what it reads."""
+    """The request of each reader starts its stream."""
     count = scale.count(COUNT)
     query = f"burst?count={count}&size={SIZE}"
     with (

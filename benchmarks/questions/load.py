@@ -1,4 +1,4 @@
-"""What the load generator itself can take, so that what it measures is somebody else's limit."""
+"""P0: how much can the load generator take in? Its own limit must not pass for that of a server."""
 
 from __future__ import annotations
 

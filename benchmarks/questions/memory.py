@@ -63,7 +63,7 @@ def _settled(server: Server) -> float:
 
 
 def _measured(argv: Sequence[str], asks: Callable[[Server], dict[str, Any]], readers: Mapping[str, int]) -> Figures:
-    """What the server's memory grows by, with so many readers and then with so many more."""
+    """The growth of the server's memory with readers, and then with more readers."""
     figures: dict[str, float] = {}
     with serving(argv) as server, ExitStack() as connected:
         asked = asks(server)

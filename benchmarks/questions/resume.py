@@ -118,10 +118,10 @@ QUESTION = Question(
 - The server that answers is not the one that ran the runs: nothing of them is in its memory, so what it sends comes
   from Redis.
 - A difference of 30 % counts as the same time: so much two turns of one case may differ.
-- What Redis is asked is told by its `MONITOR`, over resumes that are not timed, and rounded to a tenth: the server also
-  looks for cancels and lost runs now and then. What a script does within Redis is not counted.
+- The commands to Redis are reported by its `MONITOR`, over resumes that are not timed, rounded to a tenth: the server
+  also looks for cancels and lost runs now and then. What a script does within Redis is not counted.
 - The floor is a round trip over HTTP and two to Redis: a reader subscribes to a run before it looks at it, lest it miss
-  what is added in between; then one script looks up the run's record and the entries that follow. Nobody waits for the
-  third command, which ends the subscription.
+  what is added in between; then one script looks up the run's record and the entries that follow. No reader waits for
+  the third command, which ends the subscription.
 """,
 )

@@ -26,7 +26,7 @@ PROGRAM = "redis-benchmark"
 OURS = {1: "penstock, 1 run", MANY: f"penstock, {MANY} runs"}
 PIPELINE = {1: f"redis-py, pipelines of {PIPED}, 1 run", MANY: f"redis-py, pipelines of {PIPED}, {MANY} runs"}
 CONNECTIONS = {1: 1, MANY: WINDOW // PIPED}
-"""What the runs of a bare pipeline share: so many pipelines are as many events as penstock may have under way."""
+"""The connections that the runs of a bare pipeline share; as many events are under way as in penstock's cases."""
 ON_TRIO = f"redis-py through trio-asyncio, pipelines of {PIPED}, 1 run"
 BARE = f"{PROGRAM}, 1 connection, pipelines of {PIPED}"
 WIDE = f"{PROGRAM}, 1 connection, pipelines of {WINDOW}"
@@ -87,11 +87,11 @@ def _bare(redis: Redis, *, connections: int, piped: int, count: int) -> Figures:
     argv = [PROGRAM, "-p", str(redis.port), "-c", str(connections), "-P", str(piped), "-n", str(count), "--csv"]
     xadd = ["XADD", "stream", "*", "seq_id", "1", "data", "x" * SIZE, "timestamp", "1"]
     before = cpu_at(redis.url)
-    told = subprocess.run([*argv, *xadd], capture_output=True, text=True, check=False)
+    done = subprocess.run([*argv, *xadd], capture_output=True, text=True, check=False)
     used = cpu_at(redis.url) - before
-    rows = [*csv.DictReader(told.stdout.splitlines())]
-    if told.returncode or len(rows) != 1:
-        raise BenchmarkError(f"{PROGRAM} failed:\n{told.stdout}{told.stderr}")
+    rows = [*csv.DictReader(done.stdout.splitlines())]
+    if done.returncode or len(rows) != 1:
+        raise BenchmarkError(f"{PROGRAM} failed:\n{done.stdout}{done.stderr}")
     added = redis.client.xlen("stream")
     return {"events/s": float(rows[0]["rps"]), "µs Redis CPU/event": used / added * 1e6}
 
@@ -118,9 +118,9 @@ QUESTION = Question(
   acknowledges after all of its events. 200 bytes is the size of the field `data`.
 - redis-py: asyncio with hiredis, pipelines of {PIPED} XADDs without a transaction, each awaited before the next one
   of its run, with the same three fields, and ids of its own. {MANY} runs share {CONNECTIONS[MANY]} connections, so
-  that as many events are under way. It does less: no epoch is checked, nothing trimmed, no lease renewed, and nobody
-  told.
-- The same through trio-asyncio is what penstock would do if it sent each event as a command of its own.
+  that as many events are under way. It does less: no epoch is checked, nothing trimmed, no lease renewed, and no
+  reader notified.
+- redis-py through trio-asyncio is what penstock would do if it sent each event as a separate command.
 - {PROGRAM} is a program in C that sends the same prepared bytes again and again: Redis' own share of the work,
   without that of any client that has something to say. With the same pipelines as redis-py's it is what penstock is
   judged by; longer ones, and more connections, show how far Redis goes.

@@ -75,7 +75,7 @@ QUESTION = Question(
     charts=[Chart("Delivered to all readers together", "delivered/s")],
     notes="""\
 `penstock serve --log redis://… --workers N`. A run yields as fast as it can, in one of the workers; the system deals
-the readers out to all of them. What is timed is the whole: from the first request until each reader has had every
+the readers out to all of them. The time is that of all readers: from the first request until each reader has had every
 event and the end. Most of it is catching up, out of Redis. Events at a given rate would not do: how many of them go
 to a late reader in one piece, and how far the producer is slowed by the readers in its worker, change that figure
 more than a second worker does. Four cores are two for the workers, one for Redis and one for the load generator; on

@@ -2,8 +2,8 @@
 
 | path | what comes |
 |---|---|
-| `/burst?count=…&size=…&times=…` | so many events of so many bytes, made beforehand; and that so many times |
-| `/ticks?rate=…&size=…` | so many events a second, each with its time, made once and written to each reader in turn |
+| `/burst?count=…&size=…&times=…` | `count` events of `size` bytes, made beforehand, `times` times |
+| `/ticks?rate=…&size=…` | `rate` events a second, each with its time, made once and written to each reader in turn |
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JOINED: Final = 64
 
 
 def chunk(data: bytes) -> bytes:
-    """A part of a body (RFC 9112, 7.1)."""
+    """A chunk of a body (RFC 9112, 7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -59,7 +59,7 @@ class Ticks:
 
 
 def written(reader: socket.socket, data: bytes) -> bool:
-    """Write it all; False if nobody is there."""
+    """Write all of it; False if the reader is gone."""
     try:
         reader.sendall(data)
     except OSError:

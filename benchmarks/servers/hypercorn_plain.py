@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @cache
 def joined(*, count: int, size: int, joined: int) -> list[bytes]:
-    """So many events, made once: those that are read from a log are made, too."""
+    """Events, encoded once, as those of a log are."""
     events = [b"id: %d\ndata: %b\n\n" % (seq, b"x" * size) for seq in range(1, count + 1)]
     return [b"".join(events[first : first + joined]) for first in range(0, count, joined)]
 

@@ -1,4 +1,4 @@
-"""When producers that tick make their first event."""
+"""Decides when a ticking producer makes its first event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def first_tick(given: Mapping[str, Any]) -> float:
-    """In how many seconds.
+    """The seconds until the first tick.
 
     After `offset`; or, if there is a `phase`, when the system's monotonic clock is next so far into a period, so that
     runs whose phases differ tick apart, whenever they were started.

@@ -38,11 +38,11 @@ T = TypeVar("T")
 FLUSH_AFTER: Final = 0.5
 """Seconds between two flushes of a run's buffer."""
 FLUSH_AT: Final = 50
-"""So many chunks are flushed at once."""
+"""Chunks that are flushed at once."""
 POLL: Final = 0.1
 """Seconds between two looks of a reader that has found nothing."""
 BATCH: Final = 100
-"""So many entries are read at a time."""
+"""Entries that are read at a time."""
 STATUS: Final = 0.5
 """Seconds between two looks at whether a run is cancelled."""
 PING: Final = 30.0
@@ -56,7 +56,7 @@ CONNECTIONS: Final = 10_000
 
 @dataclass(slots=True)
 class Writer:
-    """What a run has made and not stored."""
+    """The chunks of a run that are not stored yet."""
 
     redis: Redis
     run_id: str
@@ -87,19 +87,19 @@ class Writer:
                 await pipe.execute()
 
     async def flush_for_ever(self) -> None:
-        """Store every now and then."""
+        """Flush at intervals."""
         while True:
             await asyncio.sleep(FLUSH_AFTER)
             await self.flush()
 
 
 def stream_key(run_id: str) -> str:
-    """Where a run's chunks are."""
+    """The key of a run's chunks."""
     return f"run:{run_id}:stream"
 
 
 def status_key(run_id: str) -> str:
-    """Where a run's status is."""
+    """The key of a run's status."""
     return f"run:{run_id}:status"
 
 
@@ -129,7 +129,7 @@ PRODUCERS: Final = {"burst": burst, "ticks": ticks, "silence": silence}
 
 
 async def until_cancelled(source: AsyncGenerator[T], cancelled: Callable[[], Awaitable[bool]]) -> AsyncGenerator[T]:
-    """Pass chunks on until the run is cancelled, which is noticed as a chunk comes by."""
+    """Pass chunks on until the run is cancelled; a cancel is noticed with the next chunk."""
     looked = time.monotonic()
     async with aclosing(source):
         async for chunk in source:
@@ -141,7 +141,7 @@ async def until_cancelled(source: AsyncGenerator[T], cancelled: Callable[[], Awa
 
 
 async def with_pings(source: AsyncGenerator[bytes], *, every: float = PING) -> AsyncGenerator[bytes]:
-    """Pass chunks on, through a queue, and a comment after so many seconds without one."""
+    """Pass chunks on through a queue, and a comment after some seconds without a chunk."""
     queue: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def fill() -> None:

@@ -1,4 +1,4 @@
-"""What penstock serves in these measurements."""
+"""The producers that penstock serves in these measurements."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SHORT = Settings(
-    seconds=4.0, servers=3, runs=24, readers=40, lease=2.0, shortest=1.0, longest=3.0, kill_every=1.2, slack=8.0
+    seconds=4.0, servers=3, runs=24, readers=40, lease=2.0, shortest=1.0, longest=3.0, kill_every=1.2, slack=30.0
 )
 """With slack for a machine that has the rest of the suite to do at the same time."""
 
 
+@pytest.mark.timeout(400)  # a busy machine takes minutes
 async def test_servers_are_killed_and_every_reader_sees_every_run_once_in_order_and_to_its_end() -> None:
     report = await chaos(SHORT)
     words = "\n".join([*report.table, *report.wrong])
@@ -116,7 +117,7 @@ def test_gaps_and_repeats_are_counted() -> None:
         pytest.param(verdict(seen([*whole(until=3), Block(4, data=DONE)])), "is complete with 4", id="cut short"),
         pytest.param(verdict(seen(completed()), seen([Block(1, data=DONE)])), "disagree", id="readers disagree"),
         pytest.param(verdict(seen(lost()), status="lost"), "its server lived", id="lost alive"),
-        pytest.param(verdict(seen(lost(), ended=15.1), killed=10.0, status="lost"), "told 5.10 s after", id="late"),
+        pytest.param(verdict(seen(lost(), ended=15.1), killed=10.0, status="lost"), "informed 5.10 s after", id="late"),
         pytest.param(
             verdict(seen(lost(), ended=9.0), killed=10.0, status="lost"), "1.00 s before its server", id="too early"
         ),
