@@ -108,12 +108,11 @@ async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_
     pending: list[int] = []
     knobs: dict[str, Any] = {"max_pending_bytes": 5_000, "max_process_pending_bytes": 12_000, "tail_entries": 100}
     async with open_supervisor(view, **knobs, tail_bytes=3_000, max_process_tail_bytes=8_000) as supervisor:
-        services = supervisor._services
 
         async def look() -> None:
-            pending.append(services.committer.pending_bytes)
-            assert services.tails.size <= 8_000
-            assert all(tail._ring.size <= 3_000 for tail in services.tails.all())
+            pending.append(supervisor._committer.pending_bytes)
+            assert supervisor._tails.size <= 8_000
+            assert all(tail._ring.size <= 3_000 for tail in supervisor._tails.all())
             await trio.sleep(0.01)
 
         view.before["append"] = look
@@ -124,8 +123,8 @@ async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_
             for run in runs[1:]:
                 await supervisor.wait(run.id)
             await supervisor.wait(runs[0].id)
-            assert len(services.tails.all()) == 1  # the slow reader's, and nothing else
-            assert services.tails.size <= 3_000
+            assert len(supervisor._tails.all()) == 1  # the slow reader's, and nothing else
+            assert supervisor._tails.size <= 3_000
             with pytest.raises(CursorExpired):
                 [entry async for entry in slow_reader]
         # a write is let in below the limit, so each run may be over it by one event

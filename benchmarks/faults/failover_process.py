@@ -68,12 +68,12 @@ class Process:
         self._nursery = nursery
         self._enough = trio.Event()
         self._followings: list[tuple[Following, array[float]]] = []
-        self._choose = Random(supervisor._services.owner)
+        self._choose = Random(supervisor._owner)
         self._late = 0.0
 
     async def obey(self) -> None:
         """Do what comes in, until that is over."""
-        _say(do="ready", run=self._supervisor._services.owner, took=0.0)
+        _say(do="ready", run=self._supervisor._owner, took=0.0)
         rest = b""
         async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stdin:
             async for piece in stdin:

@@ -98,3 +98,20 @@ def split_cancelled(
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found, others
+
+
+def split_own(error: BaseException | None) -> tuple[BaseException | None, BaseException | None]:
+    """What of `error` the code raised itself, and what came from outside: cancellations and Ctrl-C."""
+    if isinstance(error, BaseExceptionGroup):
+        outer, own = error.split((trio.Cancelled, KeyboardInterrupt))
+        return own, outer
+    if isinstance(error, trio.Cancelled | KeyboardInterrupt):
+        return None, error
+    return error, None
+
+
+def holds_cancellation(error: BaseException) -> bool:
+    """Whether `error` is a cancellation, or a group with one in it."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(trio.Cancelled) is not None
+    return isinstance(error, trio.Cancelled)

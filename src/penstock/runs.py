@@ -14,7 +14,6 @@ is told through `CancelScope.cancel(reason=...)`. Everything here is a plain val
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
@@ -22,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
-
-from penstock.errors import MetadataTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -254,30 +251,6 @@ class Run:
             "ended_at": self.ended_at,
             "metadata": dict(self.metadata),
         }
-
-
-def new_run(run_id: str, producer: str, metadata: Mapping[str, Any] | None, *, max_metadata_bytes: int) -> Run:
-    """The record of a run that is about to start.
-
-    Raises:
-        MetadataTooLarge: the metadata is larger, as JSON, than `max_metadata_bytes`.
-        ValueError: the id is none, or the name is no str, or the metadata no JSON object.
-    """
-    try:
-        written = json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False).encode()
-        (producer + "").encode()
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"the name of a run is a str, and its metadata a JSON object: {error}") from error
-    if len(written) > max_metadata_bytes:
-        raise MetadataTooLarge(
-            f"a run's metadata has at most {max_metadata_bytes} bytes as JSON (max_metadata_bytes), not {len(written)}"
-        )
-    return Run(
-        check_run_id(run_id),
-        producer,
-        created_at=time.time(),
-        metadata=json.loads(written),  # the caller may go on changing the other
-    )
 
 
 def new_run_id() -> str:

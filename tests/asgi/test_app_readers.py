@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def tail_of(server: Server, run_id: str) -> Tail:
-    tail = server.service.supervisor._services.tails.get(run_id)
+    tail = server.service.supervisor._tails.get(run_id)
     assert tail is not None
     return tail
 
@@ -82,8 +82,8 @@ async def test_a_disconnect_leaves_the_run_and_its_other_readers_alone() -> None
 async def test_d15_a_disconnect_leaves_no_task_no_tail_and_no_subscription() -> None:
     async with serving() as here, serving(log=here.service.supervisor.log) as elsewhere:  # two servers on one log
         run_id = await here.start("silent")
-        services = elsewhere.service.supervisor._services
-        wakeups: Any = services.fetcher._notifications
+        supervisor = elsewhere.service.supervisor
+        wakeups: Any = supervisor._fetcher._notifications
         await wait_all_tasks_blocked()  # an answer is with its client before its task is over
         before = elsewhere.tasks()
         for _ in range(3):
@@ -91,12 +91,12 @@ async def test_d15_a_disconnect_leaves_no_task_no_tail_and_no_subscription() -> 
             for wire in wires:
                 await wire.send("GET", f"/v1/runs/{run_id}/stream")
                 await wire.until(b"\r\n\r\n")
-            assert len(services.tails.all()) == 1
+            assert len(supervisor._tails.all()) == 1
             assert run_id in wakeups._subscribed
             assert elsewhere.tasks() > before
             for number, wire in enumerate(wires):
                 await (wire.reset() if number % 2 else wire.stream.aclose())
-            await eventually(lambda: elsewhere.tasks() == before and not services.tails.all())
+            await eventually(lambda: elsewhere.tasks() == before and not supervisor._tails.all())
             assert not wakeups._subscribed
             assert not wakeups._moved
         assert tail_of(here, run_id).users == 1
@@ -105,13 +105,13 @@ async def test_d15_a_disconnect_leaves_no_task_no_tail_and_no_subscription() -> 
 
 async def test_nothing_is_left_of_a_run_that_has_ended_and_has_no_reader() -> None:
     async with serving() as server:
-        services = server.service.supervisor._services
+        supervisor = server.service.supervisor
         for _ in range(3):
             run_id = await server.start("count", 5)
             await server.read(run_id)
             await server.read(run_id, starting_after=3)
-        await eventually(lambda: not services.live and not services.tails.all())
-        assert services.tails.size == 0
+        await eventually(lambda: not supervisor._runs.by_id and not supervisor._tails.all())
+        assert supervisor._tails.size == 0
 
 
 async def test_a_half_close_ends_the_reader_and_not_the_run() -> None:

@@ -294,7 +294,7 @@ async def test_head_of_a_live_run_is_answered_at_once_and_holds_on_to_nothing() 
         answer = await server.client.head(f"/v1/runs/{run_id}/stream")
         assert (answer.status_code, answer.content) == (200, b"")
         assert STREAM_HEADERS.items() <= dict(answer.headers).items()
-        tail = server.service.supervisor._services.tails.get(run_id)
+        tail = server.service.supervisor._tails.get(run_id)
         assert tail is not None
         assert tail.users == 1  # the run itself
 

@@ -63,7 +63,7 @@ def hurry(server: Server) -> None:
 
 def started(server: Server) -> int:
     """How many runs there are beside the one that `unharmed` watches."""
-    return len(server.service.supervisor._services.live) - 1
+    return len(server.service.supervisor._runs.by_id) - 1
 
 
 # Bodies that somebody waits for

@@ -297,7 +297,7 @@ async def test_when_a_supervisor_is_closed_its_clock_has_nothing_left_and_late_r
             follower = supervisor.follow(run.id)
             nursery.start_soon(partial(client.get, follower, ping_interval=INTERVAL))
             await trio.sleep(40)
-        timers = supervisor._services.timers
+        timers = supervisor._timers
         await wait_all_tasks_blocked()
         assert client.body.startswith(ONE + PING + PING)
         assert waiting(timers) == []

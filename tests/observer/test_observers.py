@@ -430,7 +430,7 @@ async def test_figures_say_how_much_there_is_and_add_up_to_what_readers_were_han
             assert (now.runs, now.readers, now.pending_bytes, now.tail_bytes) == (3, 12, 0, tails)
             view.before["append"] = slow(3)
             await trio.sleep(1)
-            pending = sum(each.buffer.size for each in supervisor._services.live.values())
+            pending = sum(each.buffer.size for each in supervisor._runs.by_id.values())
             supervisor.tell_figures()
             assert told.of("figures")[-1].pending_bytes == pending > 0
             view.before.clear()

@@ -267,7 +267,7 @@ async def test_what_is_shown_adds_up_to_the_load_over_http() -> None:
                 while len([block for block in blocks if block.id]) < 2:
                     blocks += await reader.take(1)
             received.append(await kept_by(server, runs[-1]))
-        await eventually(lambda: server.service.supervisor._services.readers.live == 0)
+        await eventually(lambda: server.service.supervisor._readers.live == 0)
         tap.end()
         await server.ended_run(runs[-1])
         for _ in range(4):
@@ -330,7 +330,7 @@ async def test_it_moves_while_a_run_goes_on() -> None:
         now = await scraped(server)
         assert now["entries_out_total"] == 6
         assert now["runs_ended_total{outcome=completed,stop_reason=end_turn}"] == 1
-        await eventually(lambda: server.service.supervisor._services.readers.live == 0)
+        await eventually(lambda: server.service.supervisor._readers.live == 0)
         now = await scraped(server)
         assert [now[name] for name in ("runs", "readers", "pending_bytes", "tail_bytes")] == [0, 0, 0, 0]
         assert now["streams_ended_total{cause=ended}"] == 1

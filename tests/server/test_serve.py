@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
 
     from penstock.log import Appended, Batch
-    from penstock.supervisor.services import StuckRun
+    from penstock.supervisor.live_runs import StuckRun
 
 
 RETRY = Block(retry="1000")

@@ -135,7 +135,7 @@ async def test_a_reply_that_comes_after_the_run_was_given_up_changes_nothing(aut
         view.before["renew"] = slow(10)
         assert (await other.wait(run.id)).status == "lost"
         await trio.sleep(60)
-        assert (notes.fenced, notes.ended, owner._services.committer.pending_bytes) == ([run.id], [], 0)
+        assert (notes.fenced, notes.ended, owner._committer.pending_bytes) == ([run.id], [], 0)
         assert gists(await read(owner, run.id)) == LOST
         assert_nothing_is_left(owner)
 

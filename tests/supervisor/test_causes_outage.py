@@ -415,7 +415,7 @@ async def test_an_outage_that_ends_in_the_instant_in_which_it_would_be_noticed_l
         witness = Witness()
         run = await works.owner.start(witness.waits)
         async with readers((works.owner, run.id), (works.other, run.id)) as (here, there):
-            contact = works.owner._services._watch._contacts[""]
+            (contact,) = works.owner._leases.shards
             reached = contact._reached
             go_away(works.view)
             await trio.sleep(0.7)
@@ -440,7 +440,7 @@ async def test_i4_a_log_that_is_back_in_the_instant_after_the_runs_were_given_up
     async with house(lease=20.0) as works:
 
         async def away_once() -> None:
-            if works.owner._services.fetcher._away:
+            if works.owner._fetcher._away:
                 come_back(works.view)
             else:
                 await unavailable()
@@ -497,7 +497,7 @@ async def test_a_body_that_waits_for_the_log_is_let_go_when_its_run_is_given_up(
                         for _ in range(100):
                             await writer.write(Event(data="." * 100))
             assert trio.current_time() - began <= TOO_LATE + 0.2
-        assert works.owner._services.committer.pending_bytes == 0
+        assert works.owner._committer.pending_bytes == 0
         assert (await works.other.wait("by-hand")).status == "lost"
 
 
@@ -586,8 +586,8 @@ async def test_leaving_the_supervisor_during_an_outage_ends_within_its_time(
     settings = owner.settings
     assert trio.current_time() - began <= 3 + settings.cancel_grace + 3 * settings.finalize_timeout
     assert owner.live_runs == 0
-    assert not owner._services.tails.all()
-    assert owner._services.committer.pending_bytes == 0
+    assert not owner._tails.all()
+    assert owner._committer.pending_bytes == 0
     assert {run.status for run in await log.list()} <= {"running"}
 
 
@@ -683,7 +683,7 @@ async def test_i4_a_reader_that_comes_in_the_instant_in_which_the_log_is_back_en
         await trio.sleep(TOO_LATE)
         come_back(works.view)
         works.view.after["read"] = slow(LONGEST_PAUSE + 1)  # the outage is over before the reply is here
-        assert works.owner._services.fetcher._away
+        assert works.owner._fetcher._away
         reader = Reader(works.owner, run.id)
         with trio.fail_after(200):
             await reader.run()

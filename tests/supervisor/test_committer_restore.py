@@ -16,6 +16,7 @@ from penstock.log import Appended, AppendStatus
 from penstock.runs import RunStatus
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
+from penstock.supervisor.execution import Producer
 from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import DIVERGED, Works, committing, forget, lose_last, shown
 from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, Unreliable, batch, in_virtual_time, record, seqs
@@ -687,7 +688,7 @@ async def test_an_ending_that_was_on_its_way_is_replaced_by_one_that_says_what_w
             await trio.sleep(1.95)  # it has said 19
             view.before["append"] = unavailable
             await trio.sleep(5)
-            assert owner._services.live[run.id].left
+            assert owner._runs.by_id[run.id].producer is Producer.GONE
             forget(view.log, run.id)
             view.before.clear()
         assert gists(here.entries) == [*map(str, range(1, 21)), "error LOG_DIVERGED", "[DONE]"]
@@ -727,7 +728,7 @@ async def test_a_run_whose_producer_only_cleans_up_ends_as_diverged_all_the_same
         run = await owner.start(producer)
         async with readers((owner, run.id)) as (here,):
             await trio.sleep(0.5)
-            assert owner._services.live[run.id].ended
+            assert owner._runs.by_id[run.id].producer is not Producer.ITERATING
             forget(view.log, run.id)
         assert gists(here.entries) == [*map(str, range(1, 21)), "error LOG_DIVERGED", "[DONE]"]
         await diverges(view, run.id, first=16, last=22)

@@ -92,7 +92,7 @@ async def test_what_leaves_at_once_uses_up_no_grace_and_what_was_drained_is_not_
         assert elapsed(again) == 0
     assert elapsed(again) == near(0)
     assert owner.unstored == runs
-    assert owner._services.committer.pending_bytes == 0
+    assert owner._committer.pending_bytes == 0
 
 
 @pytest.mark.parametrize("drained", [True, False], ids=["by hand before", "by leaving"])
@@ -362,7 +362,7 @@ async def test_whoever_waits_for_the_end_of_a_lost_run_is_told_when_its_id_is_st
 
 def tell(supervisor: Supervisor, run_id: str, seq: int) -> None:
     """A wake-up that says how far the run is."""
-    wakeups: Any = supervisor._services.fetcher._notifications
+    wakeups: Any = supervisor._fetcher._notifications
     wakeups.moved(run_id, seq)
 
 

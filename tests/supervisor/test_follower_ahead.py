@@ -297,7 +297,7 @@ async def test_of_a_run_that_has_ended_the_rest_can_be_read_when_the_supervisor_
         seen = follower.cursor
     assert await read_to_the_end(follower) == list(range(seen + 1, 13))
     await follower.__aexit__(None, None, None)
-    tails: Any = supervisor._services.tails
+    tails: Any = supervisor._tails
     assert (tails.all(), tails.size) == ([], 0)
 
 

@@ -256,7 +256,7 @@ async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_no
         run = await owner.start(count, 2, 1)
         async with readers((owner, run.id)) as (here,):
             await trio.sleep(1.5)
-            execution = owner._services.live[run.id]
+            execution = owner._runs.by_id[run.id]
             forget(view.log, run.id)
             restores = 0
 
@@ -265,10 +265,10 @@ async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_no
                 await trio.sleep(0.6)  # in the meantime the run ends, and the reply to a renewal says that it is gone
                 restores += 1
                 if restores == 1:
-                    owner._services.committer.restore(execution.buffer)
+                    owner._committer.restore(execution.buffer)
 
             view.before["restore"] = found_gone_once_more
-            owner._services.committer.restore(execution.buffer)
+            owner._committer.restore(execution.buffer)
         await trio.sleep(5)
         assert gists(here.entries) == ["1", "2", "[DONE]"]
         assert (await ended(view, run.id)).status == "completed"
@@ -481,14 +481,14 @@ async def test_an_outage_is_declared_once_and_only_after_the_limit(autojump_cloc
         began = trio.current_time()
         go_away(view)
         await trio.sleep_until(began + 6.9)
-        assert not owner._services.fetcher._away
+        assert not owner._fetcher._away
         await trio.sleep_until(began + 7.1 + REAP_INTERVAL)
-        assert owner._services.fetcher._away
+        assert owner._fetcher._away
         await trio.sleep(50)
         assert len([warning for warning in notes.warnings if "given up" in warning]) == 1
         come_back(view)
         await trio.sleep(LONGEST_PAUSE)
-        assert not owner._services.fetcher._away
+        assert not owner._fetcher._away
 
 
 async def test_an_idle_watch_asks_the_log_no_more_than_its_rounds_take(autojump_clock: MockClock) -> None:

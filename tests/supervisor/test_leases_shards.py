@@ -59,7 +59,7 @@ class House:
         return [at for at, runs in self.log.renewed if run_id in runs and at >= since]
 
     def lives(self, run_id: str) -> bool:
-        return run_id in self.supervisor._services.live
+        return run_id in self.supervisor._runs.by_id
 
 
 @asynccontextmanager
@@ -72,8 +72,7 @@ async def house(*shards: str, **knobs: Any) -> AsyncIterator[House]:
         await trio.sleep(5)
         yield works
         await trio.sleep(BACK)
-        works.supervisor.interrupt()
-        await works.supervisor._services.all_settled()
+        await works.supervisor.drain(0)
         await trio.sleep(1)
         assert_nothing_is_left(works.supervisor)
 
@@ -125,7 +124,7 @@ async def test_the_rounds_of_a_part_that_is_no_more_end(autojump_clock: MockCloc
         works.log.gone.clear()
         if "b" in works.log._silent:
             works.log.speak("b")
-        assert works.supervisor._services.fetcher._away == {}
+        assert works.supervisor._fetcher._away == {}
 
 
 @pytest.mark.parametrize("how", ["gone", "silent"])

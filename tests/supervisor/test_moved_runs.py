@@ -42,7 +42,7 @@ async def parted(*names: str, **knobs: Any) -> AsyncIterator[tuple[Parted, Super
     async with open_supervisor(log, drain_timeout=0, **knobs) as supervisor:
         yield log, supervisor
         supervisor.interrupt()
-        await supervisor._services.all_settled()
+        await supervisor._runs._until(lambda: not supervisor._runs.unsettled)
         assert_nothing_is_left(supervisor)
 
 
@@ -58,7 +58,7 @@ async def test_a_quiet_run_that_was_moved_from_a_part_that_then_dies_is_committe
         log.gone.add("a")
         await trio.sleep(10 + BACK)
         assert (await log.get("quiet")).seq == 2
-        assert supervisor._services.live["busy"].buffer.stored < 60
+        assert supervisor._runs.by_id["busy"].buffer.stored < 60
         await supervisor.cancel("quiet", "enough")
         await trio.sleep(BACK)
         assert (await log.get("quiet")).status == "cancelled"
@@ -76,9 +76,8 @@ async def test_what_a_part_has_lost_of_a_run_that_was_moved_from_a_dead_part_is_
         await trio.sleep(5)
         log.gone.add("a")
         await trio.sleep(1)
-        services = supervisor._services
         del log._runs["quiet"]  # it comes to another part by a failover, and that has not got it
-        services.committer.restore(services.live["quiet"].buffer)
+        supervisor._committer.restore(supervisor._runs.by_id["quiet"].buffer)
         await trio.sleep(1)
         log.where["quiet"] = "b"
         await trio.sleep(BACK)

@@ -41,7 +41,7 @@ async def waits() -> AsyncIterator[Event]:
 def live(owner: Supervisor | Server) -> int:
     """How many readers are counted."""
     supervisor = owner if isinstance(owner, Supervisor) else owner.service.supervisor
-    readers = supervisor._services.readers
+    readers = supervisor._readers
     assert readers.live == sum(readers._of_runs.values())
     assert 0 not in readers._of_runs.values()
     return readers.live

@@ -283,7 +283,7 @@ async def test_nothing_is_kept_of_runs_that_ended_without_readers(autojump_clock
         await wait_all_tasks_blocked()
         for supervisor in (owner, other):
             assert_nothing_is_left(supervisor)
-            assert len(supervisor._services.timers._heap) <= 200
+            assert len(supervisor._timers._heap) <= 200
         assert _tasks() == idle
     assert len(trio.lowlevel.current_root_task().child_nurseries[0].child_tasks) == before  # type: ignore[union-attr]
 

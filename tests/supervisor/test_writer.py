@@ -275,10 +275,10 @@ async def test_writing_waits_when_too_much_is_uncommitted(autojump_clock: MockCl
             view.before["append"] = slow(2)
             for _ in range(4):
                 await writer.write(Event(data="x" * 500))
-                assert supervisor._services.committer.pending_bytes <= 1600
+                assert supervisor._committer.pending_bytes <= 1600
             assert trio.current_time() >= 2  # and that is not its own silence
         assert (await ended(view, "run")).status == "completed"
-        assert supervisor._services.committer.pending_bytes == 0
+        assert supervisor._committer.pending_bytes == 0
 
 
 async def test_whoever_flushes_what_is_never_stored_is_told(autojump_clock: MockClock) -> None:

@@ -193,7 +193,7 @@ async def stays(task: trio.lowlevel.Task, server: Server) -> bool:
 
 def readers(server: Server, *run_ids: str) -> list[int]:
     """How many readers each of these runs has."""
-    tails = [server.service.supervisor._services.tails.get(run_id) for run_id in run_ids]
+    tails = [server.service.supervisor._tails.get(run_id) for run_id in run_ids]
     return [0 if tail is None else tail.users - 1 for tail in tails]
 
 

@@ -195,16 +195,15 @@ def counted(record: Mapping[str, str], ticks: Ticks) -> None:
 
 def left_over(supervisor: Supervisor) -> dict[str, Any]:
     """What a supervisor keeps of runs and their readers."""
-    services = supervisor._services
-    committer, wakeups = services.committer, cast("RedisNotifications", services.fetcher._notifications)
+    committer, wakeups = supervisor._committer, cast("RedisNotifications", supervisor._fetcher._notifications)
     kept = {
-        "live": services.live,
-        "tails": services.tails.all(),
-        "bytes": services.tails.size + committer.pending_bytes,
+        "live": supervisor._runs.by_id,
+        "tails": supervisor._tails.all(),
+        "bytes": supervisor._tails.size + committer.pending_bytes,
         "buffers": [worker for worker in committer.shards if not worker.idle],
         "channels": wakeups._channels.keys() - {wakeups._process},
         "moved": wakeups._moved,
-        "missing": [worker for worker in services.fetcher.shards if not worker.idle],
+        "missing": [worker for worker in supervisor._fetcher.shards if not worker.idle],
     }
     return {name: what for name, what in kept.items() if what}
 

@@ -21,7 +21,7 @@ from tests.support.serving import PRODUCERS, quiet_config
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from penstock.supervisor.services import StuckRun
+    from penstock.supervisor.live_runs import StuckRun
 
 
 async def stubborn(_input: Any) -> AsyncIterator[Event]:

@@ -366,12 +366,11 @@ async def ended(log: MemoryLog | View, run_id: str) -> Run:
 
 def assert_nothing_is_left(supervisor: Supervisor) -> None:
     """Of runs that are over and have no readers a supervisor keeps nothing (D10)."""
-    services = supervisor._services
-    assert not services.live
+    assert not supervisor._runs.by_id
     assert supervisor.live_runs == 0
-    assert not services.tails.all()
-    assert services.tails.size == 0
-    assert services.committer.pending_bytes == 0
-    assert not [timer for timer in services.timers._heap if timer.callback is not None]
-    wakeups: Any = services.fetcher._notifications
+    assert not supervisor._tails.all()
+    assert supervisor._tails.size == 0
+    assert supervisor._committer.pending_bytes == 0
+    assert not [timer for timer in supervisor._timers._heap if timer.callback is not None]
+    wakeups: Any = supervisor._fetcher._notifications
     assert not (wakeups.wakeups if isinstance(wakeups, _Told) else wakeups)._subscribed

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from penstock.asgi.lifespan import AppLifespan
     from penstock.log import EventLog
-    from penstock.supervisor.services import StuckRun
+    from penstock.supervisor.live_runs import StuckRun
 
 SERVICE_DIED: Final = 1
 STUCK: Final = 3

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from penstock.server.hypercorn_fixes.connection import SendDeadline
     from penstock.supervisor import Supervisor
-    from penstock.supervisor.services import StuckRun
+    from penstock.supervisor.live_runs import StuckRun
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask for a shutdown."""

@@ -1,15 +1,16 @@
 """How a run ends: decided from recorded facts, in one pure function.
 
-Neither `cancelled_caught` nor an exception's type says how a producer's body ended: it may swallow a cancellation,
-shield itself from it, or raise while it is being cancelled. So whoever cancels records the *cause* first, and the run's
-task records what happened; this module turns those facts into the run's last entries and its record's ending. In this
-order:
+Neither `cancelled_caught` nor an exception's type says how a producer's body ended: a body may swallow a cancellation,
+shield itself from it, or raise while it is being cancelled. So the cause is recorded before anything is cancelled, the
+run's task records what the producer does, and `decide` turns these facts into the run's last entries and its record's
+ending. The first rule that applies decides:
 
-1. an exception other than `Cancelled` and `RunCancelled`: failed, with the cause's words kept beside the error;
-2. a recorded cause: its row in `CAUSES`;
-3. `RunCancelled`: cancelled;
-4. an error that the producer reported itself: failed;
-5. what it said of why it stopped, or nothing: completed, cancelled or failed.
+1. the producer raised an exception other than `Cancelled` and `RunCancelled`: failed, and the record keeps the reason
+   of the cause beside the error;
+2. a cause is recorded: its row in `CAUSES`;
+3. the producer raised `RunCancelled`: cancelled;
+4. the producer yielded an error: failed;
+5. the producer gave a stop reason, or none: completed, cancelled or failed.
 
 The last entry is always `[DONE]`.
 """
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
     from penstock.sse.dialects import Dialect
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunFacts:
-    """What is on record when a run ends.
+    """What has been recorded of a run.
 
     Attributes:
-        error: what the producer raised, apart from `Cancelled`.
+        error: what the producer raised, without cancellations.
         cause: the first cause that was recorded.
-        words: the words that came with the cause.
-        said: the stop reason that the producer gave.
-        reported: the code and words of an error that the producer yielded.
-        untold: `reported` is not among the run's entries yet.
+        reason: the reason given with the cause.
+        stop_reason: the stop reason that the producer gave.
+        yielded_error: the code and message of an error that the producer yielded.
+        not_stored: `yielded_error` is not among the run's entries yet.
+        interrupted: something outside the run ended the producer, and recorded no cause: it counts as a shutdown.
     """
 
     error: BaseException | None = None
@@ -46,6 +48,7 @@ class RunFacts:
     stop_reason: str | None = None
     yielded_error: tuple[str, str] | None = None
     not_stored: bool = False
+    interrupted: bool = False
 
 
 def decide(
@@ -53,16 +56,18 @@ def decide(
 ) -> tuple[list[bytes], Ending]:
     """The run's last blocks, and its record's ending."""
     error = None if facts.error is None else single_error(facts.error)
+    cause, reason = facts.cause, facts.reason
+    if cause is None and facts.interrupted:
+        cause = Cause.SHUTDOWN
     if error is not None and not isinstance(error, RunCancelled):
         code, message = words_for_clients(error, expose_errors=expose_errors)
         shown = RunError(code, message, error_id)
-        kept = None if facts.cause is None else facts.reason or CAUSES[facts.cause].scope_reason
+        kept = None if cause is None else reason or CAUSES[cause].scope_reason
         return [dialect.error(shown), DONE], Ending(RunStatus.FAILED, StopReason.ERROR, shown, kept)
-    cause, words = facts.cause, facts.reason
     if cause is None and error is not None:
-        cause, words = Cause.CANCEL, None if error.reason is None else encodable(error.reason)
+        cause, reason = Cause.CANCEL, None if error.reason is None else encodable(error.reason)
     if cause is not None:
-        return _by_cause(cause, words, dialect, error_id)
+        return _by_cause(cause, reason, dialect, error_id)
     if facts.yielded_error is not None:
         shown = RunError(*facts.yielded_error, error_id)
         blocks = [dialect.error(shown), DONE] if facts.not_stored else [DONE]
@@ -70,23 +75,23 @@ def decide(
     return [DONE], _by_stop_reason(facts.stop_reason, error_id)
 
 
-def _by_cause(cause: Cause, words: str | None, dialect: Dialect, error_id: str) -> tuple[list[bytes], Ending]:
+def _by_cause(cause: Cause, reason: str | None, dialect: Dialect, error_id: str) -> tuple[list[bytes], Ending]:
     row = CAUSES[cause]
     if row.status is RunStatus.CANCELLED:
-        return [dialect.cancelled(row.message, words), DONE], Ending(row.status, row.stop_reason, cancel_reason=words)
+        return [dialect.cancelled(row.message, reason), DONE], Ending(row.status, row.stop_reason, cancel_reason=reason)
     if row.code is None:
         return [DONE], Ending(row.status, row.stop_reason)
     shown = RunError(row.code, row.message, error_id)
     return [dialect.error(shown), DONE], Ending(row.status, row.stop_reason, shown)
 
 
-def _by_stop_reason(said: str | None, error_id: str) -> Ending:
-    if said is None:
+def _by_stop_reason(stop_reason: str | None, error_id: str) -> Ending:
+    if stop_reason is None:
         row = CAUSES[Cause.RETURNED]
         return Ending(row.status, row.stop_reason)
-    if said in COMPLETING:
-        return Ending(RunStatus.COMPLETED, said)
-    if said == StopReason.CANCELLED:
-        return Ending(RunStatus.CANCELLED, said)
-    shown = RunError("STOPPED", f"the producer stopped: {said}", error_id)
-    return Ending(CAUSES[Cause.STOPPED].status, said, shown)
+    if stop_reason in COMPLETING:
+        return Ending(RunStatus.COMPLETED, stop_reason)
+    if stop_reason == StopReason.CANCELLED:
+        return Ending(RunStatus.CANCELLED, stop_reason)
+    shown = RunError("STOPPED", f"the producer stopped: {stop_reason}", error_id)
+    return Ending(CAUSES[Cause.STOPPED].status, stop_reason, shown)

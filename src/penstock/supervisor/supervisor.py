@@ -1,12 +1,18 @@
 """The supervisor: owns the nursery in which runs live, longer than any request.
 
-Two nurseries, one inside the other: the outer one holds the services (`services.py`), the inner one holds a task for
-each run.
+It has two nurseries, one inside the other: the outer one holds the services, the inner one holds a task for each run.
 
-Order of leaving, whatever the way out (return, exception, cancelled from outside): the runs end first, and their
-terminal entries are committed by services that are still there; the services end when the inner nursery is empty and
-every run is settled, or `finalize_timeout` after the last run has left. With one nursery a run's last words would wait
-for a committer that is cancelled already.
+    committer.shards    pending entries → the log → tails
+    fetcher.shards      entries of runs that live elsewhere → tails
+    timers              timeouts, silence, grace
+    leases              cancel requests; renewals, reaping and outages of each shard
+    _dispatch           the log's notifications → leases, fetcher
+    _report_figures     figures → the observer, once a second
+
+Order of leaving, whatever the way out (return, exception, cancelled from outside): the runs end first, and the services
+store their terminal entries; the services end when the inner nursery is empty and every run is settled, or
+`finalize_timeout` after the last run has left. With one nursery a run's last entries would wait for a committer that is
+cancelled already.
 
 If a service dies the runs are cancelled, nothing is pretended about their ends, readers are released, and
 `open_supervisor` raises `SupervisorFailed`. No run's error ever escapes.
@@ -14,38 +20,69 @@ If a service dies the runs are cancelled, nothing is pretended about their ends,
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+import time
 from collections.abc import AsyncIterable, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from penstock.errors import (
     Draining,
     DurationTooLong,
+    MetadataTooLarge,
+    ReaderReleased,
     RunExists,
     RunNotFound,
     SupervisorFailed,
     TooManyRuns,
+    single_error,
 )
-from penstock.exception_groups import raise_single
-from penstock.log import CancelStatus, Idempotency
-from penstock.observer import checked, notify
+from penstock.exception_groups import open_nursery
+from penstock.log import CancelStatus, Idempotency, Lease
+from penstock.observer import FIGURES_INTERVAL, Figures, checked, new_error_id, notify
 from penstock.observer.logging import LoggingObserver
-from penstock.runs import Cause, new_run
+from penstock.runs import Run, check_run_id, new_run_id
+from penstock.supervisor.committer import Committer
 from penstock.supervisor.execution import RunWriter, writing
-from penstock.supervisor.follower import Follower
-from penstock.supervisor.services import Services, StuckRun
+from penstock.supervisor.fetcher import Fetcher
+from penstock.supervisor.follower import Follower, Readers
+from penstock.supervisor.leases import LeaseKeeper
+from penstock.supervisor.live_runs import DrainPhase, LiveRuns, StuckRun
 from penstock.supervisor.settings import Settings, check_duration
+from penstock.supervisor.tail import Tails
+from penstock.supervisor.timers import Timers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from penstock.log import CancelReply, EventLog, Started
+    from penstock.log import CancelReply, EventLog, Notifications, Started
     from penstock.observer import Observer
-    from penstock.runs import Run, RunStatus
+    from penstock.runs import RunStatus
     from penstock.supervisor.execution import Execution
+
+ID_TRIES: Final = 20
+"""The most ids that are made for a run, until one is on a shard of the log that is in reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """What the ways to start a run have in common; see `Supervisor.start`."""
+
+    name: str
+    run_id: str | None
+    timeout: float | None
+    max_silence: float | None
+    metadata: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        check_duration("timeout", self.timeout)
+        check_duration("max_silence", self.max_silence)
 
 
 class Supervisor:
@@ -55,10 +92,24 @@ class Supervisor:
         self.log = log
         self.settings = settings
         self.observer = observer
-        self.draining = False
-        """True once no runs are started any more."""
-        self._services = Services(log, settings, observer)
-        self._runs: trio.Nursery | None = None
+        self._owner = f"{os.getpid()}-{secrets.token_hex(8)}"
+        """The supervisor's name in the log."""
+        self._tails = Tails(
+            max_entries=settings.tail_entries,
+            max_bytes=settings.tail_bytes,
+            max_process_bytes=settings.max_process_tail_bytes,
+        )
+        self._timers = Timers()
+        self._committer = Committer(log, settings, observer)
+        self._fetcher = Fetcher(log, self._tails, settings, observer)
+        self._readers = Readers(most=settings.max_readers, most_of_a_run=settings.max_readers_per_run)
+        self._runs = LiveRuns(self._tails, self._committer, self._fetcher, self._timers, settings, observer)
+        self._leases = LeaseKeeper(log, self._owner, self._runs, self._committer, self._fetcher, settings, observer)
+        self._notifications: Notifications
+        self._services = trio.CancelScope()
+        self._run_nursery: trio.Nursery | None = None
+        self._reported = (0, 0)
+        """The readers' entries and bytes in the figures before."""
 
     async def start(
         self,
@@ -120,18 +171,24 @@ class Supervisor:
         metadata: Mapping[str, Any] | None = None,
     ) -> Started:
         """`start`, and whether the run was created by this call or found under its idempotency key."""
-        # What `asynccontextmanager` makes can be called, too, as a decorator: a source is not to be.
+        # What `asynccontextmanager` makes can be called too, as a decorator; but it is a source.
         call = callable(producer) and not isinstance(producer, AbstractAsyncContextManager | AsyncIterable | Awaitable)
         if args and not call:
             raise ValueError("arguments are for a producer that can be called, and this one cannot")
-        name = name or str(getattr(producer, "__qualname__", type(producer).__name__))
-        request = (name, args, metadata, run_id, timeout, max_silence)
+        options = StartOptions(
+            name or str(getattr(producer, "__qualname__", type(producer).__name__)),
+            run_id,
+            timeout,
+            max_silence,
+            metadata,
+        )
+        request = (options.name, args, metadata, run_id, timeout, max_silence)
         idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
-        started, execution = await self._begin(name, run_id, metadata, idempotency, timeout, max_silence)
+        started, execution = await self._begin(options, idempotency)
         if execution is not None:
             make_source = partial(producer, *args) if call else lambda: producer
-            assert self._runs is not None  # noqa: S101  (or _begin would have refused)
-            self._runs.start_soon(execution.execute, make_source, name=f"run {started.run.id}")
+            assert self._run_nursery is not None  # noqa: S101  (or _begin would have refused)
+            self._run_nursery.start_soon(execution.execute, make_source, name=f"run {started.run.id}")
         return started
 
     @asynccontextmanager
@@ -164,9 +221,9 @@ class Supervisor:
             RunEnded: something else ended it, such as its timeout, and that cut the body short.
             RunExists, Draining, SupervisorFailed, LogUnavailable, TooManyRuns, ValueError: see `start`.
         """
-        _, execution = await self._begin(name, run_id, metadata, None, timeout, max_silence)
+        _, execution = await self._begin(StartOptions(name, run_id, timeout, max_silence, metadata))
         assert execution is not None  # noqa: S101  (there was no idempotency key)
-        async with writing(execution, self._services.committer) as writer:
+        async with writing(execution, self._committer) as writer:
             yield writer
 
     def follow(self, run_id: str, after: int = 0, *, last: int | None = None) -> Follower:
@@ -183,10 +240,7 @@ class Supervisor:
         Raises:
             ValueError: the cursor is not a whole number from 0.
         """
-        services = self._services
-        return Follower(
-            services.fetcher, run_id, readers=services.readers, after=after, last=last, clock=services.timers
-        )
+        return Follower(self._fetcher, run_id, readers=self._readers, after=after, last=last, clock=self._timers)
 
     async def cancel(self, run_id: str, reason: str | None = None) -> CancelReply:
         """Ask a run to stop, in whatever process it lives. Does not wait for its end. A checkpoint.
@@ -209,8 +263,8 @@ class Supervisor:
                 raise ValueError(f"a reason is a str, not {type(reason).__name__}")
             reason.encode()
         reply = await self.log.request_cancel(run_id, reason)
-        if reply.status is CancelStatus.REQUESTED and run_id in self._services.live:
-            self._services.live[run_id].stop(Cause.CANCEL, reason)
+        if reply.status is CancelStatus.REQUESTED:
+            self._runs.cancel(run_id, reason)
         return reply
 
     async def wait(self, run_id: str) -> Run:
@@ -220,12 +274,12 @@ class Supervisor:
             RunNotFound: there is no such run.
             ReaderReleased, SupervisorFailed, LogUnavailable: as for a `Follower`.
         """
-        async with self._services.fetcher.reading(run_id) as tail:
+        async with self._fetcher.reading(run_id) as tail:
             run = await self.log.get(run_id)
-            self._services.fetcher.note_last_seq(tail, run)
+            self._fetcher.note_last_seq(tail, run)
             while not run.status.terminal:
                 if tail.ended:
-                    run = (await self._services.fetcher.read(tail, tail.last)).run
+                    run = (await self._fetcher.read(tail, tail.last)).run
                     if not run.status.terminal:  # the log has dropped the run that ended, and the id is another's
                         raise RunNotFound(run_id)
                 elif tail.released is not None:
@@ -263,32 +317,35 @@ class Supervisor:
             timeout: how long runs may go on, in seconds; by default `drain_timeout`.
         """
         check_duration("timeout", timeout, zero=True)
-        self.draining = True
-        await self._services.drain(self.settings.drain_timeout if timeout is None else timeout)
+        await self._runs.drain(self.settings.drain_timeout if timeout is None else timeout)
 
     def interrupt(self) -> None:
         """Cancel every run of this process now, as a shutdown does. Synchronous."""
-        self.draining = True
-        self._services.interrupt()
+        self._runs.interrupt()
+
+    @property
+    def draining(self) -> bool:
+        """True once no runs are started any more."""
+        return self._runs.phase >= DrainPhase.DRAINING
 
     @property
     def live_runs(self) -> int:
-        """The runs of this process that have not settled yet, with those whose start is under way."""
-        return self._services.unsettled
+        """The number of runs of this process that are not settled, with those whose start is under way."""
+        return self._runs.unsettled
 
     @property
     def stuck(self) -> Sequence[StuckRun]:
-        """The runs that have ended, as far as this process is concerned, although their producers have not let go."""
-        return self._services.stuck()
+        """The runs that have ended, as far as this process knows, although their producers have not let go."""
+        return self._runs.stuck
 
     async def let_go(self) -> None:
         """Wait until no producer whose run has ended holds on to its task. A checkpoint, if it has to wait."""
-        await self._services.let_go()
+        await self._runs.let_go()
 
     @property
     def unstored(self) -> int:
-        """The runs whose last entries could not be stored since `drain` began: their leases end them, as lost."""
-        return self._services.unstored
+        """The number of runs whose last entries could not be stored since draining began; a reaper ends them."""
+        return self._runs.unstored
 
     async def check(self) -> None:
         """Return if runs can be started. A checkpoint.
@@ -300,53 +357,146 @@ class Supervisor:
         await self.log.check()
 
     def tell_figures(self) -> None:
-        """Tell the observer how much there is of everything, now. Synchronous."""
-        self._services.tell_figures()
+        """Notify the observer of the figures, now. Synchronous."""
+        before, self._reported = self._reported, (self._readers.entries, self._readers.bytes)
+        figures = Figures(
+            runs=self._runs.unsettled,
+            readers=self._readers.live,
+            pending_bytes=self._committer.pending_bytes,
+            tail_bytes=self._tails.size,
+            entries_out=self._reported[0] - before[0],
+            bytes_out=self._reported[1] - before[1],
+        )
+        notify(self.observer.figures, figures)
 
     def _refuse(self) -> None:
-        if self._services.failure is not None:
+        if self._runs.failure is not None:
             raise SupervisorFailed("a service of the supervisor died; see the server's log")
-        if self.draining or self._runs is None:
+        if self.draining or self._run_nursery is None:
             raise Draining("this server is shutting down and starts no more runs")
 
     async def _begin(
-        self,
-        name: str,
-        run_id: str | None,
-        metadata: Mapping[str, Any] | None,
-        idempotency: Idempotency | None,
-        timeout: float | None,  # noqa: ASYNC109  (the run's, not this call's)
-        max_silence: float | None,
+        self, options: StartOptions, idempotency: Idempotency | None = None
     ) -> tuple[Started, Execution | None]:
         """Create the record and the execution; no checkpoint comes between them.
 
         If all runs have been interrupted by then, or a service has died, the run ends before it has begun.
         """
         self._refuse()
-        settings, services = self.settings, self._services
-        check_duration("timeout", timeout)
-        check_duration("max_silence", max_silence)
+        settings, runs, timeout = self.settings, self._runs, options.timeout
         if settings.max_duration and (timeout or 0) > settings.max_duration:
             raise DurationTooLong(f"a run takes at most {settings.max_duration:g} s (max_duration), not {timeout:g} s")
-        run_id = services.new_id() if run_id is None else run_id
-        run = new_run(run_id, name, metadata, max_metadata_bytes=settings.max_metadata_bytes)
-        if services.present >= settings.max_runs:
+        run_id = self._new_id() if options.run_id is None else options.run_id
+        run = new_run(run_id, options.name, options.metadata, max_metadata_bytes=settings.max_metadata_bytes)
+        if runs.present >= settings.max_runs:
             raise TooManyRuns(f"this process has {settings.max_runs} runs, as many as max_runs allows")
-        # The log may have dropped the run whose producer is still here. Under an idempotency key the run is an answer.
-        if idempotency is None and run.id in services.live:
-            raise RunExists(services.live[run.id].run)
-        lease = services.lease()
-        with services.starting() as admit:
+        # The log may have dropped the run whose producer is still here. Under an idempotency key that run is returned.
+        if idempotency is None and run.id in runs.by_id:
+            raise RunExists(runs.by_id[run.id].run)
+        lease = Lease(self._owner, secrets.token_hex(16), settings.lease)
+        with runs.starting() as admit:
             started = await self.log.start(run, lease, idempotency)
             if not started.created:
                 return started, None
             execution = admit(started.run, lease)
-        execution.limit(timeout=timeout or settings.max_duration or None, max_silence=max_silence)
+        execution.limit(timeout=timeout or settings.max_duration or None, max_silence=options.max_silence)
         notify(self.observer.run_started, started.run)
-        if services.interrupted or services.failure is not None:
+        if runs.phase >= DrainPhase.INTERRUPTED or runs.failure is not None:
             await execution.leave(None)
             self._refuse()
         return started, execution
+
+    def _new_id(self) -> str:
+        """An id for a new run, on a shard of the log that is in reach, if there is one."""
+        ids = (new_run_id() for _ in range(ID_TRIES))
+        return next((each for each in ids if not self._leases.is_away(self.log.shard(each))), new_run_id())
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Run the services, and take runs, for as long as the block lasts. Used once, by `open_supervisor`."""
+        async with open_nursery() as outer:
+            await outer.start(self._run_services, outer.cancel_scope)
+            try:
+                async with open_nursery() as self._run_nursery:
+                    try:
+                        yield
+                        await self.drain()
+                    except BaseException:
+                        self.interrupt()
+                        raise
+            finally:
+                await self._end()  # noqa: ASYNC102  (it has its own shield, with a deadline)
+        if (failure := self._runs.failure) is not None:
+            raise SupervisorFailed("a service of the supervisor died") from failure
+
+    async def _run_services(self, runs: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
+        """Run the services until `_end`; if one dies, record it and cancel the scope of the runs.
+
+        The services' scope is shielded without a deadline, the only one of its kind: a cancellation from outside must
+        reach the runs while the services are still there to store their ends. It ends in three ways: `_end` cancels it,
+        which every way out of `serving` calls, and which waits under a deadline; a service dies; or the services are
+        cancelled before they have started, when there is no shield yet.
+        """
+        services = (
+            self._committer.shards.run,
+            self._timers.run,
+            self._leases.deliver_cancels,
+            self._leases.shards.run,
+            self._fetcher.shards.run,
+            self._dispatch,
+            self._report_figures,
+        )
+        try:
+            with self._services:
+                async with self.log.wakeups(self._owner) as self._notifications:
+                    self._fetcher.connect(self._notifications)
+                    # `started` leaves a cancelled task where it is, and under the shield it would stay there for ever.
+                    await trio.lowlevel.checkpoint()
+                    self._services.shield = True
+                    async with trio.open_nursery() as nursery:
+                        for service in services:
+                            nursery.start_soon(_run_service, service, name=service.__qualname__)
+                        task_status.started()
+        except Exception as error:
+            if not self._services.shield:
+                raise
+            self._fail(error)
+            runs.cancel(reason="a service of the supervisor died")
+
+    async def _dispatch(self) -> None:
+        while True:
+            notification = await self._notifications.wait()
+            if notification.cancel:
+                self._leases.check_cancels()
+            if notification.reconnected:
+                self._leases.renew_now()
+            self._fetcher.moved(notification.moved)
+
+    async def _report_figures(self) -> None:
+        while True:
+            await trio.sleep(FIGURES_INTERVAL)
+            self.tell_figures()
+
+    def _fail(self, error: Exception) -> None:
+        failure = single_error(error)
+        notify(self.observer.on_error, failure, error_id=new_error_id(), where="the supervisor's services")
+        released = SupervisorFailed("a service of the supervisor died; come back with the cursor")
+        self._fetcher.evict_readers(released, everyone=True)
+        self._runs.on_services_died(failure)
+
+    async def _end(self) -> None:
+        """The nursery of the runs is empty: wait until the runs are settled, within a deadline; end the services."""
+        await self._runs.end()
+        released = ReaderReleased("the supervisor has ended; come back with the cursor")
+        self._fetcher.evict_readers(released, everyone=True)
+        self.tell_figures()
+        self._services.cancel(reason="the supervisor has ended")
+
+
+@trio.lowlevel.enable_ki_protection
+async def _run_service(service: Callable[[], Awaitable[None]]) -> None:
+    """Run a service. Ctrl-C goes to the program's own code, which then ends the services in good order."""
+    await service()
 
 
 @asynccontextmanager
@@ -357,39 +507,46 @@ async def open_supervisor(
 
     Leaving the block by its end drains: runs may go on for `drain_timeout`, then they are interrupted. Leaving it by an
     exception or a cancellation interrupts them at once. Either way each run gets its terminal entry before this
-    returns. A producer that never lets go keeps it from returning; every 10 s the observer is told where that stands.
+    returns. A producer that never lets go keeps it from returning; every 10 s the observer is notified where it stands.
 
     Args:
         log: the event log, from `open_log`.
-        observer: told of what happens; by default it goes to the logger `penstock`.
+        observer: notified of what happens; by default the logger `penstock` writes it down.
         knobs: see `Settings`, which lists them with their units and defaults.
 
     Yields:
         The supervisor.
 
     Raises:
-        ConfigurationError: a knob is unknown, or has a value that it cannot have.
+        ConfigurationError: a setting is unknown, or has a value that it cannot have.
         SupervisorFailed: a service died; the exception it died of is the cause.
         LogUnavailable: the log cannot be reached to begin with.
     """
     observer = checked(LoggingObserver() if observer is None else observer)
     supervisor = Supervisor(log, Settings.of(knobs), observer)
+    async with supervisor.serving():
+        yield supervisor
+
+
+def new_run(run_id: str, producer: str, metadata: Mapping[str, Any] | None, *, max_metadata_bytes: int) -> Run:
+    """The record of a run that is about to start.
+
+    Raises:
+        MetadataTooLarge: the metadata is larger, as JSON, than `max_metadata_bytes`.
+        ValueError: the id is none, or the name is no str, or the metadata no JSON object.
+    """
     try:
-        async with trio.open_nursery() as outer:
-            await outer.start(supervisor._services.run, outer.cancel_scope)  # noqa: SLF001
-            try:
-                async with trio.open_nursery() as supervisor._runs:  # noqa: SLF001
-                    try:
-                        yield supervisor
-                        await supervisor.drain()
-                    except BaseException:
-                        supervisor.interrupt()
-                        raise
-            except BaseExceptionGroup as group:
-                raise_single(group, trio.Cancelled)
-            finally:
-                await supervisor._services.end()  # noqa: SLF001, ASYNC102  (it has its own shield, with a deadline)
-    except BaseExceptionGroup as group:
-        raise_single(group, trio.Cancelled)
-    if (failure := supervisor._services.failure) is not None:  # noqa: SLF001
-        raise SupervisorFailed("a service of the supervisor died") from failure
+        written = json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False).encode()
+        (producer + "").encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the name of a run is a str, and its metadata a JSON object: {error}") from error
+    if len(written) > max_metadata_bytes:
+        raise MetadataTooLarge(
+            f"a run's metadata has at most {max_metadata_bytes} bytes as JSON (max_metadata_bytes), not {len(written)}"
+        )
+    return Run(
+        check_run_id(run_id),
+        producer,
+        created_at=time.time(),
+        metadata=json.loads(written),  # the caller may go on changing the other
+    )

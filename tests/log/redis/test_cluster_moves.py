@@ -346,7 +346,7 @@ def there_and_back(works: Works, slot: int, home: RedisServer, other: RedisServe
 async def test_when_a_slot_moves_a_supervisor_that_has_left_its_log_to_another_breaks_nothing() -> None:
     async with three_masters() as works, open_log(works.url) as log:
         async with open_supervisor(log, drain_timeout=0) as first:
-            channel = KEYS.process(first._services.owner)
+            channel = KEYS.process(first._owner)
             slot = works.cluster.slot(channel)
         async with open_supervisor(log, drain_timeout=0) as second:
             home = await works.cluster.node_of_slot(slot)

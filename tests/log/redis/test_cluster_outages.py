@@ -70,7 +70,7 @@ class Three:
 
     def last_without_inbox(self, *supervisors: Supervisor) -> list[RedisServer]:
         """The nodes, the last of them one that has the inbox of none of these two."""
-        inboxes = {self.node_of(KEYS.inbox(each._services.owner)) for each in supervisors}
+        inboxes = {self.node_of(KEYS.inbox(each._owner)) for each in supervisors}
         last = next(node for node in self.cluster.nodes if node not in inboxes)
         return [*(node for node in self.cluster.nodes if node is not last), last]
 
@@ -125,7 +125,7 @@ async def test_while_a_node_stands_still_all_goes_on_that_is_on_others(monkeypat
                 await other.cancel(quiet, "enough")
                 assert (await other.wait(quiet)).cancel_reason == "enough"
             lease_end = int(await works.server.command("HGET", record_of(ids[0]), "lease_end"))
-            owner._services._watch.renew_now()
+            owner._leases.renew_now()
             await until_it_is(partial(is_renewed, works, ids[0], lease_end), True)
             await goes_on(following[:4])
             assert not nodes[2].is_living
@@ -166,7 +166,7 @@ async def test_supervisors_that_open_while_a_node_is_dead_have_the_use_of_the_ot
             record = await same_everywhere(works.server, ids[0], following[:4])
             assert record["cancel_reason"] == "enough"
             counted(await same_everywhere(works.server, ids[1], following[4:]), several[1])
-            assert not owner._services.live
+            assert not owner._runs.by_id
             for each in (owner, other, *rest):
                 await nothing_is_left(each)
 
@@ -175,7 +175,7 @@ async def test_supervisors_that_open_while_a_node_is_dead_have_the_use_of_the_ot
 async def test_a_cancel_reaches_an_owner_whose_inbox_is_dead(writes: bool) -> None:
     lease = 3_600.0 if writes else 3.0
     async with three() as works, supervisors(works.url, works.url, lease=lease) as (owner, other):
-        dead = works.node_of(KEYS.inbox(owner._services.owner))
+        dead = works.node_of(KEYS.inbox(owner._owner))
         there = next(node for node in works.cluster.nodes if node is not dead)
         ticks, witness, with_key = Ticks(), Witness(), Ticks()
         run = await owner.start(ticks if writes else witness.waits, run_id=works.run_on(there))
@@ -271,7 +271,7 @@ async def test_a_node_whose_replica_does_not_keep_what_it_must_is_away_and_new_r
             ):
                 with pytest.raises(LogUnavailable, match="0 of the 1 replicas"):
                     await ask()
-            await until(lambda: supervisor._services._watch.is_away(shard))
+            await until(lambda: supervisor._leases.is_away(shard))
             runs = [await supervisor.start(count, 1) for _ in range(24)]
             assert shard not in {log.shard(run.id) for run in runs}
             assert {log.shard(run.id) for run in runs} == {*log.shards()} - {shard}

@@ -90,7 +90,7 @@ async def test_a_run_whose_slot_moves_goes_on_without_a_gap_or_a_repetition() ->
                 await further(following, 20)
                 await cluster.finish_move(slot, to)
                 await further(following, 100)
-                owner._services._watch.renew_now()
+                owner._leases.renew_now()
             quiet_slot = cluster.slot(record_of(quiet.id))
             at = await cluster.node_of_slot(quiet_slot)
             await cluster.move_slot(quiet_slot, cluster.nodes[cluster.nodes.index(at) - 1])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from penstock.errors import RunEnded, RunExists, RunNotFound
+from penstock.errors import CursorExpired, RunEnded, RunExists, RunNotFound
 from penstock.sse import Event
 from tests.support.clustered import on_a_cluster
 from tests.support.proxy import Proxy, proxy
@@ -23,13 +23,14 @@ from tests.support.redis_runs import (
     stream_of,
     supervisor_at,
     supervisors,
+    texts,
     until,
     until_it_is,
     whole,
 )
-from tests.support.redis_servers import Endpoint, redis_server
+from tests.support.redis_servers import Endpoint, let_pass, redis_server
 from tests.support.serving import serving
-from tests.support.supervising import FIRST, Notes, Witness, count, readers
+from tests.support.supervising import FIRST, Notes, Witness, count, gists, read, readers
 from tests.support.wire import Block
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ async def test_d30_a_run_that_redis_refuses_harms_no_other(server: Endpoint) -> 
             await until(lambda: bad.left)
             seen = last_seq(reader)
             await until(lambda: last_seq(reader) > seen + 50)
-            await until(lambda: owner._services.committer.pending_bytes < 1_000)
+            await until(lambda: owner._committer.pending_bytes < 1_000)
             await owner.cancel(runs[2].id)
             assert (await other.wait(runs[2].id)).status == "cancelled"
             good.enough.set()
@@ -167,6 +168,27 @@ async def test_d31_a_run_is_not_begun_again_by_whoever_comes_after(server: Endpo
                 await whole(server, run_id)
 
 
+@on_a_cluster
+async def test_d32_the_history_of_a_silent_run_outlives_the_ttl_again_and_again(server: Endpoint) -> None:
+    ttl, lease = 100.0, 20.0
+    async with supervisors(server.url, server.url, limits={"ttl": ttl}, lease=lease) as (owner, other):
+        run = await owner.start(Witness().waits)
+        async with readers((other, run.id)) as (reader,):
+            await until(lambda: last_seq(reader) == 1)
+            for _ in range(8):
+                await let_pass(server, 15)
+                owner._leases.renew_now()  # as it does by the clock
+                await until_it_is(partial(fresh, server, run.id, ttl), True)
+            assert gists([await first_of(other, run.id)]) == ["first"]
+            await owner.cancel(run.id)
+        await let_pass(server, ttl - 10)
+        assert gists(await read(other, run.id)) == ["first", "cancelled", "[DONE]"]
+        await let_pass(server, 20)
+        with pytest.raises(RunNotFound):
+            await other.get(run.id)
+        assert await server.command("EXISTS", stream_of(run.id), record_of(run.id)) == 0
+
+
 async def fresh(server: Endpoint, run_id: str, ttl: float) -> bool:
     """Both keys have nearly all of their time before them."""
     left = [int(await server.command("PTTL", key)) for key in (stream_of(run_id), record_of(run_id))]
@@ -192,6 +214,59 @@ async def test_d34_the_reader_of_a_run_that_nobody_gives_back_is_told_so(
             await server.command("DEL", stream_of(run.id), record_of(run.id))
         assert isinstance(reader.error, RunNotFound)
         await nothing_is_left(other)
+
+
+@on_a_cluster
+async def test_d37_a_cursor_before_what_was_trimmed_is_refused_with_the_oldest_seq(server: Endpoint) -> None:
+    async with supervisors(server.url, server.url, limits={"max_entries": 200}, tail_entries=10) as (owner, other):
+        ticks = Ticks(0.0)
+        run = await owner.start(ticks)
+        await until(lambda: ticks.said >= 2_000)
+        ticks.enough.set()
+        await other.wait(run.id)
+        kept = await stored(server, run.id)
+        oldest = int(kept[0][1]["seq_id"])
+        assert 1_000 < oldest <= ticks.said + 1 - 200 + 1
+        for supervisor in (owner, other):
+            with pytest.raises(CursorExpired) as refused:
+                await read(supervisor, run.id, 500)
+            assert refused.value.oldest_seq == oldest
+            assert texts(await read(supervisor, run.id, oldest - 1)) == [fields["data"] for _, fields in kept]
+        async with serving({}, server.url) as http:
+            answer = await http.client.get(f"/v1/runs/{run.id}/stream", params={"starting_after": 500})
+            assert (answer.status_code, answer.json()["oldest_seq"]) == (410, oldest)
+
+
+async def test_d38_the_length_of_a_run_does_not_count_for_a_resume_at_its_end(server: Endpoint, between: Proxy) -> None:
+    async with supervisors(server.url, between.url, cancel_check_interval=3_600.0, lease=3_600.0) as (owner, there):
+        runs = [await owner.start(count, length) for length in (10, 5_000)]
+        spent = []
+        for run, length in zip(runs, (10, 5_000), strict=True):
+            await owner.wait(run.id)
+            await read(there, run.id)  # whatever is needed once has been sent
+            before = between.requests["EVALSHA"]
+            assert [entry.seq for entry in await read(there, run.id, length - 5)] == list(range(length - 4, length + 2))
+            spent.append(between.requests["EVALSHA"] - before)
+        assert spent == [1, 1]
+
+
+@on_a_cluster
+async def test_d40_a_run_that_goes_on_for_longer_than_ended_ones_are_kept_does_not_expire(server: Endpoint) -> None:
+    ttl, lease = 60.0, 30.0
+    async with supervisors(server.url, server.url, limits={"ttl": ttl}, lease=lease) as (owner, other):
+        ticks = Ticks()
+        run = await owner.start(ticks, idempotency_key="key")
+        async with readers((owner, run.id), (other, run.id)) as following:
+            for _ in range(10):  # ten times 20 s, and it writes all the time
+                seen = max(map(last_seq, following))
+                await let_pass(server, 20)
+                await until(lambda: min(map(last_seq, following)) > seen + 5)  # noqa: B023  (it is done with in this round)
+                assert (await other.get(run.id)).status == "running"
+                assert [each.id for each in await other.list()] == [run.id]
+                assert (await first_of(other, run.id)).seq == 1
+                owner._leases.renew_now()
+            ticks.enough.set()
+        counted(await same_everywhere(server, run.id, following), ticks)
 
 
 @pytest.mark.parametrize("how", ["cut", "stall"])

@@ -153,7 +153,7 @@ async def test_a_run_that_cannot_be_read_harms_no_reader_of_another(server: Endp
             await until(lambda: min(map(last_seq, [harmed, *following])) >= 1)
             await spoil(server, spoiled.id)
             await server.command("PUBLISH", KEYS.wake(spoiled.id), "999999999")
-            await until(lambda: not all(worker.idle for worker in other._services.fetcher.shards))
+            await until(lambda: not all(worker.idle for worker in other._fetcher.shards))
             seen = min(map(last_seq, following))
             await until(lambda: min(map(last_seq, following)) >= seen + 200)
             harmed.leave()
@@ -168,7 +168,7 @@ async def test_a_cancel_request_that_is_none_costs_no_other_its_effect(server: E
     witness, ticks = Witness(), Ticks()
     async with supervisors(server.url, server.url, cancel_check_interval=0.1) as (owner, other):
         silent, run = await owner.start(witness.waits), await owner.start(ticks)
-        inbox = KEYS.inbox(owner._services.owner)
+        inbox = KEYS.inbox(owner._owner)
         await server.command("HSET", inbox, "nobody", words)
         await until_it_is(lambda: server.command("EXISTS", inbox), 0)
         await other.cancel(silent.id, "enough")

@@ -261,8 +261,7 @@ async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_c
             async with trio.open_nursery() as starting:
                 for number in range(start, min(start + AT_ONCE, runs)):
                     starting.start_soon(partial(owner.start, producer, run_id=f"run-{number}"))
-        tasks = there._services._nursery.child_tasks
-        before = len(tasks), len(all_tasks())
+        before = len(all_tasks())
         async with trio.open_nursery() as nursery:
             following = await follow_all(nursery, there, [f"run-{number % runs}" for number in range(1_000)])
             await until(lambda: min(map(last_seq, following)) == 1)
@@ -272,15 +271,14 @@ async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_c
             spent = commands(await server.stats()) - commands(stats)
             assert spent / (trio.current_time() - began) < most
             assert len([each for each in await server.clients() if each["name"] == "readers"]) <= 12
-            assert len(there._services.tails.all()) == runs
+            assert len(there._tails.all()) == runs
             for reader in following[:500]:
                 reader.leave()
             let_go.set()  # for the others it goes on, however long they were idle
         assert {tuple(gists(reader.entries)) for reader in following} == {("first",), ("first", "[DONE]")}
         await nothing_is_left(there)
         await until_it_is(partial(channels, server), 2)
-        assert len(tasks) == before[0]
-        assert len(all_tasks()) <= before[1] + 12  # each connection has one
+        assert len(all_tasks()) <= before + 12  # each connection has one
 
 
 async def channels(server: Endpoint) -> int:
@@ -327,7 +325,7 @@ async def test_a_look_up_that_was_overtaken_by_a_message_does_not_hide_it(server
         one, other = [await owner.start(producer, tap) for tap in taps]
         async with readers((there, one.id), (there, other.id)) as following:
             await until(lambda: min(map(last_seq, following)) == 1)
-            fetcher, fetch = there._services.fetcher, there.log.fetch
+            fetcher, fetch = there._fetcher, there.log.fetch
             busy, gate = trio.Event(), trio.Event()
             wakeups: Any = fetcher._notifications
 
