@@ -12,9 +12,9 @@ from penstock import Event, EventStreamResponse, MemoryLog, PublicError, RunCanc
 from penstock.observer import StreamEnd
 from penstock.supervisor import open_supervisor
 from tests.asgi.test_http_streams import unchunked
-from tests.observer.test_observer import Told
 from tests.support.asgi import Client, forever, on_both, timed
 from tests.support.asgi import Log as Life
+from tests.support.observers import RecordingObserver as Told
 from tests.support.serving import Tap, eventually, family, problem, quiet_config, serving
 from tests.support.supervising import near
 from tests.support.wire import DONE, Block, blocks_of, ids
