@@ -16,8 +16,8 @@ setup GROUP="check":
     if ! cmp -s pyproject.toml "$stamp"; then \
         echo "installing penstock with what '{{GROUP}}' needs into {{venv}} ..."; \
         {{bin}}/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'; \
-        if [ {{GROUP}} = penstock ]; then {{bin}}/python -m pip install -q -e .; \
-        else {{bin}}/python -m pip install -q -e . --group {{GROUP}}; fi; \
+        if [ {{GROUP}} = penstock ]; then {{bin}}/python -m pip install -q -e '.[all]'; \
+        else {{bin}}/python -m pip install -q -e '.[all]' --group {{GROUP}}; fi; \
         cp pyproject.toml "$stamp"; \
     fi
 

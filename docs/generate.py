@@ -5,30 +5,28 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from penstock.runs import CAUSES, COMPLETING, LIFE
+from penstock.runs import CAUSES, COMPLETING, RunStatus
 from penstock.supervisor.settings import Settings
 
 FOLDER = Path(__file__).parent
 
 
 def life() -> str:
-    """The page on a run's life: a diagram and a table, drawn from `LIFE` and `CAUSES`."""
+    """The page on a run's life: a diagram and a table, drawn from `CAUSES`."""
     lines = [
         "# A run's life",
         "",
-        "Drawn from the tables `LIFE` and `CAUSES` in `penstock/runs.py` by `just docs`. A terminal status has no way",
-        "out: the first ending that the log stores is the run's ending.",
+        "Drawn from the table `CAUSES` in `penstock/runs.py` by `just docs`. A terminal status is final: the first",
+        "ending that the log stores is the run's ending.",
         "",
         "```mermaid",
         "stateDiagram-v2",
         "    [*] --> running: start",
     ]
-    for state, moves in LIFE.items():
-        for status in dict.fromkeys(moves.values()):
-            causes = ", ".join(cause.value for cause, to in moves.items() if to is status)
-            lines.append(f"    {state.value} --> {status.value}: {causes}")
-        if state.terminal:
-            lines.append(f"    {state.value} --> [*]")
+    for status in dict.fromkeys(row.status for row in CAUSES.values()):
+        causes = ", ".join(cause.value for cause, row in CAUSES.items() if row.status is status)
+        lines.append(f"    {RunStatus.RUNNING.value} --> {status.value}: {causes}")
+    lines += [f"    {status.value} --> [*]" for status in RunStatus if status.terminal]
     lines += [
         "```",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from hypothesis import settings
 from trio.testing import MockClock
 
 from penstock.log.open import open_log
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from trio.abc import Clock
 
     from penstock.log import EventLog
+
+settings.register_profile("dev", max_examples=20, deadline=None)
+settings.register_profile("full", max_examples=100, deadline=None)
+settings.load_profile(os.environ.get("PENSTOCK_TEST_PROFILE", "dev"))
 
 Elapse = Callable[[float], Awaitable[None]]
 

@@ -1,7 +1,7 @@
-"""Pauses between tries: they grow, and are drawn at random, so that no two processes try at the same moments.
+"""Retries: pauses that grow, and a call that is repeated while the log is unavailable.
 
-`Backoff` gives the pauses of any retry; `retry_while_unavailable` retries a call for as long as the log is unavailable.
-It drops nothing and never gives up: the lease keeper decides what happens after `outage_limit`.
+The pauses are drawn at random, so that several processes do not retry in step. `Backoff` yields the pauses of any
+retry. `retry_while_unavailable` never gives up: the lease keeper decides what happens after `outage_limit`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 FIRST_PAUSE: Final = 0.2
-"""The longest first pause, in seconds; the limit doubles with each try."""
+"""The upper limit of the first pause, in seconds; it doubles with each retry."""
 SHORTEST_PAUSE: Final = 0.05
-"""The shortest pause of all, in seconds."""
+"""The lower limit of every pause, in seconds."""
 LONGEST_PAUSE: Final = 2.0
-"""The longest pause of all, in seconds: a log that is back is noticed this late at most."""
+"""The upper limit of every pause, in seconds: the end of an outage is noticed this late at most."""
 WARNING_INTERVAL: Final = 10.0
-"""Seconds between two warnings of the same outage."""
+"""Seconds between two warnings about the same outage."""
 
 T = TypeVar("T")
 
 
 class Backoff:
-    """The pauses between the tries of one call.
+    """The pauses between the attempts of one call: each is drawn at random below a limit, which doubles.
 
     Args:
-        first: the longest first pause, in seconds. Each pause is drawn at random below a limit, which doubles.
-        shortest: no pause is shorter, in seconds.
-        longest: no pause is longer, in seconds.
+        first: the limit of the first pause, in seconds.
+        shortest: the lower limit of every pause, in seconds.
+        longest: the upper limit of every pause, in seconds.
     """
 
     def __init__(self, *, first: float, shortest: float, longest: float) -> None:
@@ -43,29 +43,28 @@ class Backoff:
         self.reset()
 
     def next(self) -> float:
-        """The next pause, in seconds."""
+        """Return the next pause, in seconds."""
         pause = self._wait(self._state)
         self._state.attempt_number += 1
         return pause
 
     def reset(self) -> None:
-        """Start with short pauses again, after a success."""
-        # tenacity's waits take the state of a call that it retries itself: here it only counts the tries.
+        """Begin again with short pauses, after a success."""
+        # A wait of tenacity expects the state of a call that tenacity retries; here the state only counts attempts.
         self._state = RetryCallState(Retrying(), None, (), {})
 
 
 async def retry_while_unavailable(
     call: Callable[[], Awaitable[T]], *, what: str, on_warning: Callable[[str], None]
 ) -> T:
-    """Call until the log can be reached. A checkpoint if the call is one; a cancellation ends the retries.
+    """Call `call` until it does not raise `LogUnavailable`, and return its result.
+
+    Each attempt is a checkpoint if the call is one, and each pause is. A cancellation ends the retries.
 
     Args:
-        call: what may raise `LogUnavailable`, and may be called again.
-        what: what that does, for the warnings.
+        call: may be repeated.
+        what: names the call in warnings, as a verb: "cannot `what`".
         on_warning: receives the first failure, and then one every `WARNING_INTERVAL`.
-
-    Returns:
-        What the call returns.
     """
     backoff = None
     warned = -inf

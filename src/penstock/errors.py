@@ -2,55 +2,54 @@
 
 ```
 PenstockError
-├── StreamRejected          a source refuses to start: its status and body are the answer
+├── StreamRejected          a source refuses to start: its status and body are the response
 ├── RunNotFound             404   the log has no such run
 ├── RunExists               409   the run id is in use
 ├── RunEnded                409   the run takes no more entries
-├── RunCancelled            409   the run was cancelled, and this body with it
+├── RunCancelled            409   the run was cancelled, and with it the body
 ├── IdempotencyConflict     422   the key was used before, for another request
-├── NotAuthenticated        401   nobody knows who is asking
-├── NotAllowed              403   ... and whoever it is may not do this
+├── NotAuthenticated        401   the request has no valid credential
+├── NotAllowed              403   the caller lacks the right
 ├── MetadataTooLarge        413   over the limit `max_metadata_bytes` (also a ValueError)
 ├── DurationTooLong         400   a timeout over the limit `max_duration` (also a ValueError)
-├── TooManyRuns             503   this process has as many runs as it may
-├── TooManyReaders          503   this process has as many readers as it may
-│   └── TooManyReadersOfRun 429   ... or has as many of this run
-├── CursorExpired           410   trimmed: the log no longer has what follows the cursor
-├── ReaderReleased          503   this process serves this reader no longer; come back with the cursor
+├── TooManyRuns             503   the limit `max_runs` of this process is reached
+├── TooManyReaders          503   the limit `max_readers` of this process is reached
+│   └── TooManyReadersOfRun 429   the limit `max_readers_per_run` of this run is reached
+├── CursorExpired           410   the entries after the cursor have been trimmed
+├── ReaderReleased          503   this process no longer serves this reader; reconnect with the cursor
 ├── Draining                503   this process starts no more runs
 ├── LogUnavailable          503   the log cannot be reached
 │   └── LogFull             503   the log has no room for another run
 ├── SupervisorFailed        503   a service of the supervisor died
-└── ConfigurationError            a knob has a value it cannot have (also a ValueError)
-InvalidChunk(ValueError)          what a producer yielded is not a chunk
-└── EventTooLarge                 ... or is over the limit
-PublicError                       raise it in a producer: its code and words reach the clients
-StreamInterrupted                 given to `Observer.on_error` for a stream that a cancellation from outside cut short
+└── ConfigurationError            a setting has an invalid value (also a ValueError)
+InvalidChunk(ValueError)          a producer yielded an object that is not a chunk
+└── EventTooLarge                 an event over the limit `max_event_bytes`
+PublicError                       raised by a producer: its code and message reach the clients
+StreamInterrupted                 passed to `Observer.on_error` for a stream that a cancellation from outside cut short
 ```
 
-Each `PenstockError` carries `status`, the HTTP status that a response answers with, and `code`, which clients may rely
-on.
+Each `PenstockError` carries `status`, the HTTP status of the error response, and `code`, which clients may rely on.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 if TYPE_CHECKING:
     from penstock.runs import Run
 
 
 class PenstockError(Exception):
-    """What all of penstock's own exceptions have in common: a `code` for programs and an HTTP `status`."""
+    """The base class of penstock's exceptions: each has a `code` for programs and an HTTP `status`."""
 
     code: ClassVar[str] = "ERROR"
     status: ClassVar[int] = 500
     public: ClassVar[str] = "the server failed"
-    """What clients are told where the words themselves are the server's affair (status 500 and above)."""
+    """The message for clients where the exception's own may hold internals of the server (status 500 and above)."""
 
     def extra(self) -> dict[str, Any]:
-        """Further members of the error's JSON body."""
+        """Return further members of the error's JSON body."""
         return {}
 
 
@@ -60,8 +59,11 @@ class StreamRejected(Exception):
     Args:
         status: the HTTP status, 400 to 599.
         code: for programs, for example `"PENDING_APPROVAL"`.
-        message: for people; it is shown to the client.
+        message: for people; clients see it.
         extra: further members of the JSON body.
+
+    Raises:
+        ValueError: the status is not an HTTP error status.
     """
 
     def __init__(self, status: int, code: str, message: str, **extra: Any) -> None:
@@ -75,11 +77,11 @@ class StreamRejected(Exception):
 
 
 class PublicError(Exception):
-    """An error whose words may be shown to clients; any other exception shows a code and an error id only.
+    """An error whose message clients may see; of any other exception they see a code and an error id only.
 
     Args:
-        message: shown to clients as it is.
-        code: for programs; shown, too.
+        message: for people; clients see it as it is.
+        code: for programs; clients see it, too.
     """
 
     def __init__(self, message: str, code: str = "ERROR") -> None:
@@ -89,7 +91,11 @@ class PublicError(Exception):
 
 
 class RunNotFound(PenstockError):
-    """The log has no such run: it was never started, or its history has expired."""
+    """The log has no such run: it was never started, or its history has expired.
+
+    Args:
+        run_id: the run.
+    """
 
     code = "RUN_NOT_FOUND"
     status = 404
@@ -100,7 +106,11 @@ class RunNotFound(PenstockError):
 
 
 class RunExists(PenstockError):
-    """The run id is in use; `run` is the record of the run that has it."""
+    """The run id is in use.
+
+    Args:
+        run: the record of the run that has the id.
+    """
 
     code = "RUN_EXISTS"
     status = 409
@@ -110,12 +120,17 @@ class RunExists(PenstockError):
         self.run = run
 
     def extra(self) -> dict[str, Any]:
-        """The record of the run that has the id."""
+        """Return the record of the run that has the id, as `run`."""
         return {"run": self.run.to_json()}
 
 
 class RunEnded(PenstockError):
-    """The run has ended, so it takes no entries and no cancel; `run` is its record, where that is known."""
+    """The run has ended, so it takes no entries and no cancel.
+
+    Args:
+        run_id: the run.
+        run: its record, if it is known.
+    """
 
     code = "RUN_ENDED"
     status = 409
@@ -127,18 +142,18 @@ class RunEnded(PenstockError):
         self.run = run
 
     def extra(self) -> dict[str, Any]:
-        """The terminal record."""
+        """Return the terminal record, if it is known, as `run`."""
         return {} if self.run is None else {"run": self.run.to_json()}
 
 
 class RunCancelled(PenstockError):
     """A body was cut short because its run was cancelled.
 
-    Raised by `cancel_when` when it cut the body short; a source may also raise it itself, to end a run as cancelled.
+    `cancel_when` raises it where it cut its block short. A source may raise it, too, to end its run as cancelled.
 
     Args:
-        run_id: the run, where it is known.
-        reason: the words of whoever cancelled, where there are any.
+        run_id: the run, if it is known.
+        reason: the reason that the cancel request gave, if any.
     """
 
     code = "RUN_CANCELLED"
@@ -152,7 +167,12 @@ class RunCancelled(PenstockError):
 
 
 class IdempotencyConflict(PenstockError):
-    """The idempotency key was used before, with another request."""
+    """The idempotency key was used before, with another request.
+
+    Args:
+        key: the idempotency key.
+        run_id: the run that the other request started.
+    """
 
     code = "IDEMPOTENCY_CONFLICT"
     status = 422
@@ -164,7 +184,13 @@ class IdempotencyConflict(PenstockError):
 
 
 class CursorExpired(PenstockError):
-    """What follows the cursor has been trimmed; `oldest_seq` is the oldest entry there is."""
+    """The entries that follow the cursor have been trimmed.
+
+    Args:
+        run_id: the run.
+        after: the cursor.
+        oldest_seq: the seq of the oldest entry that the log has.
+    """
 
     code = "CURSOR_EXPIRED"
     status = 410
@@ -179,12 +205,12 @@ class CursorExpired(PenstockError):
         self.oldest_seq = oldest_seq
 
     def extra(self) -> dict[str, Any]:
-        """Where a reader can resume."""
+        """Return the seq from which a reader can resume, as `oldest_seq`."""
         return {"oldest_seq": self.oldest_seq}
 
 
 class ReaderReleased(PenstockError):
-    """This process serves this reader no longer, although the run goes on: come back with the cursor."""
+    """This process no longer serves this reader, although the run goes on: reconnect with the cursor."""
 
     code = "READER_RELEASED"
     status = 503
@@ -192,7 +218,7 @@ class ReaderReleased(PenstockError):
 
 
 class Draining(PenstockError):
-    """This process is shutting down and starts no more runs: ask another, or again later."""
+    """This process is shutting down and starts no more runs: try another one, or try again later."""
 
     code = "DRAINING"
     status = 503
@@ -208,14 +234,14 @@ class LogUnavailable(PenstockError):
 
 
 class LogFull(LogUnavailable):
-    """The event log has no room for what is new; what is running can still end, be cancelled and be read."""
+    """The event log has no room for new runs; the present ones can still end, be cancelled and be read."""
 
     code = "LOG_FULL"
     public = "the event log is full; try again later"
 
 
 class SupervisorFailed(PenstockError):
-    """A service of the supervisor died; its runs were cancelled, and nothing can be started or followed through it."""
+    """A service of the supervisor died: its runs were cancelled, and it can neither start nor follow any."""
 
     code = "SUPERVISOR_FAILED"
     status = 503
@@ -223,14 +249,14 @@ class SupervisorFailed(PenstockError):
 
 
 class NotAuthenticated(PenstockError):
-    """Nobody knows who is asking: no credential came with the request, or none that counts (RFC 6750)."""
+    """The request has no credential, or none that is valid (RFC 6750)."""
 
     code = "NOT_AUTHENTICATED"
     status = 401
 
 
 class NotAllowed(PenstockError):
-    """Whoever is asking may not do this."""
+    """The caller lacks the right to do this."""
 
     code = "NOT_ALLOWED"
     status = 403
@@ -251,7 +277,7 @@ class DurationTooLong(PenstockError, ValueError):
 
 
 class TooManyRuns(PenstockError):
-    """This process has as many runs as the limit `max_runs` allows: ask another, or again later."""
+    """This process has as many runs as the limit `max_runs` allows: try another one, or try again later."""
 
     code = "TOO_MANY_RUNS"
     status = 503
@@ -259,7 +285,7 @@ class TooManyRuns(PenstockError):
 
 
 class TooManyReaders(PenstockError):
-    """This process has as many readers as the limit `max_readers` allows: ask another, or again later."""
+    """This process has as many readers as the limit `max_readers` allows: try another one, or try again later."""
 
     code = "TOO_MANY_READERS"
     status = 503
@@ -274,13 +300,13 @@ class TooManyReadersOfRun(TooManyReaders):
 
 
 class ConfigurationError(PenstockError, ValueError):
-    """A knob has a value that it cannot have; the message says which it may have."""
+    """A setting has an invalid value, or needs a library that is not installed; the message says what to do."""
 
     code = "CONFIGURATION"
 
 
 class InvalidChunk(ValueError):
-    """What a producer yielded is not a chunk; the message says what is wrong with it, and what to yield instead."""
+    """A producer yielded an object that is not a chunk; the message says what is wrong, and what to yield instead."""
 
     code = "INVALID_CHUNK"
 
@@ -292,14 +318,14 @@ class EventTooLarge(InvalidChunk):
 
 
 class StreamInterrupted(Exception):
-    """A stream was cut short by a cancellation that nobody asked for here, such as the server's shutdown.
+    """A stream was cut short by a cancellation from outside, such as the server's shutdown.
 
-    Only ever handed to `Observer.on_error`: it takes the place of no `Cancelled`.
+    It is only passed to `Observer.on_error`, and never raised in place of the `Cancelled`.
     """
 
 
 def single_error(error: BaseException) -> BaseException:
-    """What a group of exceptions comes to: its one exception, a `RunCancelled` if it holds nothing else, or itself."""
+    """Reduce a group to its one exception, or to one `RunCancelled` if it holds nothing else; else return `error`."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     inner = [single_error(each) for each in error.exceptions]
@@ -309,15 +335,15 @@ def single_error(error: BaseException) -> BaseException:
 
 
 def words_for_clients(error: BaseException, *, expose_errors: bool = False) -> tuple[str, str]:
-    """The code and the words that a client is shown of an exception: its own only if it is meant to be public."""
-    if isinstance(error, PublicError):  # perhaps of a subclass that has forgotten to call ours
+    """Return the code and the message that clients see of an exception: its own message only if it is public."""
+    if isinstance(error, PublicError):  # a subclass may not have called our __init__
         return encodable(getattr(error, "code", "ERROR")), encodable(getattr(error, "message", "the run failed"))
     code = encodable(error.code) if isinstance(error, PenstockError | InvalidChunk) else "ERROR"
     return code, encodable(error) if expose_errors else "the run failed"
 
 
 def words_of_error_event(data: str) -> tuple[str, str]:
-    """The code and the words of an error event that a producer wrote itself."""
+    """Return the code and the message of an error event that a producer wrote itself."""
     try:
         members = json.loads(data)
     except (ValueError, RecursionError):
@@ -325,18 +351,31 @@ def words_of_error_event(data: str) -> tuple[str, str]:
     if not isinstance(members, dict):
         return "ERROR", data
     code = members.get("code")
-    words = next((members[key] for key in ("message", "error", "detail") if isinstance(members.get(key), str)), data)
-    return encodable(code) if isinstance(code, str) else "ERROR", encodable(words)
+    text = next((members[key] for key in ("message", "error", "detail") if isinstance(members.get(key), str)), data)
+    return encodable(code) if isinstance(code, str) else "ERROR", encodable(text)
 
 
-def encodable(words: object) -> str:
-    """The words with every lone surrogate, which no encoding can write, replaced by a question mark.
-
-    A run must end whatever its producer raised, so this never fails: not on words that are no text, nor on an
-    exception that cannot say what it is.
-    """
+def encodable(message: object) -> str:
+    """Return the message as a str in which a question mark replaces each lone surrogate (no encoding has them)."""
+    # A run must end whatever its producer raised, so this fails for no object, not even for one whose __str__ raises.
     try:
-        text = str(words)
-    except Exception:  # noqa: BLE001  (somebody else's __str__, and its outcome becomes a record)
-        return type(words).__name__
+        text = str(message)
+    except Exception:  # noqa: BLE001  (a foreign __str__; its outcome becomes a record)
+        return type(message).__name__
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+_EXTRAS: Final = {
+    "redis": ("redis", "trio_asyncio"),
+    "server": ("click", "h11", "h2", "httpx2", "hypercorn", "jwt", "prometheus_client", "pythonjsonlogger", "rich"),
+}
+"""The libraries that each extra of penstock installs."""
+
+
+def missing_extra(error: ModuleNotFoundError, what: str) -> str | None:
+    """Return how to install the library that `what` lacks; None if `error` names none of penstock's optional ones."""
+    library = str(error.name).partition(".")[0]
+    for extra, libraries in _EXTRAS.items():
+        if library in libraries:
+            return f"{what} needs {library}, which is not installed: pip install 'penstock[{extra}]'"
+    return None

@@ -1,30 +1,32 @@
-"""Exception groups: a nursery that raises its single exception bare, and what of an error is a cancellation.
+"""Exception groups: a nursery whose single exception leaves it bare, and tools to take groups apart.
 
-A nursery raises an `ExceptionGroup` whatever happened in it. Where the nursery is a detail of how something is made, as
-in `keepalive`, its caller should not have to know: an `except ValueError` around the block must catch the block's
-`ValueError`. `open_nursery` takes off the nursery's own layer, and no other: a group that a body raised itself stays
-one, and several exceptions stay together.
+A nursery raises an `ExceptionGroup` whatever happened in it. Where the nursery is an implementation detail, as in
+`keepalive`, its caller need not know: an `except ValueError` around the block must catch the block's `ValueError`.
+`open_nursery` removes the nursery's own group, and no other: a group that a body raised itself stays one, and several
+exceptions stay together.
 
-The functions take the class that the event loop cancels with, so that they serve anyio's task groups, too.
+The functions take the class that the event loop cancels with as `cancelled`, so they serve anyio's task groups, too.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 
 class open_nursery:  # noqa: N801  (used as trio.open_nursery is)
-    """A nursery whose single exception leaves the block bare, as if there had been no nursery.
+    """Open a nursery, as `trio.open_nursery` does, whose single exception leaves the block bare.
 
-    Used as `trio.open_nursery`. Cancellations beside another exception are left aside; see `raise_single`.
+    Cancellations beside another exception are dropped; see `raise_single`.
     """
 
-    # A class, not an @asynccontextmanager: Ctrl-C must not arrive in a generator between trio's two halves.
+    # A class, not an @asynccontextmanager: a KeyboardInterrupt in its generator would leave the nursery half open.
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> trio.Nursery:
@@ -44,16 +46,12 @@ class open_nursery:  # noqa: N801  (used as trio.open_nursery is)
 
 
 def raise_single(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
-    """Raise the one exception in `group`; call it while `group` is being handled.
+    """Raise the single exception in `group`, or `group` if there are several; call it in the `except` block of `group`.
 
-    Cancellations beside another exception are left aside: it takes their place, as an exception raised in a `finally`
-    block does. The exception keeps its traceback, its cause and its context, and no reference cycle is made (a plain
-    `raise` here would make `group`, which holds the exception, its context).
-
-    Args:
-        group: what a nursery raised.
-        cancelled: the class that the event loop cancels with.
+    Cancellations beside another exception are dropped: it replaces them, as an exception raised in a `finally` block
+    does. The exception keeps its traceback, its cause and its context.
     """
+    # A plain `raise` would make `group` the context of the exception that it holds: a reference cycle.
     others = [each for each in group.exceptions if not is_cancellation(each, cancelled)]
     try:
         reraise(group if len(others) > 1 else (others or group.exceptions)[0])
@@ -62,17 +60,17 @@ def raise_single(group: BaseExceptionGroup[BaseException], cancelled: type[BaseE
 
 
 def reraise(error: BaseException) -> NoReturn:
-    """Raise `error` with the context that it has, whatever is being handled at the moment."""
+    """Raise `error` with its own context, also in the `except` block of another exception."""
     context = error.__context__
     try:
         raise error
     finally:
         error.__context__ = context
-        del error, context  # the traceback holds this frame
+        del error, context  # the traceback refers to this frame
 
 
 def raise_cancellation(group: BaseExceptionGroup[BaseException], cancelled: type[BaseException]) -> NoReturn:
-    """Raise one of the cancellations in `group`, alone; call it while `group` is being handled."""
+    """Raise one of the cancellations in `group`, alone; call it in the `except` block of `group`."""
     cancellation, _ = split_cancelled(group, cancelled)
     try:
         reraise(cancellation or group)
@@ -81,16 +79,14 @@ def raise_cancellation(group: BaseExceptionGroup[BaseException], cancelled: type
 
 
 def is_cancellation(error: BaseException, cancelled: type[BaseException]) -> bool:
-    """Whether `error` is a cancellation, or a group of nothing else."""
-    if isinstance(error, BaseExceptionGroup):
-        return error.split(cancelled)[1] is None
-    return isinstance(error, cancelled)
+    """Whether `error` is a cancellation, or a group of cancellations only."""
+    return holds_only(error, (cancelled,))
 
 
 def split_cancelled(
     error: BaseException, cancelled: type[BaseException]
 ) -> tuple[BaseException | None, BaseException | None]:
-    """What of `error` is a cancellation (one, if it is a group of several), and what is not."""
+    """Split `error` into a cancellation (one, if it is a group of several) and everything else."""
     if not isinstance(error, BaseExceptionGroup):
         return (error, None) if isinstance(error, cancelled) else (None, error)
     found: BaseException | None
@@ -115,3 +111,21 @@ def holds_cancellation(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return error.subgroup(trio.Cancelled) is not None
     return isinstance(error, trio.Cancelled)
+
+
+def holds_only(error: BaseException, classes: tuple[type[BaseException], ...]) -> bool:
+    """Whether `error` is of one of these classes, or a group of such exceptions only."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(classes)[1] is None
+    return isinstance(error, classes)
+
+
+@contextmanager
+def without(unwanted: type[BaseException]) -> Iterator[None]:
+    """Remove exceptions of this class from a group that the block raises; nothing is raised if no other is in it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        _, others = group.split(unwanted)
+        if others is not None:
+            raise others from None

@@ -1,15 +1,13 @@
-"""A run's record, and a run's life as a table.
+"""A run's record, and the table of what ends a run.
 
 A run is *running* from the step in which the log creates its record until the step in which the log stores its terminal
-entry. What can end it is a `Cause`, and `LIFE` says, for every state and cause, which state follows; the code asks the
-table, and the diagram in the documentation is drawn from it. A cause that has no row for a state changes nothing there:
-that is why a terminal status is final.
+entry. Its `Cause` decides how it ends; the first one that the run's owner records counts. A terminal status is final.
 
     running --returned--> completed        running --cancel----> cancelled
-    running --raised----> failed           running --timeout---> failed        ... see LIFE
+    running --raised----> failed           running --timeout---> failed        ... see CAUSES
 
-`CAUSES` holds the other columns of a cause: the stop reason, the code and words that clients get, and what the producer
-is told through `CancelScope.cancel(reason=...)`. Everything here is a plain value: no I/O, no clock of its own.
+`CAUSES` holds the status, the stop reason, the code and message that clients see, and the reason that the producer
+reads in its `Cancelled`. docs/life.md is drawn from it. All values here are plain: no I/O, no clock of their own.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RUN_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_NOT_IN_A_PATH: Final = frozenset({".", ".."})  # clients resolve them before they ask (RFC 3986, section 5.2.4)
+_NOT_IN_A_PATH: Final = frozenset({".", ".."})  # clients remove them from a URL's path (RFC 3986, section 5.2.4)
 
 
 class RunStatus(StrEnum):
-    """Where a run is in its life. All but `RUNNING` are terminal, and final."""
+    """Whether a run is running, or how it ended. All but `RUNNING` are terminal, and final."""
 
     RUNNING = "running"
     COMPLETED = "completed"
@@ -40,21 +38,16 @@ class RunStatus(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        """True once the run has ended."""
+        """Whether a run with this status has ended."""
         return self is not RunStatus.RUNNING
 
 
-class Outcome(StrEnum):
-    """How a run ended: the terminal half of `RunStatus`."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    LOST = "lost"
+Outcome = RunStatus
+"""How a run ended: one of the terminal statuses."""
 
 
 class StopReason(StrEnum):
-    """The stop reasons with a meaning of their own. A producer may give any other; the run is then `failed`."""
+    """The stop reasons that have a meaning. A producer may give any other one, and its run then ends `failed`."""
 
     END_TURN = "end_turn"
     MAX_STEPS = "max_steps"
@@ -80,23 +73,23 @@ class Cause(StrEnum):
     RETURNED = "returned"
     """The producer returned, or yielded `[DONE]`."""
     STOPPED = "stopped"
-    """... after it had given a stop reason that is none of `COMPLETING`."""
+    """The producer returned after it had given a stop reason that is not in `COMPLETING`."""
     RAISED = "raised"
     """The producer raised, or yielded an error event or an error status."""
     CANCEL = "cancel"
-    """Somebody asked for it, from any process; or the producer raised `RunCancelled`."""
+    """A cancel request, from any process; or the producer raised `RunCancelled`."""
     TIMEOUT = "timeout"
     SILENT = "silent"
     SHUTDOWN = "shutdown"
-    """The process shuts down, or the supervisor's own scope was cancelled from outside."""
+    """The process shuts down, or the supervisor's own scope is cancelled from outside."""
     FENCED = "fenced"
-    """Another owner has the run now, and ends it."""
+    """The run has another owner now, which ends it."""
     DIVERGED = "diverged"
     """The log lost entries that this process no longer has."""
     UNAVAILABLE = "unavailable"
-    """The log could not be reached for longer than `outage_limit`; a reaper ends the run."""
+    """The log was unreachable for longer than `outage_limit`; another process reaps the run."""
     ABANDONED = "abandoned"
-    """The owner's lease ran out: its process is dead, or cut off."""
+    """The owner's lease has expired: its process has died, or cannot reach the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +97,11 @@ class CauseRow:
     """One row of the table of causes.
 
     Attributes:
-        status: the status that the run ends with, as far as this owner knows.
-        stop_reason: the record's stop reason, unless the producer said another.
+        status: the status that the run ends with, as far as its owner knows.
+        stop_reason: the record's stop reason, unless the producer gave another.
         scope_reason: what the producer reads in `Cancelled.reason`; None if its scope is not cancelled.
-        code: the code of the error or cancelled entry before `[DONE]`; None if there is none.
-        message: the words beside that code, or of the cancelled entry.
+        code: the code of the error or cancelled entry before `[DONE]`; None if there is no such entry.
+        message: the message of that entry.
     """
 
     status: RunStatus
@@ -144,34 +137,29 @@ CAUSES: Final[Mapping[Cause, CauseRow]] = MappingProxyType(
     }
 )
 
-LIFE: Final[Mapping[RunStatus, Mapping[Cause, RunStatus]]] = MappingProxyType(
-    {
-        RunStatus.RUNNING: MappingProxyType({cause: row.status for cause, row in CAUSES.items()}),
-        RunStatus.COMPLETED: MappingProxyType({}),
-        RunStatus.FAILED: MappingProxyType({}),
-        RunStatus.CANCELLED: MappingProxyType({}),
-        RunStatus.LOST: MappingProxyType({}),
-    }
-)
-"""Every transition that a run may make. What is not here does not happen."""
-
 
 @dataclass(frozen=True, slots=True)
 class RunError:
-    """What went wrong, as clients may see it. The exception itself stays in the server's log, under `error_id`."""
+    """What went wrong, as clients see it.
+
+    Attributes:
+        code: for programs.
+        message: for people.
+        error_id: names the exception in the server's log.
+    """
 
     code: str
     message: str
     error_id: str
 
     def to_json(self) -> dict[str, str]:
-        """The error's members in a run's JSON."""
+        """Return the members of `error` in a run's JSON."""
         return {"code": self.code, "message": self.message, "error_id": self.error_id}
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a run ends: what its record takes over in the same step in which its terminal entry is stored."""
+    """How a run ends: the log copies it into the record in the step in which it stores the terminal entry."""
 
     status: RunStatus
     stop_reason: str
@@ -185,19 +173,19 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's record, as the log has it. Times are seconds since the Unix epoch.
+    """A run's record, as the log stores it. Times are seconds since the Unix epoch.
 
     Attributes:
         id: 1 to 128 characters of `[A-Za-z0-9._:-]`.
-        producer: the name of what runs.
-        status: where the run is in its life.
+        producer: the producer's name.
+        status: whether the run is running, or how it ended.
         stop_reason: why it ended (see `StopReason`); None while it runs.
-        cancel_reason: the words of whoever cancelled it, also when it then ended otherwise.
-        error: what went wrong, if it failed or was lost.
+        cancel_reason: the reason that a cancel request gave, even if the run then ended otherwise.
+        error: what went wrong, if the run failed or was lost.
         seq: the highest seq stored.
-        created_at: when its start was asked for.
-        started_at: when the log accepted it.
-        ended_at: when its terminal entry was stored; None while it runs.
+        created_at: when its start was requested.
+        started_at: when the log created the record.
+        ended_at: when the log stored the terminal entry; None while it runs.
         metadata: the caller's own JSON object.
     """
 
@@ -216,15 +204,20 @@ class Run:
     @property
     def outcome(self) -> Outcome | None:
         """How the run ended; None while it runs."""
-        return Outcome(self.status.value) if self.status.terminal else None
+        return self.status if self.status.terminal else None
 
     def ended(self, ending: Ending, *, seq: int, at: float) -> Run:
-        """The record after `ending`, with `seq` as its terminal entry, at time `at`.
+        """Return the record as it is after the end of the run.
+
+        Args:
+            ending: how the run ends.
+            seq: the seq of its terminal entry.
+            at: when that was stored, in seconds since the Unix epoch.
 
         Raises:
             ValueError: the run has ended already, and a terminal status is final.
         """
-        if ending.status not in LIFE[self.status].values():
+        if self.status.terminal:
             raise ValueError(f"run {self.id!r} is {self.status} and cannot become {ending.status}")
         return replace(
             self,
@@ -237,7 +230,7 @@ class Run:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The record as the HTTP API shows it."""
+        """Return the record as the HTTP API shows it."""
         return {
             "id": self.id,
             "producer": self.producer,
@@ -254,12 +247,12 @@ class Run:
 
 
 def new_run_id() -> str:
-    """A run id that nobody can guess (96 random bits) and that sorts by the time of its making (milliseconds)."""
+    """Return an unguessable run id (96 random bits) that sorts by the time of its creation (in milliseconds)."""
     return f"run-{int(time.time() * 1000):012x}-{secrets.token_hex(12)}"
 
 
 def check_run_id(run_id: str) -> str:
-    """Return `run_id` if it is one.
+    """Return `run_id` if it is a valid one.
 
     Raises:
         ValueError: it is not 1 to 128 characters of `[A-Za-z0-9._:-]`, or is `.` or `..`.

@@ -11,9 +11,9 @@ from penstock import EventStreamResponse, MemoryLog, PublicError, RunCancelled, 
 from penstock.errors import ReaderReleased
 from penstock.observer import StreamEnd
 from penstock.supervisor import open_supervisor
-from tests.observer.test_observer import Told
 from tests.support.asgi import Client, Follower, forever, on_both, timed
 from tests.support.asgi import Log as Life
+from tests.support.observers import RecordingObserver as Told
 from tests.support.serving import Tap, eventually, problem, serving
 from tests.support.supervising import near
 from tests.support.wire import DONE, Block

@@ -25,6 +25,7 @@ from penstock.errors import IdempotencyConflict, RunExists, RunNotFound
 from penstock.log import Appended, AppendStatus, CancelStatus, Idempotency, Lease, Notifications, Page
 from penstock.log.memory import MemoryLog
 from penstock.runs import Ending, RunStatus
+from tests.support.examples import examples
 from tests.support.logs import CANCELLED, COMPLETED, FAILED, OBITUARY, batch, record, seqs
 
 if TYPE_CHECKING:
@@ -472,5 +473,5 @@ class LogMachine(RuleBasedStateMachine):
         self.step(action)
 
 
-LogMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LogMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40)
 TestMemoryLog = LogMachine.TestCase

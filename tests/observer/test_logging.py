@@ -88,13 +88,13 @@ LINES: Final[list[tuple[Callable[[Observer], None], str, str, dict[str, Any]]]] 
     (
         lambda observer: observer.run_stuck("r-1", 10.4, "  File x, line 1"),
         "WARNING",
-        "run r-1 was cancelled 10 s ago and has not let go; it stands here:\n  File x, line 1",
+        "run r-1 was cancelled 10 s ago and is still running, here:\n  File x, line 1",
         {"event": "run_stuck", "run_id": "r-1", "seconds": 10.4},
     ),
     (
         lambda observer: observer.runs_lost(["r-1"]),
         "WARNING",
-        "run r-1 ended lost: its owner's lease had run out",
+        "run r-1 ended lost: its owner's lease had expired",
         {"event": "run_lost", "run_id": "r-1", "cause": "lost"},
     ),
     (

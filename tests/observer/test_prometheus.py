@@ -15,7 +15,7 @@ from penstock.observer import Commit, Figures, StreamEnd
 from penstock.observer.prometheus import MAX_CODES, Metrics
 from penstock.runs import Ending, Run, RunStatus, StopReason
 from penstock.supervisor import open_supervisor
-from tests.observer.test_observer import call, every_hook
+from tests.support.observers import call, every_hook
 from tests.support.serving import PRODUCERS, Tap, eventually, fail, problem, serving
 from tests.support.supervising import View, come_back, count, go_away
 from tests.support.wire import DONE, Block

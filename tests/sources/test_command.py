@@ -244,7 +244,7 @@ async def test_a_huge_line_comes_in_pieces_within_the_limit_and_nothing_is_lost(
 
 async def test_a_run_stores_a_carriage_return_as_a_line_feed() -> None:
     async with opened(command(sh(r"printf '1%%\r2%%\n'"))) as events:
-        blocks = [blocks_of(event, dialect_named("plain")) async for event in events]
+        blocks = [blocks_of(event, dialect_named("plain"), max_event_bytes=1024) async for event in events]
     assert [block.data for (block,) in blocks] == [
         b"event: stdout\ndata: 1%\ndata: 2%\n\n",
         b'event: exit\ndata: {"exit_code":0}\n\n',

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from penstock.errors import ConfigurationError, EventTooLarge, InvalidChunk
 from penstock.sse import Decoder, Event, Message
 from penstock.sse.events import MAX_RETRY, WireBlock, split_blocks
+from tests.support.examples import examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -156,7 +157,7 @@ def events(*, data: st.SearchStrategy[str | None], numbered: bool = True) -> st.
     ).map(lambda given: Event(**cast("Any", given)))
 
 
-relaxed = settings(deadline=None, max_examples=300)
+relaxed = settings(max_examples=examples(300))
 
 
 # --- Event: what it refuses -------------------------------------------------------------------------------------------
@@ -651,7 +652,7 @@ def test_under_a_limit_any_split_gives_the_same_messages_and_the_same_refusal(
 # --- Decoder: any bytes -----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=examples(1500))
 @given(streams, places)
 def test_any_bytes_in_any_split_are_decoded_as_by_the_reference(stream: bytes, where: list[int]) -> None:
     for pieces in ([stream], cut(stream, where), bytewise(stream)):

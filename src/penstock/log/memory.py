@@ -1,11 +1,11 @@
-"""MemoryLog: the event log of one process, gone with it.
+"""MemoryLog: the event log of one process, which ends with it.
 
-Every operation is one step of one task: it never waits in the middle, so it is atomic, and a cancelled call has either
-happened or not. Several supervisors of the same process may share one MemoryLog; to them it behaves like any other log.
+Every operation does its whole work in one step after one checkpoint: it is atomic, and a cancelled call has not
+happened. Several supervisors of the same process may share one MemoryLog.
 
-Limits, oldest first: a run keeps `max_entries` entries and `max_run_bytes`; all runs together keep `max_bytes`, for
-which the oldest *ended* runs are dropped, and then the oldest entries of the run that is being written, but never its
-newest entry. An ended run is kept for `ttl` seconds; a running one never expires.
+A run keeps at most `max_entries` entries and `max_run_bytes`: the oldest entries are dropped. All runs together keep at
+most `max_bytes`: the oldest *ended* runs are dropped, and then the oldest entries of the run that is being written, but
+never its newest entry. An ended run is kept for `ttl` seconds; a running one does not expire.
 """
 
 from __future__ import annotations
@@ -45,13 +45,11 @@ if TYPE_CHECKING:
     from penstock.runs import Ending, Run, RunStatus
 
 RUN_OVERHEAD: Final = 2048
-"""What a run counts for in `max_bytes` besides its entries, so that many small runs are bounded, too."""
+"""The bytes that `max_bytes` counts for a run besides its entries, so that it bounds many small runs, too."""
 
 
 @dataclass(slots=True)
 class _Stored:
-    """One run, as it is stored."""
-
     run: Run
     lease: Lease
     lease_end: float
@@ -65,10 +63,10 @@ class MemoryLog:
     """An `EventLog` in this process's memory.
 
     Args:
-        max_entries: the entries that are kept of one run.
-        max_run_bytes: their bytes.
-        max_bytes: the bytes of all runs.
-        ttl: how long an ended run is kept, in seconds.
+        max_entries: the most entries that are kept of one run.
+        max_run_bytes: the most bytes that are kept of one run.
+        max_bytes: the most bytes that are kept of all runs.
+        ttl: seconds for which an ended run is kept.
 
     Raises:
         ConfigurationError: a limit is not above 0.
@@ -100,7 +98,6 @@ class MemoryLog:
         self._wakeups: dict[str, _MemoryNotifications] = {}
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
-        """Create the record, unless the idempotency key has led to one before. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._expire()
         if idempotency is not None and (known := self._keys.get(idempotency.key)) is not None:
@@ -119,7 +116,6 @@ class MemoryLog:
         return Started(run, created=True)
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
-        """Store every batch, each on its own. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._expire()
         return [self._append(batch) for batch in batches]
@@ -162,12 +158,10 @@ class MemoryLog:
     async def read(
         self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES
     ) -> Page:
-        """A page of what follows `after`. A checkpoint."""
         await trio.lowlevel.checkpoint()
         return self._page(self._find(run_id), after, max_entries, max_bytes)
 
     async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
-        """A page for each run. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._expire()
         return {
@@ -185,19 +179,16 @@ class MemoryLog:
         return Page(stored.run, entries, max(ring.first, min(after, ring.last) + 1))
 
     async def get(self, run_id: str) -> Run:
-        """The record. A checkpoint."""
         await trio.lowlevel.checkpoint()
         return self._find(run_id).run
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """The newest records, newest first. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._expire()
         runs = (stored.run for stored in reversed(self._runs.values()))
         return [*islice((run for run in runs if status is None or run.status == status), limit)]
 
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
-        """Put a cancel request on record and into the owner's inbox. A checkpoint."""
         await trio.lowlevel.checkpoint()
         stored = self._find(run_id)
         if stored.run.status.terminal:
@@ -213,12 +204,10 @@ class MemoryLog:
         return CancelReply(CancelStatus.REQUESTED, stored.run)
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
-        """Empty the owner's inbox. A checkpoint."""
         await trio.lowlevel.checkpoint()
         return self._inboxes.pop(owner, {})
 
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:  # noqa: ARG002
-        """Renew the leases whose epoch is right. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._expire()
         replies = {}
@@ -236,7 +225,6 @@ class MemoryLog:
         return replies
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        """Put a record back, if it is gone: memory loses nothing by itself. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._expire()
         stored = self._runs.get(run.id)
@@ -262,18 +250,17 @@ class MemoryLog:
         shard: str | None = None,  # noqa: ARG002
         ready: Callable[[str], bool] | None = None,  # noqa: ARG002
     ) -> Sequence[str]:
-        """End the runs whose lease has run out, under a new epoch that nobody has. A checkpoint."""
-        now = trio.current_time()  # before the checkpoint: what is reaped was due when its caller looked at the clock
+        now = trio.current_time()  # before the checkpoint: a lease that expires during it is not due for this caller
         await trio.lowlevel.checkpoint()
         self._expire()
-        dead = [s for s in self._runs.values() if not s.run.status.terminal and s.lease_end < now]
-        for stored in dead:
-            words = obituary()
+        lost = [s for s in self._runs.values() if not s.run.status.terminal and s.lease_end < now]
+        for stored in lost:
+            ending = obituary()
             stored.lease = replace(stored.lease, epoch="")
             last, stamp = stored.ring.last, round(time.time() * 1000)
-            entries = [Entry.of(last + n, data, stamp) for n, data in enumerate(words.blocks, 1)]
-            self._store(stored, [*entries[:-1], entries[-1]._replace(terminal=True)], words.ending)
-        return [stored.run.id for stored in dead]
+            entries = [Entry.of(last + n, data, stamp) for n, data in enumerate(ending.blocks, 1)]
+            self._store(stored, [*entries[:-1], entries[-1]._replace(terminal=True)], ending.ending)
+        return [stored.run.id for stored in lost]
 
     @asynccontextmanager
     async def wakeups(self, owner: str) -> AsyncIterator[_MemoryNotifications]:
@@ -286,15 +273,12 @@ class MemoryLog:
             self._inboxes.pop(owner, None)
 
     def shard(self, run_id: str) -> str:  # noqa: ARG002
-        """There is one part."""
         return ""
 
     def shards(self) -> Sequence[str]:
-        """The only one."""
         return ("",)
 
     async def check(self, shard: str | None = None) -> None:  # noqa: ARG002
-        """Memory can always be reached. A checkpoint."""
         await trio.lowlevel.checkpoint()
 
     def _find(self, run_id: str) -> _Stored:
@@ -305,13 +289,13 @@ class MemoryLog:
             raise RunNotFound(run_id) from None
 
     def _expire(self) -> None:
-        """Drop the ended runs whose time is over; they ended in the order in which they stand."""
+        """Drop the ended runs that have expired; `_ended` holds them in the order in which they ended."""
         expired = trio.current_time() - self._ttl
         while self._ended and next(iter(self._ended.values())).ended_at <= expired:
             self._drop_oldest()
 
     def _make_room(self, writing: _Stored | None = None) -> None:
-        """Keep to `max_bytes`; the run that is being written is the last to give anything up."""
+        """Drop ended runs, and then entries of the run that is being written, until `max_bytes` holds."""
         while self._size > self._max_bytes and self._ended and next(iter(self._ended.values())) is not writing:
             self._drop_oldest()
         if self._size > self._max_bytes and writing is not None:
@@ -328,8 +312,6 @@ class MemoryLog:
 
 
 class _MemoryNotifications:
-    """One supervisor's wake-ups: what has moved since it last looked."""
-
     def __init__(self) -> None:
         self._subscribed: set[str] = set()
         self._moved: dict[str, int] = {}
@@ -337,31 +319,26 @@ class _MemoryNotifications:
         self._lot = trio.lowlevel.ParkingLot()
 
     async def subscribe(self, run_id: str) -> None:
-        """From now on the run is told of. A checkpoint."""
         await trio.lowlevel.checkpoint()
         self._subscribed.add(run_id)
 
     def unsubscribe(self, run_id: str) -> None:
-        """Tell of the run no more."""
         self._subscribed.discard(run_id)
         self._moved.pop(run_id, None)
 
     def moved(self, run_id: str, seq: int) -> None:
-        """The run has got as far as `seq`."""
         if run_id in self._subscribed:
             self._moved[run_id] = seq
             self._lot.unpark_all()
 
     def cancel_came(self) -> None:
-        """A cancel request lies in the inbox."""
         self._cancel = True
         self._lot.unpark_all()
 
     async def wait(self) -> Notification:
-        """All that there is to tell, as soon as there is anything. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while not self._moved and not self._cancel:
             await self._lot.park()
-        news = Notification(self._moved, self._cancel)
+        notification = Notification(self._moved, self._cancel)
         self._moved, self._cancel = {}, False
-        return news
+        return notification

@@ -1,8 +1,4 @@
-"""Consecutive entries of one run, bounded in number and in bytes: the oldest go first.
-
-They are kept apart, as bytes and whole numbers, which Python's garbage collector does not look at: with thousands of
-runs alive there are a million of them, and a look at each would hold up everything else.
-"""
+"""Consecutive entries of one run, bounded in number and in bytes: the oldest ones are dropped first."""
 
 from __future__ import annotations
 
@@ -15,10 +11,14 @@ if TYPE_CHECKING:
 
 
 class Ring:
-    """Entries `first` to `last`, without a gap.
+    """The entries `first` to `last` of a run; `first` is `last + 1` if there are none.
 
-    An empty ring stands at `last` all the same: `first` is then `last + 1`. All methods are synchronous.
+    Args:
+        last: the seq of the entry before those that will be added.
     """
+
+    # Two lists of bytes and of ints, not one of entries: Python's garbage collector traverses tuples, and thousands of
+    # runs hold millions of entries.
 
     __slots__ = ("_terminal", "_timestamps", "_wires", "last", "size")
 
@@ -26,22 +26,22 @@ class Ring:
         self._wires: list[bytes] = []
         self._timestamps: list[int] = []
         self._terminal = 0
-        """The seq of the run's terminal entry, once that was added."""
+        """The seq of the run's terminal entry; 0 until it is added."""
         self.last = last
-        """The highest seq that was ever added."""
+        """The highest seq that was added."""
         self.size = 0
         """The bytes of all entries."""
 
     @property
     def first(self) -> int:
-        """The oldest seq there is."""
+        """The seq of the oldest entry."""
         return self.last - len(self._wires) + 1
 
     def __len__(self) -> int:
         return len(self._wires)
 
     def extend(self, entries: Iterable[Entry]) -> None:
-        """Add what follows `last`; entries up to `last` are there already, and a gap empties the ring first."""
+        """Add the entries after `last`, and ignore the others; a gap before an entry drops all entries before it."""
         for seq, wire, timestamp, terminal in entries:
             if seq <= self.last:
                 continue
@@ -55,7 +55,7 @@ class Ring:
                 self._terminal = seq
 
     def trim(self, max_entries: int, max_bytes: int) -> int:
-        """Drop the oldest entries until both limits hold; the number of bytes that went."""
+        """Drop the oldest entries until both limits hold, and return the number of bytes dropped."""
         surplus = max(len(self._wires) - max_entries, 0)
         freed = sum(map(len, self._wires[:surplus]))
         while surplus < len(self._wires) and self.size - freed > max_bytes:
@@ -67,15 +67,15 @@ class Ring:
         return freed
 
     def clear(self) -> None:
-        """Drop all entries; `last` stays."""
+        """Drop all entries; `last` stays as it is."""
         self._wires.clear()
         self._timestamps.clear()
         self.size = 0
 
     def after(self, cursor: int, *, max_entries: int, max_bytes: int) -> list[Entry]:
-        """What follows the cursor: at most `max_entries`, and no further one that would go beyond `max_bytes`.
+        """Return the entries that follow the cursor, which is at least `first - 1`, up to both limits.
 
-        The first entry is always among them, however large. The caller has seen to it that `cursor + 1 >= first`.
+        The first entry is returned even if it is larger than `max_bytes`.
         """
         start = cursor - self.first + 1
         if len(self._wires) - start == 1:  # one event at a time is the common case of a live reader

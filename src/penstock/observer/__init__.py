@@ -1,18 +1,18 @@
-"""Hooks for whoever watches: a protocol, what it is told, and how several are told at once.
+"""Hooks for monitoring: a protocol, the data that it passes, and how several observers are notified at once.
 
-An observer is told of what has happened; it decides nothing. Its methods are called synchronously in the task in which
-the thing happened, so they must be quick, and an exception that one of them raises is logged and goes no further.
+An observer is notified of what has happened; it decides nothing. Its methods are called synchronously in the task in
+which the thing happened, so they must be quick, and an exception that one of them raises is logged and goes no further.
 
-| told | of |
+| hooks | notify of |
 |---|---|
 | `run_started`, `run_ended`, `run_fenced`, `run_stuck`, `runs_lost`, `run_cancelled` | runs |
-| `stream_started`, `stream_ended`, `pinged`, `refused` | whoever reads them over HTTP |
+| `stream_started`, `stream_ended`, `pinged`, `refused` | responses over HTTP |
 | `committed`, `outage_began`, `outage_ended` | the event log |
-| `figures` | how much there is of everything, once a second |
-| `on_error`, `warning` | what went wrong |
+| `figures` | sizes and counts, once a second |
+| `on_error`, `warning` | errors |
 
-`LoggingObserver` (in `notes.py`) writes it down, `Metrics` (in `metrics.py`) counts it, `Observers` tells several, and
-`NullObserver` takes no notice: whoever wants a part of it derives from that.
+`LoggingObserver` (logging.py) writes log records, `Metrics` (prometheus.py) counts, `Observers` notifies several
+observers, and `NullObserver` does nothing: derive an observer of your own from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, runtime_checkable
 
 from penstock.errors import ConfigurationError
 
@@ -34,18 +34,18 @@ logger: Final = logging.getLogger("penstock")
 P = ParamSpec("P")
 
 FIGURES_INTERVAL: Final = 1.0
-"""Seconds between two figures."""
+"""Seconds between two calls of `Observer.figures`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What the log has acknowledged in one append.
+    """One append that the log has acknowledged.
 
     Attributes:
-        runs: how many runs wrote to it.
-        entries: how many entries it stored.
-        bytes: their size, as they go on the wire.
-        seconds: how long it took, with every new attempt while the log could not be reached.
+        runs: the number of runs that it stored entries of.
+        entries: the number of entries that it stored.
+        bytes: their size on the wire.
+        seconds: its duration, including the repeated attempts of an outage.
     """
 
     runs: int
@@ -59,14 +59,13 @@ class StreamEnd:
     """How the stream of an `EventStreamResponse` has ended.
 
     Attributes:
-        cause: `ended` if all was sent that there was; `disconnected` if the client went away; `interrupted` if the
-            server did; `failed` if the server could not send; else the code of what went wrong, such as
-            `READER_RELEASED`.
-        run_id: whose entries it sent; None for a response without a run.
-        cursor: the seq of the last entry that was handed to it; None for a response without a run.
-        entries: how many it was handed; None for a response without a run.
-        bytes: what was sent, without pings and last words of the server's own.
-        seconds: how long it took.
+        cause: `ended` if everything was sent; `disconnected` if the client disconnected; `interrupted` if the server
+            shut down; `failed` if the server could not send; else the code of the error, such as `READER_RELEASED`.
+        run_id: the run whose entries it sent; None for a response without a run.
+        cursor: the seq of the last entry that it took; None for a response without a run.
+        entries: the number of entries that it took; None for a response without a run.
+        bytes: the bytes sent, without the pings and the control events of the server's own.
+        seconds: its duration.
     """
 
     cause: str
@@ -79,15 +78,15 @@ class StreamEnd:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How much a supervisor has of everything, and what its readers have been handed since it was last told.
+    """The current sizes and counts of a supervisor, and what its readers took since the figures before.
 
     Attributes:
         runs: its runs that have not ended.
-        readers: readers, over HTTP or not.
-        pending_bytes: what waits for the log's acknowledgement.
-        tail_bytes: the recent entries that are at hand.
-        entries_out: entries handed to readers since the figures before.
-        bytes_out: their size, as they go on the wire.
+        readers: its readers, over HTTP or not.
+        pending_bytes: the bytes that wait for the log's acknowledgement.
+        tail_bytes: the bytes of recent entries in memory.
+        entries_out: the entries that readers took since the figures before.
+        bytes_out: their size on the wire.
     """
 
     runs: int
@@ -100,95 +99,158 @@ class Figures:
 
 @runtime_checkable
 class Observer(Protocol):
-    """What an observer is told."""
+    """The hooks of an observer."""
 
     def run_started(self, run: Run) -> None:
-        """A run of this process has been created in the log."""
+        """The log has created the record of a run of this process."""
 
     def run_ended(self, run: Run) -> None:
-        """The terminal entry of a run of this process has been stored; `run` is as its owner knows it."""
+        """The log has stored the terminal entry of a run of this process; `run` is as its owner knows it."""
 
     def run_cancelled(self, run_id: str, seconds: float) -> None:
-        """... as it was asked to: so many seconds after this process, its owner, had heard of that."""
+        """The run `run_id` has ended cancelled, `seconds` after this process, its owner, received the request."""
 
     def run_fenced(self, run_id: str) -> None:
-        """A run of this process has a new owner, or was ended by one; what happens here no longer counts."""
+        """A run of this process has another owner now, or was ended by one; the log takes no more entries from here."""
 
     def run_stuck(self, run_id: str, seconds: float, stack: str) -> None:
-        """A producer has not let go for `seconds` after it was cancelled; `stack` says where it stands."""
+        """The producer of `run_id` is still there `seconds` after it was cancelled; `stack` is its task's stack."""
 
     def runs_lost(self, run_ids: Sequence[str]) -> None:
-        """Runs of others, whose leases had run out, have been ended from here, as lost."""
+        """This process has ended runs of other processes, whose leases had expired, as lost."""
 
     def stream_started(self, run_id: str | None) -> None:
         """The headers of a stream are being sent; `run_id` is None for a response without a run."""
 
     def stream_ended(self, end: StreamEnd) -> None:
-        """... and it is over."""
+        """A stream whose headers were sent is over."""
 
     def pinged(self) -> None:
-        """A stream has been sent a ping."""
+        """A stream was sent a ping."""
 
     def refused(self, status: int, code: str) -> None:
-        """A request has been answered with this HTTP status and code instead of what it asked for."""
+        """A request was answered with an error: the HTTP status `status` and the code `code`."""
 
     def committed(self, commit: Commit) -> None:
         """The log has acknowledged an append."""
 
     def outage_began(self) -> None:
-        """The log, or a node of its cluster, cannot be reached, as far as a look once a second can tell."""
+        """The log, or a shard of it, cannot be reached; this is noticed within a second or so."""
 
     def outage_ended(self, seconds: float) -> None:
-        """... and all of it can be again, after so many seconds."""
+        """The whole log can be reached again, after so many seconds."""
 
     def figures(self, figures: Figures) -> None:
-        """How much there is of everything; every `FIGURES_INTERVAL`, when it is asked for, and at the end."""
+        """Current sizes and counts: every `FIGURES_INTERVAL`, before metrics are shown, and at the end."""
 
     def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
-        """An exception ended `where` (a run or a response), and clients were shown `error_id` instead of its words."""
+        """An `error` ended `where` (a run or a response); clients see `error_id` in place of its message."""
 
     def warning(self, message: str) -> None:
-        """Something failed that will be tried again."""
+        """An attempt failed, and will be repeated."""
 
 
 class NullObserver:
-    """Takes no notice of anything."""
+    """An observer whose hooks do nothing; see `Observer` for what they mean."""
 
-    def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing happens."""
+    def run_started(self, run: Run) -> None: ...
+    def run_ended(self, run: Run) -> None: ...
+    def run_cancelled(self, run_id: str, seconds: float) -> None: ...
+    def run_fenced(self, run_id: str) -> None: ...
+    def run_stuck(self, run_id: str, seconds: float, stack: str) -> None: ...
+    def runs_lost(self, run_ids: Sequence[str]) -> None: ...
+    def stream_started(self, run_id: str | None) -> None: ...
+    def stream_ended(self, end: StreamEnd) -> None: ...
+    def pinged(self) -> None: ...
+    def refused(self, status: int, code: str) -> None: ...
+    def committed(self, commit: Commit) -> None: ...
+    def outage_began(self) -> None: ...
+    def outage_ended(self, seconds: float) -> None: ...
+    def figures(self, figures: Figures) -> None: ...
+    def on_error(self, error: BaseException, *, error_id: str, where: str) -> None: ...
+    def warning(self, message: str) -> None: ...
 
-    run_started = run_ended = run_cancelled = run_fenced = run_stuck = runs_lost = _nothing
-    stream_started = stream_ended = pinged = refused = _nothing
-    committed = outage_began = outage_ended = figures = on_error = warning = _nothing
 
+class Observers:
+    """Notifies several observers; an exception of one of them does not keep the others from being notified.
 
-class Observers(NullObserver):
-    """Tells several observers, each of them whatever the others do."""
+    Args:
+        observers: in the order in which they are notified.
+    """
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-
-def _tells_all(name: str) -> Callable[..., None]:
-    def hook(self: Observers, *args: Any, **kwargs: Any) -> None:
+    def run_started(self, run: Run) -> None:
         for observer in self._observers:
-            notify(getattr(observer, name), *args, **kwargs)
+            notify(observer.run_started, run)
 
-    hook.__name__ = name
-    return hook
+    def run_ended(self, run: Run) -> None:
+        for observer in self._observers:
+            notify(observer.run_ended, run)
 
+    def run_cancelled(self, run_id: str, seconds: float) -> None:
+        for observer in self._observers:
+            notify(observer.run_cancelled, run_id, seconds)
 
-HOOKS: Final = tuple(name for name in vars(Observer) if not name.startswith("_"))
-"""The names of what an observer is told."""
-for _name in HOOKS:
-    setattr(Observers, _name, _tells_all(_name))
+    def run_fenced(self, run_id: str) -> None:
+        for observer in self._observers:
+            notify(observer.run_fenced, run_id)
+
+    def run_stuck(self, run_id: str, seconds: float, stack: str) -> None:
+        for observer in self._observers:
+            notify(observer.run_stuck, run_id, seconds, stack)
+
+    def runs_lost(self, run_ids: Sequence[str]) -> None:
+        for observer in self._observers:
+            notify(observer.runs_lost, run_ids)
+
+    def stream_started(self, run_id: str | None) -> None:
+        for observer in self._observers:
+            notify(observer.stream_started, run_id)
+
+    def stream_ended(self, end: StreamEnd) -> None:
+        for observer in self._observers:
+            notify(observer.stream_ended, end)
+
+    def pinged(self) -> None:
+        for observer in self._observers:
+            notify(observer.pinged)
+
+    def refused(self, status: int, code: str) -> None:
+        for observer in self._observers:
+            notify(observer.refused, status, code)
+
+    def committed(self, commit: Commit) -> None:
+        for observer in self._observers:
+            notify(observer.committed, commit)
+
+    def outage_began(self) -> None:
+        for observer in self._observers:
+            notify(observer.outage_began)
+
+    def outage_ended(self, seconds: float) -> None:
+        for observer in self._observers:
+            notify(observer.outage_ended, seconds)
+
+    def figures(self, figures: Figures) -> None:
+        for observer in self._observers:
+            notify(observer.figures, figures)
+
+    def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
+        for observer in self._observers:
+            notify(observer.on_error, error, error_id=error_id, where=where)
+
+    def warning(self, message: str) -> None:
+        for observer in self._observers:
+            notify(observer.warning, message)
 
 
 def checked(observer: Observer) -> Observer:
-    """The observer, if it is one.
+    """Return `observer` if it has every hook.
 
     Raises:
-        ConfigurationError: it has not every hook.
+        ConfigurationError: it lacks one.
     """
     if not isinstance(observer, Observer):
         raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from NullObserver")
@@ -196,7 +258,7 @@ def checked(observer: Observer) -> Observer:
 
 
 def notify(hook: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Call an observer's hook; what it raises is logged, and harms nobody."""
+    """Call an observer's hook; an exception that it raises is logged and goes no further."""
     try:
         hook(*args, **kwargs)
     except Exception:
@@ -204,5 +266,5 @@ def notify(hook: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
 
 
 def new_error_id() -> str:
-    """An id that ties what a client is shown to a line in the server's log."""
+    """Return an id that clients see, and that the server's log has beside the exception."""
     return f"err-{secrets.token_hex(8)}"

@@ -1,11 +1,11 @@
-"""Metrics: an observer that counts, and shows it as Prometheus reads it.
+"""`Metrics`: an observer that counts, and renders its counts for Prometheus.
 
-One `Metrics` belongs to one process's supervisor. It has a registry of its own, so that it gets in nobody's way. Where
-several processes serve one address each of them counts for itself, into files of a folder that they share, and any of
-them shows the sum: that is prometheus-client's multi-process mode, which is on if PROMETHEUS_MULTIPROC_DIR names the
-folder before this module is imported. `penstock serve --workers` sees to that itself.
+Each `Metrics` belongs to the supervisor of one process, and has a registry of its own, apart from prometheus-client's
+default one. Several processes that serve one address count into files of a folder that they share, and each of them
+renders the sum: this is the multi-process mode of prometheus-client. It is on if PROMETHEUS_MULTIPROC_DIR names the
+folder *before* this module is imported, which `penstock serve --workers` sees to.
 
-What each metric means, and what to do when it moves, is a table in docs/operating.md.
+docs/operating.md has a table of what each metric means, and what to do when it moves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from penstock.errors import ConfigurationError
 from penstock.observer import NullObserver
-from penstock.runs import Outcome, StopReason
+from penstock.runs import RunStatus, StopReason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable that turns the multi-process mode on."""
 MAX_CODES: Final = 100
-"""The most codes that have a figure of their own in one metric; an application may make up any number of them."""
+"""The most codes that one metric distinguishes: applications choose their codes freely, and each costs memory."""
 _CODE: Final = re.compile(r"[!-~]{1,64}")
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -40,12 +40,18 @@ ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Metrics(NullObserver):
-    """Counts what an observer is told. Its methods are quick, and any of them may be called in any task."""
+    """An observer that counts.
+
+    Raises:
+        ConfigurationError: PROMETHEUS_MULTIPROC_DIR does not name a folder.
+    """
 
     def __init__(self) -> None:
         self._shared = FOLDER in os.environ
         if self._shared and not Path(os.environ[FOLDER] or "-").is_dir():
-            raise ConfigurationError(f"{FOLDER} names the folder in which several processes count, and there is none")
+            raise ConfigurationError(
+                f"{FOLDER} names the folder in which several processes count, and it does not exist"
+            )
         self._registry = CollectorRegistry()
         to = None if self._shared else self._registry
         self._codes: set[str] = set()
@@ -55,11 +61,13 @@ class Metrics(NullObserver):
             "penstock_runs_ended", "Runs of this server that ended", ["outcome", "stop_reason"], registry=to
         )
         self._fenced = Counter("penstock_runs_fenced", "Runs taken over by another owner", registry=to)
-        self._stuck = Counter("penstock_runs_stuck", "Reports of producers that do not let go", registry=to)
-        self._lost = Counter("penstock_runs_lost", "Runs of dead owners that were ended from here", registry=to)
+        self._stuck = Counter(
+            "penstock_runs_stuck", "Reports of producers that are still running after a cancel", registry=to
+        )
+        self._lost = Counter("penstock_runs_lost", "Runs of other owners that this server ended as lost", registry=to)
         self._cancel = Histogram(
             "penstock_cancel_seconds",
-            "From when a run's owner hears of a cancel until its end is stored",
+            "Time from the receipt of a cancel by the run's owner until the run's end is stored",
             buckets=SECONDS,
             registry=to,
         )
@@ -69,7 +77,7 @@ class Metrics(NullObserver):
         self._refused = Counter("penstock_refused", "Requests answered with an error", ["status", "code"], registry=to)
         self._entries_in = Counter("penstock_entries_in", "Entries that the log has acknowledged", registry=to)
         self._bytes_in = Counter("penstock_bytes_in", "Their bytes", registry=to)
-        self._entries_out = Counter("penstock_entries_out", "Entries handed to readers", registry=to)
+        self._entries_out = Counter("penstock_entries_out", "Entries that readers took", registry=to)
         self._bytes_out = Counter("penstock_bytes_out", "Their bytes", registry=to)
         self._commit_entries = Histogram(
             "penstock_commit_entries", "Entries of one commit", buckets=ENTRIES, registry=to
@@ -77,20 +85,23 @@ class Metrics(NullObserver):
         self._commit_seconds = Histogram(
             "penstock_commit_seconds", "How long the log took to acknowledge one commit", buckets=SECONDS, registry=to
         )
-        self._outages = Counter("penstock_log_outages", "Times that the log could not be reached", registry=to)
-        self._away_seconds = Counter("penstock_log_away_seconds", "How long those took, once over", registry=to)
+        self._outages = Counter("penstock_log_outages", "Outages of the log", registry=to)
+        self._away_seconds = Counter(
+            "penstock_log_away_seconds", "Total length of those outages, once over", registry=to
+        )
         self._errors = Counter("penstock_errors", "Exceptions that ended a run or a response", registry=to)
-        self._away = _gauge("penstock_log_away", "Servers that cannot reach the log, or a part of it, now", to)
+        self._away = _gauge("penstock_log_away", "Servers that cannot reach the log, or a shard of it, now", to)
         self._runs = _gauge("penstock_runs", "Runs that have not ended", to)
         self._readers = _gauge("penstock_readers", "Readers", to)
         self._pending = _gauge("penstock_pending_bytes", "Bytes that wait for the log's acknowledgement", to)
-        self._tails = _gauge("penstock_tail_bytes", "Bytes of recent entries at hand", to)
-        for outcome in Outcome:  # a figure that is not there cannot be compared with one that is
-            if outcome is not Outcome.FAILED:
-                self._ended.labels(outcome.value, _usual(outcome))
+        self._tails = _gauge("penstock_tail_bytes", "Bytes of recent entries in memory", to)
+        # A series that is missing until its first run cannot be compared with one that is there.
+        self._ended.labels(RunStatus.COMPLETED.value, StopReason.END_TURN.value)
+        self._ended.labels(RunStatus.CANCELLED.value, StopReason.CANCELLED.value)
+        self._ended.labels(RunStatus.LOST.value, StopReason.LOST.value)
 
     def render(self) -> tuple[bytes, str]:
-        """What there is to read, and its media type: those of all processes, in the multi-process mode. Synchronous."""
+        """Return the metrics as text, in multi-process mode those of all processes together, and their media type."""
         registry = self._registry
         if self._shared:
             registry = CollectorRegistry()
@@ -98,65 +109,51 @@ class Metrics(NullObserver):
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
     def run_started(self, _run: Run) -> None:
-        """Counted."""
         self._started.inc()
 
     def run_ended(self, run: Run) -> None:
-        """Counted, by outcome and stop reason; a producer may make up reasons, and those are `other`."""
-        known = run.stop_reason in _REASONS
+        known = run.stop_reason in _REASONS  # a producer may give any other
         self._ended.labels(run.status.value, run.stop_reason if known else "other").inc()
 
     def run_cancelled(self, _run_id: str, seconds: float) -> None:
-        """Counted, by time."""
         self._cancel.observe(seconds)
 
     def run_fenced(self, _run_id: str) -> None:
-        """Counted."""
         self._fenced.inc()
 
     def run_stuck(self, _run_id: str, _seconds: float, _stack: str) -> None:
-        """Counted; of each of them there is a report every ten seconds."""
         self._stuck.inc()
 
     def runs_lost(self, run_ids: Sequence[str]) -> None:
-        """Counted."""
         self._lost.inc(len(run_ids))
 
     def stream_started(self, _run_id: str | None) -> None:
-        """Counted."""
         self._streams.inc()
 
     def stream_ended(self, end: StreamEnd) -> None:
-        """Counted, by cause."""
         self._streams_ended.labels(_bounded(end.cause, self._causes)).inc()
 
     def pinged(self) -> None:
-        """Counted."""
         self._pings.inc()
 
     def refused(self, status: int, code: str) -> None:
-        """Counted, by status and code."""
         self._refused.labels(status, _bounded(code, self._codes)).inc()
 
     def committed(self, commit: Commit) -> None:
-        """Counted, by entries and by time."""
         self._entries_in.inc(commit.entries)
         self._bytes_in.inc(commit.bytes)
         self._commit_entries.observe(commit.entries)
         self._commit_seconds.observe(commit.seconds)
 
     def outage_began(self) -> None:
-        """Counted."""
         self._outages.inc()
         self._away.set(1)
 
     def outage_ended(self, seconds: float) -> None:
-        """Its length is added."""
         self._away_seconds.inc(seconds)
         self._away.set(0)
 
     def figures(self, figures: Figures) -> None:
-        """Shown as they are; what readers were handed is added."""
         self._runs.set(figures.runs)
         self._readers.set(figures.readers)
         self._pending.set(figures.pending_bytes)
@@ -165,7 +162,6 @@ class Metrics(NullObserver):
         self._bytes_out.inc(figures.bytes_out)
 
     def on_error(self, _error: BaseException, *, error_id: str, where: str) -> None:  # noqa: ARG002
-        """Counted."""
         self._errors.inc()
 
 
@@ -173,21 +169,17 @@ _REASONS: Final = frozenset(StopReason)
 
 
 def _bounded(code: str, codes: set[str]) -> str:
-    """The code, if it is one and there is room for it among those that have come already."""
+    """Return `code` if it is one of the first `MAX_CODES` codes; `codes` holds those."""
     if len(codes) < MAX_CODES and _CODE.fullmatch(code):
         codes.add(code)
     return code if code in codes else "OTHER"
 
 
-def _usual(outcome: Outcome) -> str:
-    return StopReason.END_TURN if outcome is Outcome.COMPLETED else outcome.value
-
-
-def _gauge(name: str, words: str, registry: CollectorRegistry | None) -> Gauge:
-    """What is there now: in the multi-process mode, the sum over the processes that live."""
-    return Gauge(name, words, registry=registry, multiprocess_mode="livesum")
+def _gauge(name: str, help_text: str, registry: CollectorRegistry | None) -> Gauge:
+    """Return a gauge which in multi-process mode shows the sum over the processes that are alive."""
+    return Gauge(name, help_text, registry=registry, multiprocess_mode="livesum")
 
 
 def forget(pid: int, folder: str) -> None:
-    """A process that shared `folder` has ended: what it had is not there any more; what it counted stays."""
+    """Drop the gauges of a process that has ended and shared `folder`; its counts stay."""
     mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]

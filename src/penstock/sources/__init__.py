@@ -1,1 +1,1 @@
-"""Tools for those who write producers: `command`, `keepalive`, `cancel_when`, each in the module of its name."""
+"""Tools for producers: `command`, `keepalive` and `cancel_when`, each in the module of its name."""

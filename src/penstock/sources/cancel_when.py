@@ -1,20 +1,20 @@
-"""`cancel_when`: cut a block short when something, somewhere, says so.
+"""`cancel_when`: cancel a block as soon as a function, which is polled, says so.
 
     nursery ┬─ the block
             └─ the watch:  poll ──▶ yes: record the reason, then cancel the nursery
-                             ▲   └─▶ no, or the poll failed: wait, or until `wake()`
+                             ▲   └─▶ no, or the poll failed: wait for the interval, or for `wake()`
                              └───────────────┘
 
-The watch polls in a task of its own, so a slow poll delays no chunk, and a block that waits for something is cut short
-as well as one that is busy. What happened is recorded before anything is cancelled and never deduced afterwards:
+The watch polls in a task of its own. So a slow poll delays no chunk, and the watch cancels a block that waits as well
+as one that is busy. The watch records the request before it cancels the nursery:
 
-| the block | and a cancel was asked for | leaves |
+| the block | requested | leaves |
 |---|---|---|
-| ends by itself, returning or raising | whether or not | as it ended |
+| ends by itself, returning or raising | yes or no | as it ended |
 | is left by `Cancelled` | yes | `RunCancelled` |
-| is left by `Cancelled` | but it came from outside, too | `Cancelled` |
+| is left by `Cancelled`, also from outside | yes or no | `Cancelled` |
 
-Once the block has ended, an answer that is still under way is not taken any more. A poll that fails never cancels.
+The result of a poll that ends after the block is ignored. A poll that fails never cancels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from penstock.errors import ConfigurationError, RunCancelled
-from penstock.exception_groups import is_cancellation, raise_single
+from penstock.exception_groups import holds_only, is_cancellation, open_nursery
 from penstock.observer import Observer, notify
 from penstock.observer.logging import LoggingObserver
 
@@ -38,11 +38,11 @@ MAX_BACKOFF: Final = 10.0
 
 
 class CancelWatch:
-    """What a `cancel_when` block knows of itself.
+    """The watch of one `cancel_when` block.
 
     Attributes:
-        requested: a cancel was asked for while the block was running.
-        reason: the words that came with it, if any.
+        requested: whether a poll has requested a cancel while the block was running.
+        reason: the reason that the poll gave, if any.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class CancelWatch:
         self._polling = trio.CancelScope()
 
     def wake(self) -> None:
-        """Poll now, or again if a poll is under way. Not a checkpoint; to be called in Trio's thread."""
+        """Poll now, or once more if a poll is under way. Not a checkpoint; to be called in Trio's thread."""
         self._woken.set()
 
     async def run(self, block: trio.CancelScope) -> None:
-        """Poll until a cancel is asked for or the block ends, and in the first case cancel it."""
+        """Poll until the block ends, and cancel it when a poll says so."""
         failures = 0
         with self._polling:
             while True:
@@ -74,7 +74,7 @@ class CancelWatch:
                     if inspect.isawaitable(answer):
                         answer = await answer
                 except (Exception, BaseExceptionGroup) as error:
-                    if not _is_failure(error):
+                    if isinstance(error, BaseExceptionGroup) and not holds_only(error, (Exception, trio.Cancelled)):
                         raise
                     failures += 1
                     pause = max(min(self._interval * 2**failures, MAX_BACKOFF), self._interval)
@@ -87,7 +87,7 @@ class CancelWatch:
                     await self._woken.wait()
 
     def end(self) -> None:
-        """The block has ended: nothing is recorded any more."""
+        """Stop polling: the block has ended, and records nothing any more."""
         self._ended = True
         self._polling.cancel(reason="the cancel_when block has ended")
 
@@ -103,11 +103,6 @@ class CancelWatch:
         notify(self._observer.warning, f"looking for a cancel{of} failed, next try in {pause:g} s: {error!r}")
 
 
-def _is_failure(error: BaseException) -> bool:
-    """Whether a poll just failed; perhaps while it was being cancelled, which the watch then notices by itself."""
-    return not isinstance(error, BaseExceptionGroup) or error.split((Exception, trio.Cancelled))[1] is None
-
-
 @asynccontextmanager
 async def cancel_when(
     is_cancelled: Callable[[], Any],
@@ -118,40 +113,40 @@ async def cancel_when(
 ) -> AsyncIterator[CancelWatch]:
     """Cancel the block as soon as `is_cancelled()` says so, and then raise `RunCancelled`.
 
-    An async context manager that hands out a `Watch`. Asks at once, in a background task, and then `interval` seconds
-    after each answer. A question that fails is a warning, and is put again after twice the pause, up to `MAX_BACKOFF`.
-    Leaving the block cancels a question that is still open and waits for that.
+    An async context manager. A background task polls at once, and then `interval` seconds after each poll has ended. A
+    poll that fails makes a warning; each pause after it is twice as long, up to `MAX_BACKOFF`. Leaving the block
+    cancels a poll that is under way, and waits until it has ended.
 
-    A cancellation from outside passes through as it is. A block that catches `Cancelled` and ends all the same has
-    ended by itself.
+    Entering and leaving are checkpoints only as far as a nursery's are. A cancellation from outside passes through as
+    it is. A block that catches the `Cancelled` and does not raise it has ended by itself.
 
     Args:
-        is_cancelled: takes no arguments; async or not. It returns something false, or True, or the reason as a str.
+        is_cancelled: takes no arguments; async or not. It returns a false value, or True, or the reason as a str.
         interval: seconds of Trio's clock; more than 0.
         run_id: for `RunCancelled` and for warnings.
-        observer: is told of questions that fail; the default writes to the logger `penstock`.
+        observer: notified of polls that fail; the default writes to the logger `penstock`.
+
+    Yields:
+        A `CancelWatch`, whose `wake()` polls at once.
 
     Raises:
         ConfigurationError: the interval is not above 0.
-        RunCancelled: a cancel was asked for, and cut the block short.
+        RunCancelled: a poll has cancelled the block.
         Exception: what the block raised, bare.
     """
     if not interval > 0:
         raise ConfigurationError(f"interval is a number of seconds above 0, not {interval!r}")
     watch = CancelWatch(is_cancelled, interval, run_id, LoggingObserver() if observer is None else observer)
     cut_short = False
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch.run, nursery.cancel_scope)
-            try:
-                yield watch
-            except BaseException as error:
-                cut_short = is_cancellation(error, trio.Cancelled)
-                raise
-            finally:
-                watch.end()
-    except BaseExceptionGroup as group:
-        raise_single(group, trio.Cancelled)
-    # Only a cancellation that came from nowhere but here has been caught by the nursery, and gets to this line.
+    async with open_nursery() as nursery:
+        nursery.start_soon(watch.run, nursery.cancel_scope)
+        try:
+            yield watch
+        except BaseException as error:
+            cut_short = is_cancellation(error, trio.Cancelled)
+            raise
+        finally:
+            watch.end()
+    # The nursery has caught only a cancellation that came from this watch and from nowhere else.
     if cut_short and watch.requested:
         raise RunCancelled(run_id, watch.reason)

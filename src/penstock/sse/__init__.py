@@ -1,4 +1,4 @@
-"""The wire format, Server-Sent Events: pure functions and values, which know no event loop."""
+"""The wire format, Server-Sent Events: pure functions and values, independent of any event loop."""
 
 from penstock.sse.events import Decoder, Event, Message
 

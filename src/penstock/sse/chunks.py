@@ -1,12 +1,11 @@
-"""What a source may be, and what it may yield.
+"""Sources and chunks: what a producer may be, and what it may yield.
 
-A *source* is an async iterable of chunks, or an async context manager that hands one out, or an awaitable of either. It
-is opened, iterated and closed in one task, and no cancel scope is ever opened around one of its steps: a scope there
-would be corrupted by any scope that the source itself opens across a `yield`.
+A *source* is an async iterable of chunks, or an async context manager that yields one, or an awaitable of either. One
+task opens, iterates and closes it, and no cancel scope is opened around one of its steps: a scope that the source holds
+open across a `yield` would corrupt that one.
 
-A *chunk* is an `Event`, or `str` or `bytes` holding whole, encoded SSE blocks. `blocks_of` takes a run's chunks apart:
-k blocks become k entries, so each one is looked at on its own. `bytes_of` is what a response without a run needs: it
-passes chunks on.
+A *chunk* is an `Event`, or a `str` or `bytes` of whole, encoded SSE blocks. `blocks_of` splits a run's chunk, for each
+block becomes an entry of its own. `bytes_of` encodes the chunk of a response without a run.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from penstock.errors import EventTooLarge, InvalidChunk, encodable
+from penstock.exception_groups import without
 from penstock.sse import Event
 from penstock.sse.events import split_blocks
 
@@ -24,24 +24,20 @@ if TYPE_CHECKING:
 
     from penstock.sse.dialects import Dialect
 
-MAX_EVENT_BYTES: Final = 1024 * 1024
-"""The default of the limit on one encoded event."""
-
 _ENDS: Final = (b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\r")
 
 
 class Block(NamedTuple):
-    """One encoded event of a run, and what it says of the run's end.
+    """One encoded event of a run, and whether it ends the run.
 
-    An event with a type of its own says nothing of that, unless the type is `error`: the output of a program may hold
-    any words.
+    Only an event without a type, or of type `error`, can end a run: the output of a program may hold any text.
 
     Attributes:
         data: the encoded block, with LF line ends, without an `id` line.
-        message: it has no type, so it is one of the producer's plain messages.
-        done: it is a message, and its data is exactly `[DONE]`.
+        message: whether the event has no type.
+        done: whether it has no type and its data is exactly `[DONE]`.
         error: the data of an event of type `error`.
-        stop_reason: the stop reason that it states.
+        stop_reason: the stop reason that the event states.
     """
 
     data: bytes
@@ -52,20 +48,19 @@ class Block(NamedTuple):
 
     @classmethod
     def of(cls, wire: bytes, event: str | None, data: str | None, dialect: Dialect) -> Block:
-        """The block with this encoding, type and data."""
         if event is not None:
             return cls(wire, message=False, error=data or "" if event == "error" else None)
         return cls(wire, done=data == "[DONE]", stop_reason=None if data is None else dialect.stop_reason(data))
 
 
 def blocks_of(
-    chunk: object, dialect: Dialect, *, max_event_bytes: int = MAX_EVENT_BYTES, max_chunk_bytes: int | None = None
+    chunk: object, dialect: Dialect, *, max_event_bytes: int, max_chunk_bytes: int | None = None
 ) -> list[Block]:
-    """Take a run's chunk apart.
+    """Split a run's chunk into its blocks.
 
     Raises:
-        InvalidChunk: it is no chunk, holds half a block, has an id of its own, or cannot be encoded.
-        EventTooLarge: one of its blocks is over the limit, or all of them together are over theirs.
+        InvalidChunk: it is not a chunk, holds an unfinished block or an id, or cannot be encoded.
+        EventTooLarge: one of its blocks is larger than `max_event_bytes`, or all of them than `max_chunk_bytes`.
     """
     if isinstance(chunk, Event):
         blocks = [_block_of_event(chunk, dialect)]
@@ -96,10 +91,10 @@ def _block_of_event(event: Event, dialect: Dialect) -> Block:
 
 
 def bytes_of(chunk: object, dialect: Dialect) -> bytes:
-    """The bytes of a chunk of a response without a run, which passes on ids and whatever else whole blocks hold.
+    """Return the bytes of a chunk of a response without a run; ids and other fields pass as they are.
 
     Raises:
-        InvalidChunk: it is no chunk, does not end with a blank line, or cannot be encoded.
+        InvalidChunk: it is not a chunk, does not end with a blank line, or cannot be encoded.
     """
     if isinstance(chunk, Event):
         return chunk.encode() if chunk.stop_reason is None else dialect.stop(chunk.stop_reason)
@@ -118,13 +113,13 @@ def bytes_of(chunk: object, dialect: Dialect) -> bytes:
 
 
 def status_of(chunk: object) -> tuple[object, tuple[str, str] | None]:
-    """Take apart a chunk that may be a `(content, status)` pair.
+    """Split a chunk that may be a `(content, status)` pair.
 
     Returns:
-        The content, and for a status that is no success (2xx) the code and words of the error that it stands for.
+        The content, and for a status that is not 2xx the code and message of the error that it stands for.
 
     Raises:
-        InvalidChunk: it is a tuple, but no such pair.
+        InvalidChunk: it is a tuple, but not such a pair.
     """
     if not isinstance(chunk, tuple):
         return chunk, None
@@ -135,13 +130,13 @@ def status_of(chunk: object) -> tuple[object, tuple[str, str] | None]:
         return content, None
     if isinstance(content, Event):
         content = content.data or ""
-    words = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
-    return content, (f"STATUS_{status}", encodable(words).strip().removeprefix("data:").strip())
+    text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
+    return content, (f"STATUS_{status}", encodable(text).strip().removeprefix("data:").strip())
 
 
 @asynccontextmanager
 async def opened(source: Any) -> AsyncIterator[AsyncIterator[Any]]:
-    """Open a source for iteration; leaving closes it, in the same task, and so runs its `finally` blocks.
+    """Open a source for iteration; leaving the block closes it, in the same task, and so runs its `finally` blocks.
 
     Raises:
         TypeError: it is not a source.
@@ -160,30 +155,21 @@ async def opened(source: Any) -> AsyncIterator[AsyncIterator[Any]]:
 async def _closing(chunks: AsyncIterable[Any]) -> AsyncIterator[AsyncIterator[Any]]:
     if not hasattr(chunks, "__aiter__"):
         raise TypeError(
-            "a source is an async iterable, such as an async generator, or an async context manager that hands one out;"
-            f" {type(chunks).__name__} is neither"
+            "a source is an async iterable, such as an async generator, or an async context manager that yields one; "
+            f"{type(chunks).__name__} is neither"
         )
     iterator: Any = aiter(chunks)
     try:
         yield iterator
     finally:
         if hasattr(iterator, "aclose"):
-            await _close(iterator)  # noqa: ASYNC102  (whoever holds the source has a deadline for its cleanup)
-
-
-async def _close(iterator: Any) -> None:
-    """Close a generator; if it yields inside a nursery, that wraps the `GeneratorExit` which closes it in a group."""
-    try:
-        await iterator.aclose()
-    except BaseExceptionGroup as group:
-        _, others = group.split(GeneratorExit)
-        if others is not None:
-            raise others from None
+            with without(GeneratorExit):  # a generator that yields inside a nursery is closed by one in a group
+                await iterator.aclose()  # noqa: ASYNC102  (the caller has a deadline for the cleanup)
 
 
 def held_across_a_yield() -> RuntimeError:
-    """The error of a source whose own cancel scope or nursery has cancelled whoever iterates it."""
+    """Return the error of a source whose own cancel scope or nursery has cancelled the task that iterates it."""
     return RuntimeError(
         "the source holds a cancel scope or a nursery open across a yield, and its cancellation reached the task that "
-        "iterates it; make it a context manager that hands out an iterator, for example with trio.as_safe_channel"
+        "iterates it; make it a context manager that yields an iterator, for example with trio.as_safe_channel"
     )

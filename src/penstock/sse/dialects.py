@@ -1,9 +1,9 @@
-"""How control events are spelled on the wire.
+"""Dialects: how control events are encoded.
 
-A *dialect* spells what penstock itself says: ping, error, cancelled, stop, done, and the body of a response that is an
-error rather than a stream. Producers' own events are not its business, with two exceptions in `letta`: JSON data may
-carry `"run_id":null` and `"seq_id":null` at its top level, which are stamped when the event is written, and JSON data
-whose top-level `message_type` is `stop_reason` says why the producer stopped.
+A *dialect* encodes the events that penstock itself sends (ping, error, cancelled, stop, done) and the body of an error
+response. It leaves the events of producers alone, with two exceptions in `letta`: `"run_id":null` and `"seq_id":null`
+at the top level of JSON data are filled in when the event is written, and JSON data whose top-level `message_type` is
+`stop_reason` is the stop reason of the run.
 
 | | plain | letta |
 |---|---|---|
@@ -14,7 +14,7 @@ whose top-level `message_type` is `stop_reason` says why the producer stopped.
 | done | `[DONE]` | `[DONE]` |
 | error body | `application/problem+json` (RFC 9457) | `{"detail": {"code", "message"}}` |
 
-Control events never carry an `id` line: a client that came back with such an id would skip real events.
+Control events have no `id` line: a client that resumed from such an id would skip events.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ def _block(members: Mapping[str, Any], event: str | None = None) -> bytes:
 
 
 class Dialect(Protocol):
-    """What a dialect spells. All methods are pure and return complete SSE blocks, unless they say otherwise."""
+    """The encoding of control events. All methods are pure; those that return bytes return whole SSE blocks."""
 
     name: str
 
     def ping(self, run_id: str | None = None, seq: int | None = None) -> bytes:
-        """What is sent when nothing else was, for `ping_interval` seconds."""
+        """Return what is sent after `ping_interval` seconds in which nothing else was."""
 
     def error(self, error: RunError) -> bytes:
-        """What a stream says of its error, before `[DONE]`."""
+        """Return what ends a stream with an error, before `[DONE]`."""
 
     def cancelled(self, message: str, reason: str | None) -> bytes:
-        """What a run's stream says when the run was cancelled, before `[DONE]`."""
+        """Return what ends the stream of a cancelled run, before `[DONE]`."""
 
     def cancelled_directly(self, message: str, reason: str | None) -> bytes:
-        """The same in a response that has no run behind it."""
+        """Return what ends a response without a run that was cancelled."""
 
     def stop(self, reason: str) -> bytes:
-        """`Event.stop(reason)`."""
+        """Return the encoding of `Event.stop(reason)`."""
 
     def stop_reason(self, data: str) -> str | None:
-        """The stop reason that an event with this data states, or None."""
+        """Return the stop reason that an event with this data states, or None."""
 
     def stamp(self, block: bytes, run_id: str, seq: int) -> bytes:
-        """The block with the run's id and the entry's seq filled in where it leaves room for them."""
+        """Return the block with the run's id and the entry's seq filled in where it leaves room for them."""
 
     def error_body(self, status: int, code: str, message: str, extra: Mapping[str, Any]) -> tuple[str, bytes]:
-        """The media type and the body of a response that is an error, not a stream."""
+        """Return the media type and the body of an error response."""
 
 
 class Plain:
@@ -78,35 +78,27 @@ class Plain:
     name = "plain"
 
     def ping(self, run_id: str | None = None, seq: int | None = None) -> bytes:  # noqa: ARG002
-        """A comment: no client sees an event."""
         return b": ping\n\n"
 
     def error(self, error: RunError) -> bytes:
-        """An `error` event with code, message and error id."""
         return _block(error.to_json(), "error")
 
     def cancelled(self, message: str, reason: str | None) -> bytes:
-        """A `cancelled` event with the reason that was given."""
         return _block({"code": "RUN_CANCELLED", "message": message, "reason": reason}, "cancelled")
 
     def cancelled_directly(self, message: str, reason: str | None) -> bytes:
-        """The same."""
         return self.cancelled(message, reason)
 
     def stop(self, reason: str) -> bytes:
-        """A `stop` event."""
         return _block({"stop_reason": reason}, "stop")
 
     def stop_reason(self, data: str) -> str | None:  # noqa: ARG002
-        """Plain data states no stop reason: `Event.stop` does."""
         return None
 
     def stamp(self, block: bytes, run_id: str, seq: int) -> bytes:  # noqa: ARG002
-        """The block as it is."""
         return block
 
     def error_body(self, status: int, code: str, message: str, extra: Mapping[str, Any]) -> tuple[str, bytes]:
-        """Problem details, RFC 9457, with the member `code`."""
         title = HTTPStatus(status).phrase if status in HTTPStatus.__members__.values() else "Error"
         problem = {"type": "about:blank", "title": title, "status": status, "detail": message, "code": code, **extra}
         return "application/problem+json", json.dumps(problem).encode()
@@ -118,7 +110,6 @@ class Letta:
     name = "letta"
 
     def ping(self, run_id: str | None = None, seq: int | None = None) -> bytes:
-        """A message of type `ping`."""
         ping = {
             "message_type": "ping",
             "id": f"ping-{secrets.token_hex(8)}",
@@ -129,23 +120,18 @@ class Letta:
         return _block(ping)
 
     def error(self, error: RunError) -> bytes:
-        """An `error` event; its message is called `error`."""
         return _block({"error": error.message, "code": error.code, "error_id": error.error_id}, "error")
 
     def cancelled(self, message: str, reason: str | None) -> bytes:  # noqa: ARG002
-        """The stop reason `cancelled`."""
         return self.stop("cancelled")
 
     def cancelled_directly(self, message: str, reason: str | None) -> bytes:
-        """The stop reason, and a `cancelled` event after it."""
         return self.cancelled(message, reason) + _block({"message": "Run was cancelled"}, "cancelled")
 
     def stop(self, reason: str) -> bytes:
-        """A message of type `stop_reason`."""
         return _block({"message_type": "stop_reason", "stop_reason": reason})
 
     def stop_reason(self, data: str) -> str | None:
-        """The stop reason of a message of type `stop_reason`."""
         message = _json_object(data) if "stop_reason" in data else None
         if message is None or message.get("message_type") != "stop_reason":
             return None
@@ -153,7 +139,6 @@ class Letta:
         return encodable(reason) if isinstance(reason, str) and reason else None
 
     def stamp(self, block: bytes, run_id: str, seq: int) -> bytes:
-        """Fill in `"run_id":null` and `"seq_id":null` at the top level of JSON data, which is then written anew."""
         if b"null" not in block or (b'"run_id"' not in block and b'"seq_id"' not in block):
             return block
         lines = block.decode().split("\n")
@@ -167,11 +152,10 @@ class Letta:
         others = "".join(f"{line}\n" for line in lines if line and line != "data" and not line.startswith("data:"))
         try:
             return others.encode() + _block(message | stamps)
-        except InvalidChunk:  # such as NaN, which some write and JSON does not have: it is not ours to refuse
+        except InvalidChunk:  # json.loads accepts NaN, which is not JSON: the block stays as it is
             return block
 
     def error_body(self, status: int, code: str, message: str, extra: Mapping[str, Any]) -> tuple[str, bytes]:  # noqa: ARG002
-        """A `detail` object."""
         return "application/json", json.dumps({"detail": {"code": code, "message": message, **extra}}).encode()
 
 
@@ -187,10 +171,10 @@ DIALECTS: Final[Mapping[str, Dialect]] = MappingProxyType({"plain": Plain(), "le
 
 
 def dialect_named(name: str) -> Dialect:
-    """The dialect with this name.
+    """Return the dialect with this name.
 
     Raises:
-        ConfigurationError: there is none; the message lists those that there are.
+        ConfigurationError: there is none; the message lists the dialects.
     """
     try:
         return DIALECTS[name]

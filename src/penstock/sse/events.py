@@ -1,25 +1,25 @@
-"""Server-Sent Events as bytes: encoding one, taking apart what a producer encoded itself, decoding a stream.
+"""Server-Sent Events as bytes: encode an event, split what a producer encoded itself, decode a stream.
 
 The format is that of the WHATWG HTML standard, section 9.2.5 "Parsing an event stream" and section 9.2.6 "Interpreting
 an event stream" (https://html.spec.whatwg.org/multipage/server-sent-events.html). In short: a stream is UTF-8 text in
-lines, ended by LF, CR or CRLF and by nothing else (U+2028, VT, FF and NEL are text). A line is a field, `name: value`,
-of which one space after the colon goes; a blank line ends the block.
+lines, which end with LF, CR or CRLF and with nothing else (U+2028, VT, FF and NEL are text). A line is a field,
+`name: value`, without one space after the colon; a blank line ends the block.
 
 | line | what a decoder does with it |
 |---|---|
-| `data: TEXT` | adds a line to the event's data; a block without any dispatches nothing |
+| `data: TEXT` | adds a line to the event's data; a block without data dispatches nothing |
 | `event: TEXT` | sets the event's type, for this block; empty or absent: `message` |
 | `id: TEXT` | from this block's end on, the last event id; ignored if it holds a NUL |
 | `retry: DIGITS` | sets the reconnection time in milliseconds, at once |
 | `: TEXT` | a comment; ignored, as is a field with any other name |
 
-Three ways through it, all pure and without I/O:
+Three pure functions:
 
-    Event ---encode---> bytes          writes only what a decoder reads back as it was, line ends in data becoming LF
-    str | bytes ---split_blocks---> [Block]          strict: refuses whatever a run's log could not keep whole
-    bytes, cut anywhere ---Decoder.feed---> [Message]          lenient: the standard to the letter; no input is an error
+    Event ---encode---> bytes          a decoder reads back the same event, with LF as the line ends in its data
+    str | bytes ---split_blocks---> [WireBlock]          strict: raises for input that is not made of whole blocks
+    bytes, cut anywhere ---Decoder.feed---> [Message]          lenient: exactly the standard; no input is an error
 
-What is *not* here: connections, reconnecting, and the numbering of events, which belongs to a run's log.
+Connections and reconnecting are not here, nor is the numbering of events, which is the log's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 MAX_RETRY: Final = 2**63 - 1
-"""The longest reconnection time, in milliseconds. The standard sets none, but digits without end would be an attack."""
+"""The longest reconnection time, in milliseconds. The standard sets no limit, but an endless number is an attack."""
 
 _to_json: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -49,15 +49,15 @@ class Event:
     Args:
         data: the text; any line ends in it (CR, LF, CRLF) reach the client as LF.
         event: the type, one line; the empty one means `message`, as does None, and becomes None.
-        id: what the client sends back when it resumes: one line without NUL. Not inside a run: there the log numbers.
-        retry: how long the client is to wait before it reconnects, in milliseconds, from 0 to `MAX_RETRY`.
+        id: what the client sends back when it resumes: one line without NUL. Not inside a run: the log numbers events.
+        retry: how long the client waits before it reconnects, in milliseconds, from 0 to `MAX_RETRY`.
         comment: text that no listener sees; any line ends are allowed.
 
     Attributes:
         stop_reason: why the producer stopped; only `Event.stop` sets it, and `dataclasses.replace` drops it.
 
     Raises:
-        InvalidChunk: (a `ValueError`) a value has the wrong type or cannot be written as it is, or there is none.
+        InvalidChunk: (a `ValueError`) a value has the wrong type or cannot be encoded, or every value is None.
     """
 
     data: str | None = None
@@ -94,11 +94,17 @@ class Event:
         id: str | None = None,  # noqa: A002  (the field's name in the standard)
         retry: int | None = None,
     ) -> Self:
-        """An event whose data is `value` as compact JSON on one line, in UTF-8 and not in escapes.
+        """Return an event whose data is JSON.
+
+        Args:
+            value: becomes compact JSON on one line, in UTF-8 and not in escapes.
+            event: as in `Event`.
+            id: as in `Event`.
+            retry: as in `Event`.
 
         Raises:
             InvalidChunk: JSON has no such value (NaN and the infinities, sets, bytes, a cycle ...), a string in it
-                holds a lone surrogate, or another argument is one that `Event` refuses.
+                holds a lone surrogate, or `Event` refuses another argument.
         """
         try:
             data = _to_json(value)
@@ -111,12 +117,15 @@ class Event:
 
     @classmethod
     def stop(cls, reason: str) -> Self:
-        """An event that says why its producer stopped; a run takes it over as its stop reason.
+        """Return an event that says why its producer stopped; it becomes the stop reason of the run.
 
-        `encode` spells it as `event: stop` with the data `{"stop_reason": reason}`; a dialect may spell it otherwise.
+        `encode` makes it `event: stop` with the data `{"stop_reason": reason}`; a dialect may encode it differently.
+
+        Args:
+            reason: a member of `StopReason`, or any other text, which ends the run as `failed`.
 
         Raises:
-            InvalidChunk: the reason is no str, is empty, or holds a lone surrogate.
+            InvalidChunk: the reason is not a str, is empty, or holds a lone surrogate.
         """
         _check_text("the stop reason", reason)
         if not reason:
@@ -126,7 +135,7 @@ class Event:
         return event
 
     def encode(self) -> bytes:
-        """The event as one whole block: UTF-8, LF line ends, a blank line at its end. It never starts with a BOM."""
+        """Return the event as one whole block: UTF-8 with LF line ends and a blank line at its end, without a BOM."""
         # Concatenated, not formatted: an f-string would write the name of an Enum's member instead of its text.
         block = ""
         if self.comment is not None:
@@ -181,8 +190,8 @@ class WireBlock:
 
     Attributes:
         wire: its bytes, with LF line ends and one blank line at its end.
-        event: the event type that it dispatches; None if it says none.
-        data: the data that it dispatches; None if it has no data field, and so dispatches nothing.
+        event: the type of the event that it dispatches; None if it has no type.
+        data: the data of the event; None if the block has no data field, and so dispatches nothing.
     """
 
     wire: bytes
@@ -191,17 +200,17 @@ class WireBlock:
 
 
 def split_blocks(chunk: str | bytes) -> list[WireBlock]:
-    """Take the chunk of a run's producer apart into whole blocks; an empty chunk holds none.
+    """Split a chunk of a run's producer into whole blocks; an empty chunk has none.
 
-    The chunk is taken as an event stream of its own: one BOM at its beginning is dropped, as are blank lines between
-    blocks. Line ends become LF; nothing else changes. Comments, `retry` and unknown fields are kept as they are.
+    The chunk is an event stream of its own: one BOM at its beginning is dropped, as are blank lines between blocks.
+    Line ends become LF; nothing else changes. Comments, `retry` and unknown fields stay as they are.
 
     Raises:
-        InvalidChunk: it is not UTF-8, its last block is not ended by a blank line, or a block has an `id` field.
+        InvalidChunk: it is not UTF-8, no blank line ends its last block, or a block has an `id` field.
     """
     try:
         if isinstance(chunk, str):
-            chunk.encode()  # looks for lone surrogates, nothing else
+            chunk.encode()  # raises for lone surrogates
             text = chunk
         else:
             text = chunk.decode()
@@ -232,19 +241,19 @@ def _block(lines: str) -> WireBlock:
 
 
 def _field(line: str) -> tuple[str, str]:
-    """The name and the value of a field; a comment has the empty name, and a field without a colon the empty value."""
+    """Return the name and value of a field: the name of a comment is empty, as is the value of a line without colon."""
     name, _, value = line.partition(":")
     return name, value.removeprefix(" ")
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a decoder dispatches.
+    """An event that a decoder dispatches.
 
     Attributes:
         data: the lines of its data, joined by LF.
         event: its type.
-        last_event_id: where a client that has seen this message resumes; not always set by this message's own block.
+        last_event_id: where a client that has seen this message resumes; perhaps set by an earlier block.
     """
 
     data: str
@@ -255,18 +264,17 @@ class Message:
 class Decoder:
     """Decodes one event stream, incrementally, exactly as the standard says (WHATWG HTML, sections 9.2.5 and 9.2.6).
 
-    No input is an error: bytes that are not UTF-8 become U+FFFD, and what is not understood is ignored. A line end
-    counts as soon as it is there: after CR the decoder does not wait for an LF. Work is linear in the input, however it
-    is cut. One decoder is for one response; to follow a reconnection, make another.
+    No input is an error: bytes that are not UTF-8 become U+FFFD, and unknown fields are ignored. A CR ends a line at
+    once; the decoder does not wait for an LF after it. The work is linear in the input, however it is cut. A decoder
+    decodes one response; use a new one after a reconnection.
 
     Args:
-        max_event_bytes: the most that is held of an event that is not finished: its data lines, each with one byte for
-            its end, and the line being read. None, as in the standard: no limit.
+        max_event_bytes: the limit of an unfinished event: its data lines, each with one byte for its end, and the line
+            being read. None, as in the standard: no limit.
 
     Attributes:
         last_event_id: the last event id as of the last finished block, for the header `Last-Event-ID`.
-        retry: the reconnection time that the stream asks for, in milliseconds; None until it does. A longer one than
-            `MAX_RETRY` becomes `MAX_RETRY`.
+        retry: the reconnection time that the stream has set, in milliseconds and at most `MAX_RETRY`; or None.
 
     Raises:
         ConfigurationError: `max_event_bytes` is less than 1.
@@ -278,7 +286,7 @@ class Decoder:
         self.last_event_id = ""
         self.retry: int | None = None
         self._limit = max_event_bytes
-        self._start: bytes | None = b""  # the first bytes, until there are enough for a BOM: too few for an event
+        self._start: bytes | None = b""  # the first bytes, until they are enough for a BOM
         self._after_cr = False
         self._line = bytearray()  # not bytes: a line fed byte by byte would be copied once per byte
         self._data: list[str] = []
@@ -287,11 +295,11 @@ class Decoder:
         self._id = ""
 
     def feed(self, data: bytes) -> list[Message]:
-        """Decode the next bytes, cut wherever they may be, and return the messages that they complete, in order.
+        """Decode the next bytes, which may be cut anywhere, and return the messages that they complete, in order.
 
         Raises:
-            EventTooLarge: an event is over `max_event_bytes`. The messages before it are not lost to the error: if
-                there are any, they are returned, and the next call raises. From there on every call raises.
+            EventTooLarge: an event is over `max_event_bytes`. If messages precede it, they are returned and the next
+                call raises. Every later call raises, too.
         """
         self._refuse_if_too_large()
         messages: list[Message] = []
@@ -311,17 +319,17 @@ class Decoder:
         return messages
 
     def close(self) -> None:
-        """The stream has ended: drop an unfinished last block, which as the standard says never becomes a message.
+        """End the stream: an unfinished last block is dropped, as the standard says.
 
         Raises:
-            EventTooLarge: the last `feed` met such an event, and returned the messages before it instead of raising.
+            EventTooLarge: the last `feed` found such an event, and returned the messages before it.
         """
         self._refuse_if_too_large()
         self._line.clear()
         self._forget_block()
 
     def _cut(self, data: bytes) -> list[bytes]:
-        """The lines that `data` ends, and what follows the last line end."""
+        """Return the lines that `data` ends, and the bytes after the last line end."""
         if self._start is not None:
             data = self._start + data
             if len(data) < len(BOM_UTF8):
@@ -334,7 +342,7 @@ class Decoder:
         if self._after_cr:
             data = data.removeprefix(b"\n")
         self._after_cr = data.endswith(b"\r")
-        # Cut before decoding: even in broken UTF-8, a CR or LF byte is never a part of anything else.
+        # Split before decoding: a CR or LF byte is never part of a longer UTF-8 sequence.
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
 
     def _end_line(self) -> None:
@@ -365,7 +373,7 @@ class Decoder:
         self._event = ""
 
     def _too_large(self) -> bool:
-        # What is over the limit stays where it is, so once this is true it stays true.
+        # An event over the limit stays in the buffer, so this stays true.
         return self._limit is not None and self._data_bytes + len(self._line) > self._limit
 
     def _refuse_if_too_large(self) -> None:
