@@ -243,7 +243,9 @@ class Execution:
         if self.producer is not Producer.ITERATING:
             return
         self.producer = Producer.FINISHED
-        self.facts.error, outer = split_own(error)
+        own, outer = split_own(error)
+        if not self.concluded:  # else the ending does not report this error: `leave` does
+            self.facts.error = own
         self.facts.interrupted = outer is not None
         self._expect_to_leave()
 
