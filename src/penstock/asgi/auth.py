@@ -297,6 +297,10 @@ class Token:
     def of(cls, token: str, rights: Iterable[str] = ALL_RIGHTS) -> Self:
         """Make it from the token itself, which is not kept.
 
+        Args:
+            token: the secret, 16 to 1,024 characters.
+            rights: the names of what a caller with this token may do.
+
         Raises:
             ConfigurationError: the token cannot be sent or is easily guessed, or there is no such right.
         """

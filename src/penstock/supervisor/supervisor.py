@@ -170,7 +170,24 @@ class Supervisor:
         idempotency_key: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Started:
-        """`start`, and whether the run was created by this call or found under its idempotency key."""
+        """Start a run, and say whether it is new or was found under its idempotency key. Otherwise as `start`.
+
+        Args:
+            producer: the source, or what makes it from `args`.
+            *args: the arguments of `producer`.
+            run_id: as for `start`.
+            name: as for `start`.
+            timeout: as for `start`, in seconds.
+            max_silence: as for `start`, in seconds.
+            idempotency_key: as for `start`.
+            metadata: as for `start`.
+
+        Returns:
+            The record, and whether this call created the run.
+
+        Raises:
+            PenstockError: as for `start`.
+        """
         # What `asynccontextmanager` makes can be called too, as a decorator; but it is a source.
         call = callable(producer) and not isinstance(producer, AbstractAsyncContextManager | AsyncIterable | Awaitable)
         if args and not call:
@@ -298,7 +315,11 @@ class Supervisor:
         return await self.log.get(run_id)
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """The newest records, newest first. A checkpoint.
+        """Read the newest records, newest first. A checkpoint.
+
+        Args:
+            limit: the most records.
+            status: only runs with this status.
 
         Raises:
             LogUnavailable: the log cannot be reached.
