@@ -10,7 +10,7 @@ import pytest
 from penstock.errors import RunExists, RunNotFound
 from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Entry, Lease
 from penstock.runs import RunStatus
-from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entries, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, LOST_ENDING, batch, entries, record, seqs
 
 if TYPE_CHECKING:
     from trio.abc import Clock
@@ -279,13 +279,13 @@ async def test_an_owner_whose_run_was_reaped_is_fenced_whatever_it_sends(
     await log.start(record(), Lease("owner", "epoch", 1.0))
     await append(log, batch(1, 2))
     await elapse(1.5)
-    assert list(await log.reap(lambda: OBITUARY)) == ["r"]
+    assert list(await log.reap(lambda: LOST_ENDING)) == ["r"]
     before = await log.get("r")
     for late in (batch(1, 2), batch(3, 3), batch(3, 4, COMPLETED), batch(9, 9)):
         assert (await append(log, late)).status is AppendStatus.FENCED
     assert await log.get("r") == before
     blocks = [each.data for each in (await log.read("r", 2)).entries]
-    assert blocks == list(OBITUARY.blocks)
+    assert blocks == list(LOST_ENDING.blocks)
     assert blocks[-1] == DONE
 
 

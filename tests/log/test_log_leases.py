@@ -9,7 +9,7 @@ import trio
 
 from penstock.log import AppendStatus, CancelStatus, Lease, LostEnding, Notification
 from penstock.runs import RunStatus
-from tests.support.logs import CANCELLED, COMPLETED, DONE, LOST, OBITUARY, batch, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, DONE, LOST, LOST_ENDING, batch, record, seqs
 
 if TYPE_CHECKING:
     from trio.abc import Clock
@@ -26,7 +26,7 @@ async def start(log: EventLog, run_id: str = "r", seconds: float = 2.0, owner: s
 
 
 async def reap(log: EventLog) -> list[str]:
-    return sorted(await log.reap(lambda: OBITUARY))
+    return sorted(await log.reap(lambda: LOST_ENDING))
 
 
 # --- leases ---------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ async def test_a_run_whose_lease_has_run_out_ends_with_an_obituary(log: EventLog
     assert run == started.ended(LOST, seq=5, at=run.ended_at)
     entries = (await log.read("r", 3)).entries
     assert [(each.seq, each.data, each.terminal) for each in entries] == [
-        (4, OBITUARY.blocks[0], False),
+        (4, LOST_ENDING.blocks[0], False),
         (5, DONE, True),
     ]
     assert all(each.timestamp > 1_600_000_000_000 for each in entries)
@@ -78,11 +78,11 @@ async def test_each_dead_run_has_an_obituary_of_its_own(log: EventLog, clock: Cl
     await elapse(2.5)
     made: list[bytes] = []
 
-    def obituary() -> LostEnding:
-        made.append(b"data: obituary %d\n\n" % len(made))
+    def lost_ending() -> LostEnding:
+        made.append(b"data: lost_ending %d\n\n" % len(made))
         return LostEnding([made[-1], DONE], LOST)
 
-    assert sorted(await log.reap(obituary)) == ["a", "b", "c"]
+    assert sorted(await log.reap(lost_ending)) == ["a", "b", "c"]
     first = [(await log.read(run_id, 0)).entries[0].data for run_id in ("a", "b", "c")]
     assert sorted(first) == made
     assert len(made) == 3

@@ -26,7 +26,7 @@ from penstock.log import Appended, AppendStatus, CancelStatus, Idempotency, Leas
 from penstock.log.memory import MemoryLog
 from penstock.runs import Ending, RunStatus
 from tests.support.examples import examples
-from tests.support.logs import CANCELLED, COMPLETED, FAILED, OBITUARY, batch, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, FAILED, LOST_ENDING, batch, record, seqs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -368,14 +368,14 @@ class LogMachine(RuleBasedStateMachine):
         }
 
         async def action(log: EventLog) -> None:
-            assert set(await log.reap(lambda: OBITUARY)) == dead
+            assert set(await log.reap(lambda: LOST_ENDING)) == dead
 
         self.step(action)
         for run_id in dead:
             model = self.world.runs[run_id]
             model.reaped = True
-            model.last += len(OBITUARY.blocks)
-            self.end(model, OBITUARY.ending)
+            model.last += len(LOST_ENDING.blocks)
+            self.end(model, LOST_ENDING.ending)
 
     @rule(run_id=run_ids, after=st.integers(0, 30), limit=st.integers(1, 8), by_fetch=st.booleans())
     def read(self, run_id: str, after: int, limit: int, by_fetch: bool) -> None:

@@ -16,7 +16,7 @@ from penstock.log import AppendStatus, Batch, Idempotency, Lease, Page
 from penstock.log.memory import RUN_OVERHEAD, MemoryLog
 from penstock.log.open import open_log
 from penstock.runs import RunStatus
-from tests.support.logs import COMPLETED, LEASE, OBITUARY, batch, entries, in_virtual_time, record, seqs
+from tests.support.logs import COMPLETED, LEASE, LOST_ENDING, batch, entries, in_virtual_time, record, seqs
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
@@ -148,7 +148,7 @@ async def test_many_runs_without_entries_are_bounded_too(autojump_clock: MockClo
     for number in range(50):
         await log.start(record(f"r{number}"), Lease("owner", "epoch", 1.0))
         await trio.sleep(1.5)
-        await log.reap(lambda: replace(OBITUARY, blocks=[b"data: [DONE]\n\n"]))
+        await log.reap(lambda: replace(LOST_ENDING, blocks=[b"data: [DONE]\n\n"]))
     assert len(await there(log)) <= 10
 
 
@@ -230,7 +230,7 @@ async def test_d10_nothing_is_kept_of_a_run_that_was_dropped(autojump_clock: Moc
             await log.start(record(run_id), LEASE, Idempotency(f"key {number}", "request"))
             await log.request_cancel(run_id, "stop")
             await write(log, run_id, 1, 3)
-            await log.append([batch(4, 4, OBITUARY.ending, run_id=run_id)])
+            await log.append([batch(4, 4, LOST_ENDING.ending, run_id=run_id)])
             await log.cancel_requests("owner")
         if how == "ttl":
             await trio.sleep(10)
@@ -266,7 +266,7 @@ async def test_a_cancelled_call_has_happened_or_not(autojump_clock: MockClock) -
     for call in (
         lambda: log.append([batch(1, 2, COMPLETED)]),
         lambda: log.request_cancel("r", "stop"),
-        lambda: log.reap(lambda: OBITUARY),
+        lambda: log.reap(lambda: LOST_ENDING),
     ):
         with trio.CancelScope() as scope:
             scope.cancel()

@@ -15,7 +15,7 @@ from penstock.sse import Event
 from penstock.supervisor import open_supervisor
 from tests.support.command_line import GUARD
 from tests.support.logs import LEASE as ANOTHERS
-from tests.support.logs import OBITUARY, record
+from tests.support.logs import LOST_ENDING, record
 from tests.support.observers import CONTINUAL, HOOKS, FailingObserver, RecordingObserver
 from tests.support.redis_runs import owner_process, supervisor_at, until
 from tests.support.redis_servers import let_pass, redis_server
@@ -378,7 +378,7 @@ async def test_what_is_not_stored_is_recorded_as_no_commit(autojump_clock: MockC
         await trio.sleep(11)
         view.before |= {"renew": unavailable, "reap": unavailable}
         await trio.sleep(LEASE)
-        assert await view.log.reap(lambda: OBITUARY) == [run.id]
+        assert await view.log.reap(lambda: LOST_ENDING) == [run.id]
         assert len(recorded.of("committed")) == 1
         await trio.sleep(10)
     assert len(recorded.of("committed")) == 1

@@ -23,7 +23,7 @@ from penstock.runs import RunStatus
 from penstock.supervisor.committer import LOADED
 from penstock.supervisor.write_buffer import BATCH_BYTES, BATCH_ENTRIES, BATCHES, BufferState
 from tests.support.committing import Works, committing, shown
-from tests.support.logs import COMPLETED, DONE, FAILED, OBITUARY, Unreliable, batch, in_virtual_time, seqs
+from tests.support.logs import COMPLETED, DONE, FAILED, LOST_ENDING, Unreliable, batch, in_virtual_time, seqs
 
 APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
 """The most entries of one run in one append."""
@@ -617,7 +617,7 @@ async def test_d31_a_run_that_was_reaped_meanwhile_is_given_up(autojump_clock: M
         buffer = await works.run()
         works.put(buffer, 3)
         await trio.sleep(40)
-        assert list(await works.log.reap(lambda: OBITUARY)) == ["r"]
+        assert list(await works.log.reap(lambda: LOST_ENDING)) == ["r"]
         works.put(buffer, 3)
         works.committer.close(buffer, [DONE], COMPLETED)
         await works.settled(told="lost")

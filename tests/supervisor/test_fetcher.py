@@ -18,7 +18,7 @@ from penstock.supervisor.settings import Settings
 from tests.supervisor.test_committer_shards import BACK, away
 from tests.support.committing import lose_last
 from tests.support.following import Reading, read_to_the_end, reading
-from tests.support.logs import CANCELLED, COMPLETED, DONE, OBITUARY
+from tests.support.logs import CANCELLED, COMPLETED, DONE, LOST_ENDING
 from tests.support.parted import Parted
 
 if TYPE_CHECKING:
@@ -272,8 +272,8 @@ async def test_i4_a_reader_of_a_run_whose_owner_died_is_let_go_with_the_obituary
 
             nursery.start_soon(read)
             await trio.sleep(31)
-            await works.log.reap(lambda: OBITUARY)
-        assert seen[2:] == list(OBITUARY.blocks)
+            await works.log.reap(lambda: LOST_ENDING)
+        assert seen[2:] == list(LOST_ENDING.blocks)
         assert seen[-1] == DONE
 
 
@@ -456,7 +456,7 @@ async def test_i4_a_reader_who_has_seen_more_than_the_log_has_kept_ends_with_the
             assert [(await anext(follower)).seq for _ in range(10)] == list(range(1, 11))
             lose_last(works.log, "r", 3)  # and its owner is gone, and gives nothing back
             await trio.sleep(31)
-            assert list(await works.log.reap(lambda: OBITUARY)) == ["r"]
+            assert list(await works.log.reap(lambda: LOST_ENDING)) == ["r"]
             assert works.log._runs["r"].run.seq == 9
             with trio.fail_after(100):
                 assert [each.seq async for each in follower] == []

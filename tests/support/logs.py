@@ -30,7 +30,7 @@ COMPLETED = Ending(RunStatus.COMPLETED, "end_turn")
 FAILED = Ending(RunStatus.FAILED, "error", RunError("ERROR", "the run failed", "err-1"))
 CANCELLED = Ending(RunStatus.CANCELLED, "cancelled", cancel_reason="stop")
 LOST = Ending(RunStatus.LOST, "lost", RunError("RUN_LOST", "the process that ran it is gone", "err-2"))
-OBITUARY = LostEnding([b"event: error\ndata: RUN_LOST\n\n", DONE], LOST)
+LOST_ENDING = LostEnding([b"event: error\ndata: RUN_LOST\n\n", DONE], LOST)
 LEASE = Lease("owner", "epoch", 30.0)
 
 
@@ -54,7 +54,7 @@ def batch(
 
 
 def seqs(taken: Sequence[Entry] | None) -> list[int]:
-    """The seqs of entries, each of which is whole: it is what `entry` made, or an obituary's."""
+    """The seqs of entries, each of which is whole: it is what `entry` made, or an lost_ending's."""
     assert taken is not None
     for each in taken:
         assert each.wire.startswith(b"id: %d\n" % each.seq)

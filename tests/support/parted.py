@@ -112,12 +112,12 @@ class Parted(Unreliable):
         return await super().renew(owner, there, seconds)
 
     async def reap(
-        self, obituary: Callable[[], LostEnding], *, shard: str | None = None, **where: Any
+        self, lost_ending: Callable[[], LostEnding], *, shard: str | None = None, **where: Any
     ) -> Sequence[str]:
         await self.check(shard)
         if self.gone or self._silent:
             return []  # it would be the runs of all parts
-        return await super().reap(obituary, **where)
+        return await super().reap(lost_ending, **where)
 
     async def check(self, shard: str | None = None) -> None:
         await self._reach("check", *(self.names if shard is None else [shard]))

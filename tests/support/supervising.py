@@ -141,8 +141,8 @@ class View:
     def shards(self) -> Collection[str]:
         return self.log.shards()
 
-    async def reap(self, obituary: Callable[[], LostEnding], **where: Any) -> Sequence[str]:
-        reaped: Sequence[str] = await self._do("reap", self.log.reap, obituary, **where)
+    async def reap(self, lost_ending: Callable[[], LostEnding], **where: Any) -> Sequence[str]:
+        reaped: Sequence[str] = await self._do("reap", self.log.reap, lost_ending, **where)
         return reaped
 
     @asynccontextmanager

@@ -375,7 +375,7 @@ class EventLog(Protocol):
 
     async def reap(
         self,
-        obituary: Callable[[], LostEnding],
+        lost_ending: Callable[[], LostEnding],
         *,
         shard: str | None = None,
         ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
@@ -385,7 +385,7 @@ class EventLog(Protocol):
         Each run ends in a step of its own, so a cancelled call has ended some of them.
 
         Args:
-            obituary: called for each run; returns how it ends.
+            lost_ending: called for each run; returns how it ends.
             shard: only runs of this shard; None: of all shards.
             ready: says whether the runs of a shard may be ended.
         """

@@ -245,7 +245,7 @@ class MemoryLog:
 
     async def reap(
         self,
-        obituary: Callable[[], LostEnding],
+        lost_ending: Callable[[], LostEnding],
         *,
         shard: str | None = None,  # noqa: ARG002
         ready: Callable[[str], bool] | None = None,  # noqa: ARG002
@@ -255,7 +255,7 @@ class MemoryLog:
         self._expire()
         lost = [s for s in self._runs.values() if not s.run.status.terminal and s.lease_end < now]
         for stored in lost:
-            ending = obituary()
+            ending = lost_ending()
             stored.lease = replace(stored.lease, epoch="")
             last, stamp = stored.ring.last, round(time.time() * 1000)
             entries = [Entry.of(last + n, data, stamp) for n, data in enumerate(ending.blocks, 1)]

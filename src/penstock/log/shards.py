@@ -28,7 +28,7 @@ class ShardWorker(ABC):
     def __init__(self, shard: str) -> None:
         self.shard = shard
         self.closed = False
-        """True once the shard is gone: whoever keeps a reference asks `Shards.of` for another worker."""
+        """True once the shard is gone: a caller that keeps a reference asks `Shards.of` for another worker."""
         self._scope = trio.CancelScope()
 
     @property

@@ -522,7 +522,7 @@ async def _run_service(service: Callable[[], Awaitable[None]]) -> None:
 
 @asynccontextmanager
 async def open_supervisor(
-    log: EventLog, *, observer: Observer | None = None, **knobs: Any
+    log: EventLog, *, observer: Observer | None = None, **options: Any
 ) -> AsyncIterator[Supervisor]:
     """A supervisor, for as long as the block lasts.
 
@@ -533,7 +533,7 @@ async def open_supervisor(
     Args:
         log: the event log, from `open_log`.
         observer: notified of what happens; by default the logger `penstock` writes it down.
-        knobs: see `Settings`, which lists them with their units and defaults.
+        options: see `Settings`, which lists them with their units and defaults.
 
     Yields:
         The supervisor.
@@ -544,7 +544,7 @@ async def open_supervisor(
         LogUnavailable: the log cannot be reached to begin with.
     """
     observer = checked(LoggingObserver() if observer is None else observer)
-    supervisor = Supervisor(log, Settings.of(knobs), observer)
+    supervisor = Supervisor(log, Settings.of(options), observer)
     async with supervisor.serving():
         yield supervisor
 

@@ -22,7 +22,7 @@ from penstock.log.redis.slots import call
 from penstock.sse import Event
 from penstock.supervisor import open_supervisor
 from tests.support.clustered import ClusteredServer, in_order
-from tests.support.logs import OBITUARY, record
+from tests.support.logs import LOST_ENDING, record
 from tests.support.redis_clusters import redis_cluster
 from tests.support.redis_runs import (
     SOON,
@@ -174,10 +174,10 @@ async def test_a_dead_run_whose_slot_is_half_moved_keeps_no_other_of_its_node_fr
         for run_id in ids:
             await in_order(log).start(record(run_id), Lease("dead", "epoch", 0.001))
         await works.begin(stuck, works.second)
-        assert sorted(await log.reap(lambda: OBITUARY)) == others
-        assert await log.reap(lambda: OBITUARY) == []
+        assert sorted(await log.reap(lambda: LOST_ENDING)) == others
+        assert await log.reap(lambda: LOST_ENDING) == []
         await works.finish(stuck, works.second)
-        await until_it_is(lambda: log.reap(lambda: OBITUARY), [stuck])
+        await until_it_is(lambda: log.reap(lambda: LOST_ENDING), [stuck])
 
 
 def redis(log: Any) -> RedisLog:
@@ -258,11 +258,11 @@ async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_t
         await until_it_is(lambda: moved_to(log, run_id), works.second.url.split("/")[2])
         await works.server.command("HSET", record_of(run_id), "lease_end", 1)  # by a clock that is far ahead
         await works.server.command("ZADD", live, 1, run_id)
-        assert await log.reap(lambda: OBITUARY) == []
+        assert await log.reap(lambda: LOST_ENDING) == []
         assert (await log.get(run_id)).status == "running"
         async with open_log(works.url) as another:  # it has not seen it come
             await works.server.command("ZADD", live, 1, run_id)
-            assert await another.reap(lambda: OBITUARY) == [run_id]
+            assert await another.reap(lambda: LOST_ENDING) == [run_id]
 
 
 async def moved_to(log: Any, run_id: str) -> str:
@@ -280,8 +280,8 @@ async def test_the_script_that_reaps_leaves_a_run_alone_that_has_been_here_for_l
         await log.start(record("r"), Lease("owner", "epoch", 30.0))
         await server.command("HSET", record_of("r"), "lease_end", 1)
         keys = [KEYS.stream("r"), KEYS.record("r")]
-        ending = fields_of_ending(OBITUARY.ending)
-        words = (2, here, 1_000, KEYS.wake("r"), "PUBLISH", len(ending), *ending, *OBITUARY.blocks)
+        ending = fields_of_ending(LOST_ENDING.ending)
+        words = (2, here, 1_000, KEYS.wake("r"), "PUBLISH", len(ending), *ending, *LOST_ENDING.blocks)
         reply = await client.ask(*call(scripts.REAP, keys, *words))
         assert reply == ([b"FENCED", 0] if left is None else [b"OK", left])
         assert (await log.get("r")).status == ("lost" if left is None else "running")

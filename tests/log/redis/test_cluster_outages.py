@@ -17,7 +17,7 @@ from penstock.log.open import open_log
 from penstock.log.redis.schema import Keys
 from penstock.supervisor import open_supervisor
 from tests.support.clustered import ClusteredServer
-from tests.support.logs import OBITUARY, batch, record
+from tests.support.logs import LOST_ENDING, batch, record
 from tests.support.redis_clusters import redis_cluster
 from tests.support.redis_runs import (
     SOON,
@@ -267,7 +267,7 @@ async def test_a_node_whose_replica_does_not_keep_what_it_must_is_away_and_new_r
             for ask in (
                 partial(supervisor.start, count, 1, run_id=run_on(cluster, node)),
                 partial(log.check, shard),
-                partial(log.reap, lambda: OBITUARY, shard=shard),
+                partial(log.reap, lambda: LOST_ENDING, shard=shard),
             ):
                 with pytest.raises(LogUnavailable, match="0 of the 1 replicas"):
                     await ask()

@@ -9,7 +9,7 @@ import pytest
 from penstock.log import Lease
 from penstock.log.open import open_log
 from tests.support.clustered import NODES, ClusteredServer, clustered, in_order, node_of, shares_a_cluster
-from tests.support.logs import OBITUARY, record
+from tests.support.logs import LOST_ENDING, record
 from tests.support.redis_clusters import redis_cluster
 from tests.support.redis_runs import (
     Ticks,
@@ -62,7 +62,7 @@ async def test_a_log_that_has_looked_at_nothing_yet_reaps_on_every_node(shared: 
         for run_id in runs:
             await in_order(log).start(record(run_id), Lease("dead", "epoch", 0.001))
     async with open_log(shared.url) as log:
-        assert sorted(await log.reap(lambda: OBITUARY)) == sorted(runs)
+        assert sorted(await log.reap(lambda: LOST_ENDING)) == sorted(runs)
 
 
 @shares_a_cluster
@@ -72,7 +72,7 @@ async def test_a_run_that_stands_in_the_list_of_another_node_is_reaped_at_once(s
             await log.start(record(f"run-{number}"), Lease("dead", "epoch", 0.001))
     async with open_log(shared.url) as log:
         await log.check()
-        assert sorted(await log.reap(lambda: OBITUARY)) == sorted(f"run-{number}" for number in range(12))
+        assert sorted(await log.reap(lambda: LOST_ENDING)) == sorted(f"run-{number}" for number in range(12))
 
 
 async def test_a_run_whose_slot_moves_goes_on_without_a_gap_or_a_repetition() -> None:

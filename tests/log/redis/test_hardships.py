@@ -17,7 +17,7 @@ from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
 from penstock.runs import RunStatus
 from penstock.sse import Event
-from tests.support.logs import LEASE, OBITUARY, record
+from tests.support.logs import LEASE, LOST_ENDING, record
 from tests.support.redis_runs import (
     Ticks,
     all_may_reap,
@@ -487,21 +487,21 @@ def set_forward(log: EventLog, seconds: float) -> None:
 async def test_a_clock_that_is_set_forward_kills_nobody_at_the_look_that_finds_it(server: Endpoint) -> None:
     async with redis_log(server.url) as log:
         await log.start(record(), LEASE)
-        assert await log.reap(lambda: OBITUARY) == []
+        assert await log.reap(lambda: LOST_ENDING) == []
         set_forward(log, 30)
         await let_pass(server, 31)
         with pytest.raises(LogUnavailable, match="clock"):
-            await log.reap(lambda: OBITUARY)
+            await log.reap(lambda: LOST_ENDING)
         assert (await log.get("r")).status is RunStatus.RUNNING
-        assert await log.reap(lambda: OBITUARY) == ["r"]
+        assert await log.reap(lambda: LOST_ENDING) == ["r"]
 
 
 async def test_leases_that_run_out_between_two_looks_are_no_matter_of_the_clock(server: Endpoint) -> None:
     async with redis_log(server.url) as log:
         await log.start(record(), LEASE)
-        assert await log.reap(lambda: OBITUARY) == []
+        assert await log.reap(lambda: LOST_ENDING) == []
         await let_pass(server, 31)
-        assert await log.reap(lambda: OBITUARY) == ["r"]
+        assert await log.reap(lambda: LOST_ENDING) == ["r"]
 
 
 async def test_after_a_clock_was_set_forward_nobody_is_reaped_for_a_lease(server: Endpoint) -> None:

@@ -19,7 +19,7 @@ from penstock.log.redis.slots import call
 from penstock.runs import Ending, RunError, RunStatus
 from tests.support.clustered import in_order, on_a_cluster
 from tests.support.following import cancelling_at
-from tests.support.logs import CANCELLED, COMPLETED, FAILED, LEASE, OBITUARY, batch, entry, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, FAILED, LEASE, LOST_ENDING, batch, entry, record, seqs
 from tests.support.proxy import Reply, proxy
 from tests.support.redis_runs import until_it_is
 from tests.support.redis_servers import Endpoint, let_pass, redis_server
@@ -138,7 +138,7 @@ async def test_d10_no_key_is_remembered_of_a_run_that_another_has_ended(
     await log.start(record(), LEASE, KEY)
     await let_pass(server, 31)
     async with open_log(server.url) as other:
-        await other.reap(lambda: OBITUARY)
+        await other.reap(lambda: LOST_ENDING)
     if by == "append":
         status = (await log.append([batch(1, 1, COMPLETED)]))[0].status
     elif by == "restore":
@@ -259,7 +259,7 @@ async def test_a_start_that_cannot_be_taken_back_ends_with_its_lease(
         between.go_on()
         assert (await log.get("r")).status is RunStatus.RUNNING
         await let_pass(server, 31)
-        assert sorted(await log.reap(lambda: OBITUARY)) == ["earlier", "r"]
+        assert sorted(await log.reap(lambda: LOST_ENDING)) == ["earlier", "r"]
 
 
 async def test_a_start_whose_replies_are_all_lost_is_taken_back(server: Endpoint) -> None:
@@ -397,8 +397,8 @@ async def test_all_that_are_dead_are_reaped_however_many_there_are(
         await log.start(record(f"r{number}"), LEASE)
     await let_pass(server, 31)
     await log.start(record("alive"), LEASE)
-    assert sorted(await log.reap(lambda: OBITUARY)) == sorted(f"r{number}" for number in range(dead))
-    assert await log.reap(lambda: OBITUARY) == []
+    assert sorted(await log.reap(lambda: LOST_ENDING)) == sorted(f"r{number}" for number in range(dead))
+    assert await log.reap(lambda: LOST_ENDING) == []
     assert await listed(server, all_live(log)) == ["alive"]
 
 
@@ -408,7 +408,7 @@ async def test_a_run_that_cannot_be_reaped_keeps_no_other_from_being_reaped(serv
         await log.start(record(run_id), LEASE)
     await server.command("SET", KEYS.stream("bad"), "not a stream")
     await let_pass(server, 31)
-    assert sorted(await log.reap(lambda: OBITUARY)) == ["a", "z"]
+    assert sorted(await log.reap(lambda: LOST_ENDING)) == ["a", "z"]
     assert await listed(server, all_live(log)) in (["bad"], [])
 
 
@@ -496,8 +496,8 @@ async def test_two_prefixes_on_one_server_know_nothing_of_each_other(server: End
         assert [run.created_at for run in await a.list()] == [5.0]
         assert [run.created_at for run in await b.list()] == [6.0]
         await let_pass(server, 31)
-        assert await a.reap(lambda: OBITUARY) == []
-        assert await b.reap(lambda: OBITUARY) == ["r"]
+        assert await a.reap(lambda: LOST_ENDING) == []
+        assert await b.reap(lambda: LOST_ENDING) == ["r"]
     keys: list[str] = await server.command("KEYS", "*")
     assert {key.lstrip("{")[:2] for key in keys} == {"a:", "b:"}
 
@@ -665,7 +665,7 @@ def each_operation(log: RedisLog) -> list[Callable[[], Awaitable[Any]]]:
         lambda: log.cancel_requests("owner"),
         lambda: log.renew("owner", {"r": "epoch"}, 30.0),
         lambda: log.restore(record(), LEASE, 1),
-        lambda: log.reap(lambda: OBITUARY),
+        lambda: log.reap(lambda: LOST_ENDING),
         log.check,
         lambda: enter_wakeups(log),
     ]

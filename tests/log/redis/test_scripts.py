@@ -18,7 +18,7 @@ from penstock.log.redis.schema import Keys
 from penstock.log.redis.slots import call
 from penstock.runs import RunStatus
 from tests.support.clustered import CLUSTER, clustered, everywhere, in_order
-from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, OBITUARY, batch, entries, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, LOST_ENDING, batch, entries, record, seqs
 from tests.support.proxy import proxy
 from tests.support.redis_servers import Endpoint, RedisServer, let_pass, redis_server, redis_servers, shared_server
 
@@ -198,7 +198,7 @@ async def test_entries_are_written_as_the_predecessors_readers_understand_them(s
 async def test_an_obituary_is_written_in_the_same_way(server: Endpoint, log: RedisLog) -> None:
     await running(log, 1)
     await let_pass(server, 31)
-    assert await log.reap(lambda: OBITUARY) == ["r"]
+    assert await log.reap(lambda: LOST_ENDING) == ["r"]
     _, last, terminal = await server.command("XRANGE", "sse:run:r", "-", "+")
     assert (last[0], list(last[1])) == ("2-0", ["seq_id", "data", "timestamp"])
     assert (terminal[0], list(terminal[1])) == ("3-0", ["seq_id", "data", "timestamp", "complete"])
@@ -316,7 +316,7 @@ async def test_a_stream_that_has_ended_is_not_restored_by_an_owner_who_does_not_
 ) -> None:
     await running(log, 2)
     await let_pass(server, 31)
-    await log.reap(lambda: OBITUARY)
+    await log.reap(lambda: LOST_ENDING)
     await server.command("DEL", RECORD)
     before = await contents(server)
     for oldest in (1, 9):
@@ -345,7 +345,7 @@ async def test_a_restored_run_is_reaped_and_listed_like_any_other(server: Endpoi
     assert [run.id for run in await log.list()] == ["r"]
     await append(log, 2, 3)
     await let_pass(server, 31)
-    assert await log.reap(lambda: OBITUARY) == ["r"]
+    assert await log.reap(lambda: LOST_ENDING) == ["r"]
     assert await stored(log) == [2, 3, 4, 5]
 
 
@@ -396,7 +396,7 @@ async def test_an_ended_run_is_kept_for_the_ttl_whoever_ended_it(server: Endpoin
     if by == "owner":
         await append(log, 2, 2, COMPLETED)
     else:
-        await log.reap(lambda: OBITUARY)
+        await log.reap(lambda: LOST_ENDING)
     assert await lives(server) == (about(TTL), about(TTL))
 
 
@@ -434,7 +434,7 @@ async def test_scripts_that_are_flushed_in_mid_run_are_sent_again_and_nothing_is
     assert await log.renew("owner", {"r": "epoch"}, 30.0) == {"r": OK}
     await let_pass(server, 31)
     await server.command("SCRIPT FLUSH")
-    assert sorted(await log.reap(lambda: OBITUARY)) == ["other", "r"]
+    assert sorted(await log.reap(lambda: LOST_ENDING)) == ["other", "r"]
     assert await server.command("XLEN", STREAM) == 7
 
 
@@ -485,7 +485,7 @@ async def test_a_reaping_whose_reply_is_lost_has_reaped_once(server: Endpoint) -
     async with losing(server, scripts.REAP) as log:
         await running(log, 1)
         await let_pass(server, 31)
-        await log.reap(lambda: OBITUARY)
+        await log.reap(lambda: LOST_ENDING)
         assert await stored(log) == [1, 2, 3]
         assert await server.command("ZCARD", KEYS.live()) == 0
 
@@ -567,7 +567,7 @@ async def test_the_list_of_live_runs_is_only_a_hint_and_the_records_decide(serve
     await server.command("DEL", KEYS.record("gone"))
     await let_pass(server, 31)
     await server.command("ZADD", KEYS.live(), 1, "alive", 2, "ended", 3, "never", 4, "gone", 5, "dead")
-    assert await log.reap(lambda: OBITUARY) == ["dead"]
+    assert await log.reap(lambda: LOST_ENDING) == ["dead"]
     assert await server.command("ZRANGE", KEYS.live(), 0, -1) == ["alive"]
     due = await server.command("ZSCORE", KEYS.live(), "alive")
     lease_end = float(await server.command("HGET", KEYS.record("alive"), "lease_end"))
@@ -606,7 +606,7 @@ async def test_a_run_that_was_renewed_since_it_was_found_due_is_not_reaped(
     assert due == [b"r"]
     if renewed:
         await log.renew("owner", {"r": "epoch"}, 30.0)
-    status, left = await log._backend.ask(*log._reaper._reap("r", now, OBITUARY))
+    status, left = await log._backend.ask(*log._reaper._reap("r", now, LOST_ENDING))
     assert status == (b"OK" if renewed else b"FENCED")
     assert left / 1000 == (about(31) if renewed else 0)
     assert (await log.get("r")).status is (RunStatus.RUNNING if renewed else RunStatus.LOST)
@@ -619,7 +619,7 @@ async def test_a_reaping_that_was_long_under_way_decides_by_the_time_at_which_it
     now, _ = await log._backend.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
     await let_pass(server, 31)
     long_ago = b"%d" % (int(now) - 10_000)
-    status, left = await log._backend.ask(*log._reaper._reap("r", long_ago, OBITUARY))
+    status, left = await log._backend.ask(*log._reaper._reap("r", long_ago, LOST_ENDING))
     assert (status, left / 1000) == (b"OK", about(10))
     assert (await log.get("r")).status is RunStatus.RUNNING
 
@@ -628,7 +628,7 @@ async def test_a_reaping_that_was_long_under_way_decides_by_the_time_at_which_it
 async def test_the_epoch_of_a_reaped_run_is_nobodys(server: Endpoint, log: RedisLog) -> None:
     await running(log, 1)
     await let_pass(server, 31)
-    await log.reap(lambda: OBITUARY)
+    await log.reap(lambda: LOST_ENDING)
     assert (await server.command("HGET", RECORD, "epoch")) == ""
     assert (await append(log, 2, 2)).status is FENCED
     assert await log.renew("owner", {"r": "epoch"}, 30.0) == {"r": FENCED}
@@ -740,8 +740,8 @@ async def test_on_a_full_server_runs_are_renewed_cancelled_read_and_reaped(versi
         assert seqs((await log.fetch({"old": 0}))["old"].entries) == [1, 2, 3]  # type: ignore[union-attr]
         await log.check()
         await grow_older(server, 15)
-        assert await log.reap(lambda: OBITUARY) == ["dead"]
-        assert [each.data for each in (await log.read("dead", 3)).entries] == list(OBITUARY.blocks)
+        assert await log.reap(lambda: LOST_ENDING) == ["dead"]
+        assert [each.data for each in (await log.read("dead", 3)).entries] == list(LOST_ENDING.blocks)
         assert (await log.get("dead")).status is RunStatus.LOST
         assert await lives(server, "dead") == (about(TTL), about(TTL))
 

@@ -19,7 +19,7 @@ from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
 from penstock.log.redis.slots import NO_SHARD, Slots, call, key_of
 from tests.support.clustered import shares_a_cluster
-from tests.support.logs import COMPLETED, LEASE, OBITUARY, batch, record
+from tests.support.logs import COMPLETED, LEASE, LOST_ENDING, batch, record
 from tests.support.redis_clusters import shared_cluster
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ async def test_whatever_the_log_sends_to_a_cluster_has_its_keys_on_the_slot_by_w
         assert (await log.restore(record("r5"), LEASE, 1)).status is not AppendStatus.AWAY
         await log.start(record("dead"), replace(LEASE, seconds=0.001))
         with trio.fail_after(10):
-            while await log.reap(lambda: OBITUARY) != ["dead"]:  # noqa: ASYNC110  (its lease is a millisecond)
+            while await log.reap(lambda: LOST_ENDING) != ["dead"]:  # noqa: ASYNC110  (its lease is a millisecond)
                 await trio.sleep(0.01)
         assert await log.cancel_requests("owner") == {}
         forget = call(scripts.FORGET, [Keys().record("r8")], "epoch")

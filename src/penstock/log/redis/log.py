@@ -358,7 +358,7 @@ class RedisLog:
 
     async def reap(
         self,
-        obituary: Callable[[], LostEnding],
+        lost_ending: Callable[[], LostEnding],
         *,
         shard: str | None = None,
         ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
@@ -369,7 +369,7 @@ class RedisLog:
             LogUnavailable: a shard cannot be reached; some runs may have been ended.
         """
         shards = self._topology.shards() if shard is None else [shard]
-        return [run_id for each in shards for run_id in await self._reaper.reap(each, obituary, ready)]
+        return [run_id for each in shards for run_id in await self._reaper.reap(each, lost_ending, ready)]
 
     # The rest
 
