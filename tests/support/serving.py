@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from penstock.asgi.lifespan import AppLifespan
 
-GUARD: Final = 60.0
+GUARD: Final = 100.0
 """Seconds after which a test on a socket has hung. No test comes near it."""
 
 
