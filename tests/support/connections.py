@@ -45,7 +45,8 @@ SMALL: Final = 4096
 def brief_config(config: Config | None = None) -> Config:
     """This configuration, or a new one, with short time limits for connections."""
     config = quiet_config() if config is None else config
-    config.graceful_timeout = config.keep_alive_timeout = BRIEF
+    config.graceful_timeout = BRIEF
+    config.keep_alive_timeout = 3 * BRIEF  # a busy client may take long to send its first request
     return config
 
 
