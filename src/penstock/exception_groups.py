@@ -38,7 +38,7 @@ class open_nursery:  # noqa: N801  (used as trio.open_nursery is)
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         try:
-            return bool(await self._manager.__aexit__(exc_type, exc, traceback))
+            return bool(await self._manager.__aexit__(exc_type, exc, traceback))  # noqa: ASYNC102  (it is the nursery that waits)
         except BaseExceptionGroup as group:
             raise_single(group, trio.Cancelled)
         finally:
