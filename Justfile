@@ -2,6 +2,9 @@
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
+# hundreds of processes import the same modules: they are compiled once
+export PYTHONDONTWRITEBYTECODE := ""
+
 venv := ".venv"
 bin := venv / "bin"
 

@@ -722,9 +722,10 @@ async def test_a_thousand_idle_runs_cost_few_commands(between: Proxy, pace: Call
         while listener.reconnections != before:  # a busy machine may answer a ping too late
             before = listener.reconnections
             between.requests.clear()
+            began = trio.current_time()
             await until(some_pings)
-        commands = between.requests.total()
-        assert commands <= 20 * 5 * between.requests["PING"]  # 20 a second, one ping in 5 seconds
+        seconds = (trio.current_time() - began) * scale  # a busy machine pings late, and checks no more often
+        assert between.requests.total() <= 20 * (seconds + 5)
 
 
 # Garbage
