@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import httpx2
 
 
+pytestmark = pytest.mark.xdist_group("response servers")  # so that each server is started once
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     with serving(request.param) as server:
@@ -118,9 +121,11 @@ def test_a_detached_source_runs_to_its_end_after_a_disconnect(server: Server, at
     server.wait_for(f"{name}.ended")
 
 
-@pytest.mark.parametrize("kind", SHUTTING_DOWN)
-def test_d14_at_a_shutdown_the_client_is_notified_and_the_server_ends(kind: str, name: str) -> None:
-    with serving(kind) as server, server.connect(f"/plain/cancels?name={name}") as connection:
+def test_d14_at_a_shutdown_the_client_is_notified_and_the_server_ends(server: Server, name: str) -> None:
+    # The last test of each server, which has ended after it.
+    if server.kind not in SHUTTING_DOWN:
+        pytest.skip("on Python 3.12 Hypercorn's asyncio worker lets open streams go on")
+    with server.connect(f"/plain/cancels?name={name}") as connection:
         read_until(connection, b"data: first\n\n")
         server.shut_down()
         received = read_until(connection, b"data: [DONE]\n\n")

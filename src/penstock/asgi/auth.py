@@ -118,11 +118,7 @@ class Authorizer(Protocol):
 
 
 class AccessControl:
-    """Asks the three questions for an application.
-
-    Raises:
-        ConfigurationError: `allowed_hosts` is a string.
-    """
+    """Asks the three questions for an application."""
 
     def __init__(self, authorizer: Authorizer | None, allowed_hosts: Iterable[str] | None) -> None:
         if isinstance(allowed_hosts, str):
@@ -135,12 +131,7 @@ class AccessControl:
         return getattr(self.authorizer, "links", None)
 
     async def authenticate(self, request: HTTPConnection) -> Any:
-        """Find out who the request comes from.
-
-        Raises:
-            StreamRejected: the request is meant for another server.
-            NotAuthenticated: the caller is unknown.
-        """
+        """Find out who the request comes from, if it is meant for this server."""
         name = _name_of(request.headers.get("host", ""))
         if self._hosts is not None and name not in self._hosts and not _is_address(name):
             message = f"this server does not answer to the name {name!r:.100}; allow it: --allow-host (allowed_hosts)"
@@ -174,11 +165,7 @@ class AccessControl:
 
 
 def check_origins(origins: Sequence[str], *, anybody: bool) -> None:
-    """Check the origins whose pages may use a server; `anybody`: it has no authorizer.
-
-    Raises:
-        ConfigurationError: one is not an origin (RFC 6454), or would let any page use a server without an authorizer.
-    """
+    """Check the origins (RFC 6454) whose pages may use a server; `anybody`: it has no authorizer."""
     if isinstance(origins, str):
         raise ConfigurationError(f"allowed origins are a list, not the string {origins!r}")
     for origin in origins:
@@ -215,19 +202,11 @@ MIN_SECRET: Final = 32
 
 
 def new_secret() -> str:
-    """A random secret of 256 bits."""
     return secrets.token_urlsafe(32)
 
 
 class Links:
-    """Makes and checks links.
-
-    Args:
-        secret: signs them; at least `MIN_SECRET` bytes. Servers that share runs need the same one.
-
-    Raises:
-        ConfigurationError: the secret is too short.
-    """
+    """Makes and checks links, signed with a secret. Servers that share runs need the same one."""
 
     def __init__(self, secret: str) -> None:
         self._key = secret.encode("utf-8", "surrogateescape")
@@ -242,20 +221,12 @@ class Links:
             raise ConfigurationError(f"this secret cannot sign links: {error}") from None
 
     def make(self, run_id: str, lifetime: float) -> tuple[str, int]:
-        """Make a token for a run's stream that is valid for `lifetime` seconds.
-
-        Returns:
-            The token, for `?link=`, and the end of its lifetime in seconds since the Unix epoch.
-        """
+        """A token for `?link=` that is valid for `lifetime` seconds, and its end in seconds since the Unix epoch."""
         ends_at = math.ceil(time.time() + lifetime)
         return jwt.encode({"sub": run_id, "aud": AUDIENCE, "exp": ends_at}, self._key, ALGORITHM), ends_at
 
     def run_of(self, link: str) -> str:
-        """The run whose stream a token is for.
-
-        Raises:
-            NotAuthenticated: this server has not made it, or its lifetime is over.
-        """
+        """The run whose stream a token is for; raises `NotAuthenticated`."""
         if len(link) > MAX_LINK:
             raise NotAuthenticated(f"a link's token has at most {MAX_LINK} characters")
         try:
@@ -313,11 +284,7 @@ class Token:
 
 
 def rights_of(names: Iterable[str]) -> frozenset[Right]:
-    """The rights with these names.
-
-    Raises:
-        ConfigurationError: there is no such right.
-    """
+    """The rights with these names; raises `ConfigurationError`."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"rights are a list of names out of {', '.join(Right)}")
     for name in names:

@@ -36,12 +36,7 @@ BODY_TIMEOUT: Final = 30.0
 
 @dataclass(slots=True)
 class RequestLimits:
-    """The limits on a request.
-
-    Attributes:
-        max_body_bytes: the size of its body.
-        body_timeout: seconds from its headers to the end of its body.
-    """
+    """The limits on a request's body: its size, and the seconds from the request's headers to its end."""
 
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout: float = BODY_TIMEOUT
@@ -96,20 +91,13 @@ class AppLifespan:
 
     @property
     def supervisor(self) -> Supervisor:
-        """The supervisor.
-
-        Raises:
-            SupervisorFailed: the application's lifespan has not opened it.
-        """
+        """The supervisor; raises `SupervisorFailed` if the application's lifespan has not opened it."""
         if self._supervisor is None:
             raise SupervisorFailed("the application is not running: its server must support the ASGI lifespan protocol")
         return self._supervisor
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold the log and the supervisor open until `stop`.
-
-        An error is raised while they are being opened. Later on it sets `failed`.
-        """
+        """Hold the log and the supervisor open until `stop`. After they are open an error sets `failed`."""
         started = False
         self._stopping = trio.Event()  # it may have been run before
         try:

@@ -9,13 +9,11 @@
 | cancelled from outside (shutdown) | an error body with 503; raised | error event, `[DONE]`; raised |
 | the client disconnects | the source is cancelled, or runs on; nothing is sent any more | the same |
 
-The source of a `SourceBody` is all there is. Behind a `RunBody` there is a run that goes on without its reader. If the
-reader fails, that says nothing about how the run ends: after the headers the client gets no error event and no `[DONE]`
-but `retry:`, and reconnects with its cursor. Before the headers it gets an error body, or, if it is an `EventSource`, a
-stream with `retry:` (`errors.py`). `sender.py` has the machinery: the pump, the timer and the listener.
+Behind a `RunBody` a run goes on without its reader. If the reader fails after the headers, the client gets `retry:`
+instead of an error event and `[DONE]`, and reconnects with its cursor. Before the headers it gets an error body or, if
+it is an `EventSource`, a stream with `retry:` (`errors.py`). `sender.py` sends, and decides when a ping is due.
 
-Nothing here imports Trio, so any ASGI server will do. On asyncio a cancellation from outside is delivered only once: a
-source that swallows it runs on.
+Nothing here imports Trio, so any ASGI server will do. On asyncio a source that swallows a cancellation runs on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sender of one streaming response: headers, chunks, pings and the end.
+"""Sends one streaming response: headers, chunks, the end, and decides when a ping is sent.
 
     the task that called the response         its siblings, in one task group
     ──────────────────────────────────        ──────────────────────────────────────────────────
@@ -6,13 +6,13 @@
     closes its source                         listener: `receive` until `http.disconnect`
       └─ each chunk ──▶ `write` ──▶ `send`
 
-If a clock is given (the reader of a run brings one along), the timer is a callback of that clock and a task only while
-it sends: a task that sleeps costs memory, and there are thousands of silent readers.
+The reader of a run brings a clock along (`supervisor/timers.py`). With it the timer is a callback, and a task only
+while it sends: thousands of silent readers would be thousands of sleeping tasks.
 
-There is no queue: the body asks its source for a chunk when the chunk before it has been sent. No cancel scope is ever
-opened around a step of the source, because it would corrupt the scopes that the source holds across its yields; time
-limits belong to the timer. Two tasks send. A chunk waits for a ping that is under way. A ping never waits for a chunk,
-since a response that is sending is not silent.
+There is no queue: the body asks its source for a chunk when the one before it has been sent. No cancel scope is opened
+around a step of the source, because it would corrupt the scopes that the source holds across its yields; time limits
+belong to the timer. A chunk waits for a ping that is under way. A ping never waits for a chunk, since a response that
+is sending is not silent.
 
 Decisions follow from facts that are recorded as they happen (`started`, `gone`, `finished`), never from whether a task
 was cancelled:
@@ -24,8 +24,7 @@ was cancelled:
 - Only an error that `send` itself raises can mean that the client is gone. The same error from the source is the
   source's error.
 
-A `Body` says what is sent and what its end means. The sender knows neither sources nor runs, and it runs on anyio
-alone, so that it works under any ASGI server.
+A `Body` says what is sent and what its end means. The sender runs on anyio alone, so any ASGI server will do.
 """
 
 from __future__ import annotations
@@ -71,23 +70,14 @@ _CLIENT_GONE: Final = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceE
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """How a response is streamed.
-
-    Attributes:
-        dialect: spells pings and error responses.
-        run_id: the run that pings name.
-        ping_interval: seconds without a send after which a ping is sent.
-        headers_after: seconds after which the headers are sent, even if there is no chunk yet.
-        detach: the source runs to its end when the client disconnects, instead of being cancelled.
-        clock: calls the timer; without one the timer is a task.
-    """
+    """How a response is streamed. Times are in seconds."""
 
     dialect: Dialect
-    run_id: str | None = None
+    run_id: str | None = None  # named by pings
     ping_interval: float = math.inf
-    headers_after: float = math.inf
-    detach: bool = False
-    clock: Timers | None = None
+    headers_after: float = math.inf  # they are sent then, even if there is no chunk yet
+    detach: bool = False  # the source runs to its end when the client disconnects, instead of being cancelled
+    clock: Timers | None = None  # calls the timer; without one the timer is a task
 
 
 class StreamStats:
@@ -150,33 +140,21 @@ class Body(Protocol):
     """What a response sends, and what its end means."""
 
     async def read(self, sender: ResponseSender) -> Exception | None:
-        """Open, iterate and close the source, and write to `sender` what it yields.
+        """Open, iterate and close the source, write to `sender` what it yields, and return what went wrong with it.
 
-        Returns:
-            What went wrong with the source.
-
-        Raises:
-            Exception: `send` has failed (`ResponseSender.is_send_error`).
+        An error of `send` (`ResponseSender.is_send_error`) is raised.
         """
 
     def ending(self, error: Exception | None, *, started: bool) -> tuple[ErrorResponse | None, bytes]:
-        """How the response ends after `error`. This settles the cause that the statistics report.
+        """How the response ends after `error`, or after the end of the source; sets the cause in the statistics.
 
-        Args:
-            error: what went wrong; None if the source has ended.
-            started: the headers have been sent.
-
-        Returns:
-            The response if no headers have been sent, and the last bytes of the stream if they have. Without an error
-            response it is a stream in either case.
+        Returns the response if the headers have not been sent (None: a stream all the same), and the stream's last
+        bytes.
         """
 
 
 class ResponseSender:
-    """Sends one response. `status` and `headers` are those of a stream; a body may change the status before it is sent.
-
-    The response to a HEAD request (`head`) has no body.
-    """
+    """Sends one response; `status` and `headers` are those of a stream, and the body may change the status first."""
 
     def __init__(
         self,
@@ -216,10 +194,7 @@ class ResponseSender:
         self._noted = self._unnoted = 0
 
     async def run(self, body: Body) -> None:
-        """Send the response: the pump runs in this task, the timer and the listener in two more.
-
-        An exception leaves bare, without a group around it.
-        """
+        """Send the response. An exception leaves bare, without a group around it."""
         try:
             async with self._group as group:
                 group.start_soon(self._listen)
@@ -421,11 +396,7 @@ class ResponseSender:
             self._stats.bytes += len(body)
 
     def _note(self) -> bool:
-        """Note the time of a send, but not those of the next `BURST` if they come at full speed.
-
-        Returns:
-            True after `BURST` sends.
-        """
+        """Note the time of a send, but not of the next `BURST` at full speed. True after `BURST` sends."""
         now = self._last_sent = anyio.current_time()
         self._noted += 1
         if self._noted < BURST:
@@ -436,10 +407,7 @@ class ResponseSender:
         return True
 
     async def begin(self, *, flush: bool = False) -> None:
-        """Send the headers of a stream. `flush`: no chunk follows at once, and a server may hold them back until then.
-
-        (An empty piece of the body makes the server send them.)
-        """
+        """Send the headers of a stream; `flush`: with an empty chunk, as a server may hold them back without one."""
         await self._send_start(self.status, self._headers)
         if not self.head and not self._gone:
             self._stats.start()

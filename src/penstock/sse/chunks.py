@@ -31,19 +31,12 @@ class Block(NamedTuple):
     """One encoded event of a run, and whether it ends the run.
 
     Only an event without a type, or of type `error`, can end a run: the output of a program may hold any text.
-
-    Attributes:
-        data: the encoded block, with LF line ends, without an `id` line.
-        message: whether the event has no type.
-        done: whether it has no type and its data is exactly `[DONE]`.
-        error: the data of an event of type `error`.
-        stop_reason: the stop reason that the event states.
     """
 
-    data: bytes
-    message: bool = True
-    done: bool = False
-    error: str | None = None
+    data: bytes  # with LF line ends, without an `id` line
+    message: bool = True  # it has no type
+    done: bool = False  # it has no type, and its data is exactly `[DONE]`
+    error: str | None = None  # the data of an event of type `error`
     stop_reason: str | None = None
 
     @classmethod
@@ -56,12 +49,7 @@ class Block(NamedTuple):
 def blocks_of(
     chunk: object, dialect: Dialect, *, max_event_bytes: int, max_chunk_bytes: int | None = None
 ) -> list[Block]:
-    """Split a run's chunk into its blocks.
-
-    Raises:
-        InvalidChunk: it is not a chunk, holds an unfinished block or an id, or cannot be encoded.
-        EventTooLarge: one of its blocks is larger than `max_event_bytes`, or all of them than `max_chunk_bytes`.
-    """
+    """Split a run's chunk into its blocks; raises `InvalidChunk` or `EventTooLarge`."""
     if isinstance(chunk, Event):
         blocks = [_block_of_event(chunk, dialect)]
     elif isinstance(chunk, str | bytes):
@@ -91,11 +79,7 @@ def _block_of_event(event: Event, dialect: Dialect) -> Block:
 
 
 def bytes_of(chunk: object, dialect: Dialect) -> bytes:
-    """Return the bytes of a chunk of a response without a run; ids and other fields pass as they are.
-
-    Raises:
-        InvalidChunk: it is not a chunk, does not end with a blank line, or cannot be encoded.
-    """
+    """Return the bytes of a chunk of a response without a run; ids pass as they are. Raises `InvalidChunk`."""
     if isinstance(chunk, Event):
         return chunk.encode() if chunk.stop_reason is None else dialect.stop(chunk.stop_reason)
     if isinstance(chunk, str):
@@ -113,13 +97,9 @@ def bytes_of(chunk: object, dialect: Dialect) -> bytes:
 
 
 def status_of(chunk: object) -> tuple[object, tuple[str, str] | None]:
-    """Split a chunk that may be a `(content, status)` pair.
+    """Split a chunk that may be a `(content, status)` pair; raises `InvalidChunk` for another tuple.
 
-    Returns:
-        The content, and for a status that is not 2xx the code and message of the error that it stands for.
-
-    Raises:
-        InvalidChunk: it is a tuple, but not such a pair.
+    Returns the content, and for a status that is not 2xx the code and message of the error that it stands for.
     """
     if not isinstance(chunk, tuple):
         return chunk, None
@@ -136,11 +116,7 @@ def status_of(chunk: object) -> tuple[object, tuple[str, str] | None]:
 
 @asynccontextmanager
 async def opened(source: Any) -> AsyncIterator[AsyncIterator[Any]]:
-    """Open a source for iteration; leaving the block closes it, in the same task, and so runs its `finally` blocks.
-
-    Raises:
-        TypeError: it is not a source.
-    """
+    """Open a source for iteration; leaving the block closes it in the same task. Raises `TypeError`."""
     if inspect.isawaitable(source):
         source = await source
     if isinstance(source, AbstractAsyncContextManager):

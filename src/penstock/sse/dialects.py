@@ -110,14 +110,8 @@ class Letta:
     name = "letta"
 
     def ping(self, run_id: str | None = None, seq: int | None = None) -> bytes:
-        ping = {
-            "message_type": "ping",
-            "id": f"ping-{secrets.token_hex(8)}",
-            "date": datetime.now(UTC).isoformat(),
-            "run_id": run_id,
-            "seq_id": seq,
-        }
-        return _block(ping)
+        own = {"id": f"ping-{secrets.token_hex(8)}", "date": datetime.now(UTC).isoformat()}
+        return _block({"message_type": "ping", **own, "run_id": run_id, "seq_id": seq})
 
     def error(self, error: RunError) -> bytes:
         return _block({"error": error.message, "code": error.code, "error_id": error.error_id}, "error")
@@ -171,11 +165,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = MappingProxyType({"plain": Plain(), "le
 
 
 def dialect_named(name: str) -> Dialect:
-    """Return the dialect with this name.
-
-    Raises:
-        ConfigurationError: there is none; the message lists the dialects.
-    """
+    """Return the dialect with this name; raises `ConfigurationError` if there is none."""
     try:
         return DIALECTS[name]
     except KeyError:

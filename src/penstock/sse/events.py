@@ -186,27 +186,17 @@ def _check_retry(value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WireBlock:
-    """One whole block that a producer encoded itself.
+    """One whole block that a producer encoded itself."""
 
-    Attributes:
-        wire: its bytes, with LF line ends and one blank line at its end.
-        event: the type of the event that it dispatches; None if it has no type.
-        data: the data of the event; None if the block has no data field, and so dispatches nothing.
-    """
-
-    wire: bytes
+    wire: bytes  # with LF line ends and one blank line at its end
     event: str | None
-    data: str | None
+    data: str | None  # None: it has no data field, and so dispatches nothing
 
 
 def split_blocks(chunk: str | bytes) -> list[WireBlock]:
-    """Split a chunk of a run's producer into whole blocks; an empty chunk has none.
+    """Split a chunk of a run's producer into whole blocks; an empty chunk has none. Raises `InvalidChunk`.
 
-    The chunk is an event stream of its own: one BOM at its beginning is dropped, as are blank lines between blocks.
-    Line ends become LF; nothing else changes. Comments, `retry` and unknown fields stay as they are.
-
-    Raises:
-        InvalidChunk: it is not UTF-8, no blank line ends its last block, or a block has an `id` field.
+    One BOM at its beginning is dropped, as are blank lines between blocks. Line ends become LF; nothing else changes.
     """
     try:
         if isinstance(chunk, str):

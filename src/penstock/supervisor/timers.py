@@ -1,4 +1,4 @@
-"""Callbacks at a time: one task for all deadlines of all runs.
+"""Callbacks at a time: one task for all deadlines of all runs, and for the pings of their readers (`asgi/sender.py`).
 
 A run's timeout, its limit of silence and the grace after a cancel each need something to happen *at a time*, and first
 a cause to be recorded. A deadline of a cancel scope cannot do that, and a sleeping task for each would double the
