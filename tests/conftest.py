@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from _pytest.nodeid import coerce_node_id
 from hypothesis import settings
 from trio.testing import MockClock
 
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("PENSTOCK_TEST_PROFILE", "dev"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `xdist_group` count: pytest 9.2 no longer reads the id to which pytest-xdist 3.8 adds the group."""
+    for item in items:
+        if (grouped := vars(item).get("_nodeid")) is not None and item.nodeid != grouped:
+            item._id = coerce_node_id(grouped)  # type: ignore[attr-defined]
+
 
 Elapse = Callable[[float], Awaitable[None]]
 
