@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let `xdist_group` count: pytest 9.2 no longer reads the id to which pytest-xdist 3.8 adds the group."""
     for item in items:
         if (grouped := vars(item).get("_nodeid")) is not None and item.nodeid != grouped:
-            item._id = coerce_node_id(grouped)  # type: ignore[attr-defined]
+            item._id = coerce_node_id(grouped)
 
 
 Elapse = Callable[[float], Awaitable[None]]

@@ -112,12 +112,12 @@ class Hands:
 
 @asynccontextmanager
 async def page(
-    do: str, producers: Any = PRODUCERS, rights: Sequence[str] | None = None, **knobs: Any
+    do: str, producers: Any = PRODUCERS, rights: Sequence[str] | None = None, **settings: Any
 ) -> AsyncIterator[tuple[Server, Hands]]:
     """The page, on which a browser does this; the server asks for `TOKEN` unless an authorizer is given."""
     hands = Hands(do)
     known = {"it": Token.of(TOKEN) if rights is None else Token.of(TOKEN, rights)}
-    options = {"authorizer": TokenAuthorizer(known, Links(SECRET)), **knobs}
+    options = {"authorizer": TokenAuthorizer(known, Links(SECRET)), **settings}
     async with serving(producers, run=hands.serve, **options) as server:
         server.client.headers.update(bearer(TOKEN))
         async with chromium(f"{server.url}/") as log:

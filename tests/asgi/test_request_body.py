@@ -12,6 +12,8 @@ import trio
 
 from penstock import serve
 from penstock.asgi.auth import Token, TokenAuthorizer
+from penstock.asgi.lifespan import RequestLimits
+from penstock.asgi.request_body import DrainRequestBody
 from tests.support.connections import SOON, brief, is_over_soon, joined, readers, unharmed, with_reset
 from tests.support.endpoints import flood
 from tests.support.http2_clients import WHOLE, Ends
@@ -21,6 +23,9 @@ from tests.support.wire import DONE, Wire, ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from starlette.types import Message, Receive, Scope, Send
+    from trio.testing import MockClock
 
     from tests.support.serving import Server
 
@@ -384,3 +389,28 @@ async def test_under_plain_hypercorn_a_body_that_somebody_waits_for_has_its_time
         await client.send()
         assert json.loads(await client.whole_body(number))["code"] == "BODY_TIMEOUT"
         assert not server.service.supervisor.live_runs
+
+
+async def test_an_end_whose_wait_was_cancelled_repeats_nothing_when_it_is_sent_again(
+    autojump_clock: MockClock,
+) -> None:
+    sent = []
+
+    async def send(message: Message) -> None:
+        await trio.lowlevel.checkpoint()
+        sent.append(message)
+
+    async def receive() -> Message:
+        await trio.sleep(5)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        end: Message = {"type": "http.response.body", "body": b"all", "more_body": False}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with trio.move_on_after(1):
+            await send(end)
+        await send(end)
+
+    scope = {"type": "http", "http_version": "1.1", "headers": [(b"content-length", b"1")]}
+    await DrainRequestBody(app, RequestLimits(100, 10))(scope, receive, send)
+    assert [(each.get("body"), each.get("more_body")) for each in sent[1:]] == [(b"all", True), (b"", False)]

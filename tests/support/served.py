@@ -1,6 +1,6 @@
 """A program that serves, for tests that need a process: signals, exit codes, another server.
 
-python -m tests.support.served '{"drain_timeout": 1}'     penstock.serve, with these knobs; writes its URL to stderr
+python -m tests.support.served '{"drain_timeout": 1}'     penstock.serve, with these settings; writes its URL to stderr
 hypercorn -k trio tests.support.served:app                the same producers under plain Hypercorn
 """
 
@@ -41,8 +41,8 @@ def abandon(stuck: Sequence[StuckRun]) -> None:
     os._exit(3)
 
 
-async def main(knobs: dict[str, Any]) -> None:
-    own = create_app({**PRODUCERS, "stubborn": stubborn}, **knobs)
+async def main(settings: dict[str, Any]) -> None:
+    own = create_app({**PRODUCERS, "stubborn": stubborn}, **settings)
     async with trio.open_nursery() as nursery:
         (url,) = await nursery.start(partial(serve, own, quiet_config(), abandon=abandon))
         sys.stderr.write(f"{url}\n")
