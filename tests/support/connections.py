@@ -58,19 +58,19 @@ def patient_config() -> Config:
 
 
 @asynccontextmanager
-async def brief(producers: Any = None, **knobs: Any) -> AsyncIterator[Server]:
+async def brief(producers: Any = None, **settings: Any) -> AsyncIterator[Server]:
     """A server that keeps no connection for longer than it must; nor does `server.client`."""
-    knobs.setdefault("config", brief_config())
-    async with serving({**PRODUCERS, **(producers or {})}, **knobs) as server:
+    settings.setdefault("config", brief_config())
+    async with serving({**PRODUCERS, **(producers or {})}, **settings) as server:
         server.client.headers["connection"] = "close"
         yield server
 
 
 @asynccontextmanager
-async def unharmed(producers: Any = None, **knobs: Any) -> AsyncIterator[Server]:
+async def unharmed(producers: Any = None, **settings: Any) -> AsyncIterator[Server]:
     """Such a server, and a reader on a connection of its own, to whom nothing may happen while the block runs."""
     tap = Tap()
-    async with brief({"watched": tap, **(producers or {})}, **knobs) as server:
+    async with brief({"watched": tap, **(producers or {})}, **settings) as server:
         async with server.reading(await server.start("watched")) as reader:
             yield server
             assert not server.ended.is_set()

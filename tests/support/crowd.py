@@ -50,10 +50,10 @@ class Places:
 
 
 @asynccontextmanager
-async def in_two_places(producers: Any, **knobs: Any) -> AsyncIterator[tuple[Server, Places]]:
+async def in_two_places(producers: Any, **settings: Any) -> AsyncIterator[tuple[Server, Places]]:
     with tls_config("h2", "http/1.1") as (config, trusts):
         here = Places(config, trusts)
-        async with brief(producers, config=here.config, run=here.run, **knobs) as server:
+        async with brief(producers, config=here.config, run=here.run, **settings) as server:
             yield server, here
 
 

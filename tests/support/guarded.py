@@ -34,10 +34,10 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def guarded(rights: list[str] | None = None, **knobs: Any) -> AsyncIterator[Server]:
+async def guarded(rights: list[str] | None = None, **settings: Any) -> AsyncIterator[Server]:
     """A server that knows `TOKEN`, with these rights (None: all). Its client sends it, unless a test removes it."""
     authorizer = TokenAuthorizer({"it": Token.of(TOKEN, Right if rights is None else rights)}, Links(SECRET))
-    async with serving(authorizer=authorizer, **knobs) as server:
+    async with serving(authorizer=authorizer, **settings) as server:
         server.client.headers.update(bearer(TOKEN))
         yield server
 

@@ -106,6 +106,6 @@ async def _read(server: Process, task_status: trio.TaskStatus[None] = trio.TASK_
     assert server.url or task_status is trio.TASK_STATUS_IGNORED, f"it did not start: {server.said}"
 
 
-def serving_process(**knobs: Any) -> Any:
+def serving_process(**settings: Any) -> Any:
     """`penstock.serve` in a process of its own."""
-    return process(sys.executable, "-m", "tests.support.served", json.dumps(knobs))
+    return process(sys.executable, "-m", "tests.support.served", json.dumps(settings))

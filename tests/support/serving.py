@@ -253,7 +253,7 @@ async def serving(
     config: Config | None = None,
     abandon: Callable[[Any], None] | None = None,
     run: Callable[..., Awaitable[None]] | None = None,
-    **knobs: Any,
+    **settings: Any,
 ) -> AsyncIterator[Server]:
     """A server, and its shutdown when the block is left.
 
@@ -262,7 +262,7 @@ async def serving(
     """
     config = quiet_config() if config is None else config
     observer = Silence()
-    app = create_app(producers, log, observer=observer, **{"drain_timeout": 0.0, **knobs})
+    app = create_app(producers, log, observer=observer, **{"drain_timeout": 0.0, **settings})
     with trio.fail_after(GUARD):
         async with httpx2.AsyncClient(timeout=GUARD, limits=httpx2.Limits(max_connections=None)) as client:
             server = Server(app, client, observer)

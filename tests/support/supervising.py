@@ -268,12 +268,12 @@ async def shielded(until: trio.Event) -> None:
 
 @asynccontextmanager
 async def two_supervisors(
-    log: MemoryLog | View, other_log: MemoryLog | View | None = None, **knobs: Any
+    log: MemoryLog | View, other_log: MemoryLog | View | None = None, **settings: Any
 ) -> AsyncIterator[tuple[Supervisor, Supervisor]]:
     """Two on one log, as two processes would be. The second one is left first."""
     async with (
-        open_supervisor(log, **knobs) as owner,
-        open_supervisor(log if other_log is None else other_log, **knobs) as other,
+        open_supervisor(log, **settings) as owner,
+        open_supervisor(log if other_log is None else other_log, **settings) as other,
     ):
         yield owner, other
 

@@ -1,4 +1,4 @@
-"""`keepalive`: a source of chunks, with pings while it is silent. (The pings of a stream: `asgi/sender.py`.)
+"""`keepalive`: a source of chunks, with pings while it is silent. A stream has its own: `asgi/sender.py`.
 
     source ──__anext__──▶ background task ──channel, no buffer──▶ __anext__ ──▶ the block
                           opens, iterates, closes                 waits `interval`, then pings
