@@ -83,6 +83,7 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings with these values, by name; `ConfigurationError` if there is no such setting."""
         known = [setting.name for setting in fields(cls)]
         for name in values:
             if name not in known:

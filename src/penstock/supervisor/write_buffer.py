@@ -114,9 +114,9 @@ class WriteBuffer:
         self.committer = committer
 
     def _resize(self, delta: int) -> None:
+        assert self.committer is not None, "the committer attaches a worker before its first call"  # noqa: S101
         self.size += delta
-        if self.committer is not None:
-            self.committer.size += delta
+        self.committer.size += delta
 
     def append(self, blocks: Sequence[bytes]) -> None:
         # The run drops what its producer yields too late.
@@ -129,8 +129,8 @@ class WriteBuffer:
             self.entries.append(entry)
             added += len(entry.wire)
         self.size += added
-        if (committer := self.committer) is not None:
-            committer.size += added
+        assert self.committer is not None  # noqa: S101
+        self.committer.size += added
 
     def finish(self, blocks: Sequence[bytes], ending: Ending) -> None:
         self.append(blocks)
@@ -190,8 +190,8 @@ class WriteBuffer:
         del self.entries[: len(entries)]
         removed = sum(len(entry.wire) for entry in entries)
         self.size -= removed
-        if (committer := self.committer) is not None:
-            committer.size -= removed
+        assert self.committer is not None  # noqa: S101  (it is a worker that calls)
+        self.committer.size -= removed
         self.stored = entries[-1].seq
         if entries[-1].terminal:
             self.state = BufferState.STORED
