@@ -3,6 +3,7 @@
     cluster_server()            the redis-server that they are made of: the first that is of version 7 or later
     shared_cluster()            three masters, formed once for this process; empty it before use, do not change it
     redis_cluster(...)          one's own: nodes to pause and to kill, replicas to promote, slots to move
+    started_cluster(...)        the same for a fixture that several tests share: nodes to pause, slots to move
 
 A cluster takes two seconds to form, whatever one does: a master that has just started refuses for that long. All of it
 is for the real clock. What is waited for here is that every node says so that lives; a node that was paused or killed
@@ -11,10 +12,12 @@ by the methods of `RedisServer` is not asked.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import redis
@@ -34,10 +37,9 @@ from tests.support.redis_servers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
-PAUSE = 0.02
+PAUSE = 0.05
 """Seconds between two looks at what the nodes say."""
 
 NODE_TIMEOUT = 2.0
@@ -429,6 +431,28 @@ async def redis_cluster(
         cluster = Cluster(nodes, masters)
         await trio.to_thread.run_sync(cluster._form, abandon_on_cancel=True)  # ends with the nodes
         yield cluster
+
+
+@contextmanager
+def started_cluster(*, node_timeout: float) -> Iterator[Cluster[RedisServer]]:
+    """Three masters as `redis_cluster` makes them, outside of any loop: its tests run in loops of their own."""
+    with tempfile.TemporaryDirectory(prefix="penstock-redis-", ignore_cleanup_errors=True) as folder:
+        nodes = []
+        for number in range(3):
+            (home := Path(folder, str(number))).mkdir()
+            nodes.append(RedisServer(cluster_server(), home, _settings(node_timeout, {})))
+
+        async def each(method: Callable[[RedisServer], Awaitable[None]]) -> None:
+            for node in nodes:
+                await method(node)
+
+        try:
+            trio.run(each, RedisServer._start)
+            cluster = Cluster(nodes, len(nodes))
+            cluster._form()
+            yield cluster
+        finally:
+            trio.run(each, RedisServer.kill)
 
 
 @cache

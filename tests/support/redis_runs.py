@@ -102,7 +102,7 @@ async def all_may_reap(server: Endpoint, count: int = 2) -> None:
 class Ticks:
     """A producer that counts until it is told to stop."""
 
-    def __init__(self, every: float = 0.005) -> None:
+    def __init__(self, every: float = 0.02) -> None:
         self.said = 0
         self.enough = trio.Event()
         self.saw: str | None = None

@@ -13,6 +13,7 @@ import trio
 
 from penstock.errors import CursorExpired, LogFull, LogUnavailable, ReaderReleased
 from penstock.runs import RunStatus
+from penstock.sse import Event
 from tests.support.command_line import penstock
 from tests.support.proxy import Proxy, proxy
 from tests.support.redis_runs import (
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "agent.py"
-RESTARTS = 4
+RESTARTS = 3
 BIG = 16 * 1024 * 1024
 
 
@@ -68,8 +69,8 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis counts as out of reach after half a second."""
-    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
+    """Redis counts as out of reach after less than half a second."""
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.4)
 
 
 # Killed
@@ -82,8 +83,8 @@ async def test_a_server_that_is_killed_again_and_again_costs_no_run_an_entry(emp
         redis_server(persistent=not empty) as server,
         supervisors(server.url, server.url, tail_entries=100_000) as (one, other),
     ):
-        busy, silent = [Ticks(), Ticks(0.02), Ticks(), Ticks(0.05)], Witness()
-        runs = [await supervisor.start(ticks) for supervisor, ticks in zip([one, one, other, other], busy, strict=True)]
+        busy, silent = [Ticks(), Ticks(0.05)], Witness()
+        runs = [await supervisor.start(ticks) for supervisor, ticks in zip([one, other], busy, strict=True)]
         runs.append(await one.start(silent.waits))
         async with readers(*((each, run.id) for run in runs for each in (one, other))) as following:
             lively = following[: 2 * len(busy)]
@@ -150,7 +151,7 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
         ticks, witness = Ticks(), Witness()
         run, silent = await owner.start(ticks), await owner.start(witness.waits)
         async with readers((owner, run.id), (other, run.id), (owner, silent.id), (other, silent.id)) as following:
-            await until(lambda: min(map(last_seq, following[:2])) >= 50 and min(map(last_seq, following[2:])) == 1)
+            await until(lambda: min(map(last_seq, following[:2])) >= 10 and min(map(last_seq, following[2:])) == 1)
             await server.kill()
             ticks.enough.set()
             await until(lambda: ticks.left)
@@ -166,8 +167,8 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
 
 
 async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.7)
-    lease, notes = 1.0, Notes()
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
+    lease, notes = 0.7, Notes()
     async with (
         redis_server() as server,
         supervisors(server.url, lease=lease) as (other,),
@@ -192,7 +193,7 @@ async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatc
 
 
 async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_is_told(shared: Endpoint) -> None:
-    lease = 1.0
+    lease = 0.7
     async with supervisors(shared.url, lease=lease) as (other,), owner_process(shared.url, lease) as owner:
         run_id = (await owner.until(r"owns (\S+)"))[1]
         async with readers((other, run_id)) as (reader,):
@@ -211,21 +212,6 @@ async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_
         assert (await same_everywhere(shared, run_id, [reader]))["status"] == "lost"
         assert gists(reader.entries).count("error RUN_LOST") == 1
         assert gists(reader.entries)[-2:] == ["error RUN_LOST", "[DONE]"]
-
-
-async def test_an_owner_that_is_killed_loses_its_run_within_a_lease_and_a_little(shared: Endpoint) -> None:
-    lease = 1.0
-    async with supervisors(shared.url, lease=lease) as (other,), owner_process(shared.url, lease) as owner:
-        run_id = (await owner.until(r"owns (\S+)"))[1]
-        async with readers((other, run_id)) as (reader,):
-            await until(lambda: last_seq(reader) >= 10)
-            await all_may_reap(shared, 1)
-            killed = trio.current_time()
-            owner.process.kill()
-            await until(lambda: reader.ended_at)
-        assert (reader.ended_at or 0) - killed < lease + 2
-        assert gists(reader.entries)[-2:] == ["error RUN_LOST", "[DONE]"]
-        assert (await same_everywhere(shared, run_id, [reader]))["status"] == "lost"
 
 
 # Full
@@ -287,14 +273,43 @@ async def test_on_a_full_server_what_runs_can_end_and_be_read_and_goes_on_when_t
 # Out of reach
 
 
+@pytest.mark.usefixtures("brisk")
+async def test_a_stall_below_the_limit_holds_a_producer_back_with_what_may_be_pending_and_costs_nothing(
+    shared: Endpoint, between: Proxy
+) -> None:
+    said, stalled, notes, room = 0, trio.Event(), Notes(), 20_000
+
+    async def producer() -> AsyncIterator[Event]:
+        nonlocal said
+        await stalled.wait()
+        for said in range(1, 61):
+            yield Event(data=str(said) + "." * 1_000)
+
+    async with supervisors(between.url, max_pending_bytes=room, observer=notes) as (owner,):
+        async with supervisor_at(shared.url) as other, trio.open_nursery() as nursery:
+            run = await owner.start(producer)
+            following = [Reader(each, run.id) for each in (owner, other)]
+            for reader in following:
+                await nursery.start(reader.run)
+            between.stall()
+            stalled.set()
+            await until(lambda: owner._committer.pending_bytes >= room)
+            assert owner._committer.pending_bytes < room + 2_000
+            assert 10 < said < 30  # it felt nothing until there was no more room
+            between.go_on()
+            await until(lambda: all(reader.ended_at for reader in following))
+        assert (await same_everywhere(shared, run.id, following))["seq"] == "61"
+        assert (notes.fenced, notes.errors) == ([], [])
+
+
 @pytest.mark.usefixtures("impatient", "brisk")
 async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_it_and_nothing_else(
     shared: Endpoint, between: Proxy
 ) -> None:
     notes, silent, ticks, kept = Notes(), Witness(), Ticks(), Ticks()
     async with (
-        supervisors(shared.url, lease=1.5) as (other,),
-        supervisor_at(between.url, lease=1.5, outage_limit=1.5, observer=notes) as owner,
+        supervisors(shared.url, lease=0.8) as (other,),
+        supervisor_at(between.url, lease=0.8, outage_limit=0.8, observer=notes) as owner,
     ):
         runs = [await owner.start(silent.waits), await owner.start(ticks)]
         elsewhere = await other.start(kept)
@@ -328,7 +343,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
         await until_it_is(again, True)
         run = await owner.start(fresh)
         async with readers((owner, run.id), (other, run.id)) as both:
-            await until(lambda: min(map(last_seq, both)) >= 20)
+            await until(lambda: min(map(last_seq, both)) >= 5)
             fresh.enough.set()
         counted(await same_everywhere(shared, run.id, both), fresh)
         for lost, was, reader in zip(runs, at_the_end, there, strict=True):
@@ -345,7 +360,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
 
 @pytest.mark.usefixtures("impatient", "brisk")
 async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: Endpoint, between: Proxy) -> None:
-    async with supervisors(between.url, lease=0.6, outage_limit=1.0) as (owner,):
+    async with supervisors(between.url, lease=0.6, outage_limit=0.7) as (owner,):
         witness = Witness()
         run = await owner.start(witness.waits)
         async with readers((owner, run.id)) as (reader,):
