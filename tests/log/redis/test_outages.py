@@ -416,19 +416,6 @@ async def test_a_wrong_password_is_refused_and_shown_nowhere() -> None:
         words = await serve_refuses(wrong)
         assert f"Redis at 127.0.0.1:{server.port} cannot serve: it refuses the user or the password" in words
         assert "hunter2" not in words
-        assert "it wants a password" in await serve_refuses(f"redis://127.0.0.1:{server.port}")
-
-
-async def test_a_server_that_is_not_there_is_refused_and_no_password_shown() -> None:
-    async with redis_server() as server:
-        pass
-    url = server.url.replace("redis://", "redis://:hunter2@")
-    with pytest.raises(LogUnavailable, match=r"cannot reach Redis at 127\.0\.0\.1"):
-        async with supervisor_at(url):
-            raise AssertionError("it opened")
-    words = await serve_refuses(url)
-    assert "not started" in words
-    assert "hunter2" not in words
 
 
 async def test_serve_and_its_runs_over_a_password_show_it_nowhere() -> None:
