@@ -22,6 +22,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 
 from penstock.errors import ConfigurationError
 
@@ -45,6 +46,7 @@ OPTIONS: Final[dict[str, Any]] = {
     "health_check_interval": 0,
     "max_connections": None,
     "retry": Retry(NoBackoff(), 0),
+    "driver_info": DriverInfo(),  # else each connection reads the version of redis-py from the disk
 }
 """How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
 
