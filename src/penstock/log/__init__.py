@@ -315,7 +315,7 @@ class EventLog(Protocol):
     ) -> Sequence[str]:
         """End the runs of one `shard`, or of all, whose lease has expired, replacing their epochs; return their ids.
 
-        `lost_ending` says for each run how it ends, and `ready` whether those of a shard may be ended. Each ends in a step
+        `lost_ending` says for each run how it ends, `ready` whether those of a shard may be ended. Each ends in a step
         of its own, so a cancelled call has ended some of them.
         """
 

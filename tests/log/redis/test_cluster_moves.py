@@ -459,4 +459,4 @@ async def test_a_slot_that_nobody_serves_silences_the_readers_of_no_other_run_on
             await works.first.command("CLUSTER", "ADDSLOTS", works.cluster.slot(record_of(ids[0])))
             lost.enough.set()
             well.enough.set()
-            assert {(await owner.wait(run_id)).status for run_id in ids} == {"completed"}
+        assert {(await owner.wait(run_id)).status for run_id in ids} == {"completed"}

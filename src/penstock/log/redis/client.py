@@ -96,7 +96,7 @@ class Subscription:
         await self._client.run(send())
 
     async def pump(self, take: Callable[[str, str, bytes], None]) -> None:
-        """Pass every message (kind, channel, data) to `take` until the connection breaks, as if no channel was sharded."""
+        """Pass every message (kind, channel, data) to `take` until the connection breaks; no kind says "sharded"."""
 
         async def listen() -> None:
             while True:
@@ -328,12 +328,9 @@ def client_of_node(
 
 
 def _run_more_callbacks(loop: trio_asyncio.TrioEventLoop) -> None:
-    """Make a loop run all callbacks that are ready, not one in each round of Trio's scheduler.
-
-    trio-asyncio (0.16) does the latter, and a command takes several callbacks: where rounds are long, because there are
-    many streams to serve, Redis would be asked a few times a second. trio-asyncio has no public way to change that; on
-    a version whose loop has no such step, this does nothing.
-    """
+    """Make a loop run all callbacks that are ready, not one in each round of Trio's scheduler."""
+    # trio-asyncio (0.16) does the latter, and a command takes several callbacks: where rounds are long, because there
+    # are many streams to serve, Redis would be asked a few times a second. There is no public way to change that.
     step: Callable[..., Awaitable[None]] | None = getattr(loop, "_main_loop_one", None)
     if step is None:
         return

@@ -80,10 +80,7 @@ def classify_at(reply: Any, place: Place, address: str) -> Any:
 
 
 def redirected(commands: Sequence[Command], numbers: Sequence[int], replies: Sequence[Any]) -> Redirected:
-    """Which of the commands with these numbers must be sent again.
-
-    A command that follows one of them on the same slot is sent again after it, since it may depend on it.
-    """
+    """Which of these commands must be sent again; also each that follows one on its slot, and so may depend on it."""
     found = Redirected([], {}, [], any(_is_in_migration(replies[n]) for n in numbers))
     slots: set[int] = set()
     for n in numbers:

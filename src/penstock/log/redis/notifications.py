@@ -329,10 +329,7 @@ class ShardSubscription:
                     self._changed.set()
 
     def _refused(self, slot: int | None) -> None:
-        """A request for a channel on this slot has been refused, because another node has the slot.
-
-        The refusal for a slot that no node has does not name it (None): it belongs to the oldest request.
-        """
+        """Another node has this slot of a channel. That no node has a slot names none: it is the oldest request's."""
         for channel in self._unconfirmed:
             if slot is None or slot_of(channel) == slot:
                 del self._unconfirmed[channel]
