@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from penstock.errors import IdempotencyConflict, RunNotFound
-from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, Batch, EventLog, Idempotency
+from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, EventLog, Idempotency
 from penstock.runs import RunStatus
-from tests.support.logs import COMPLETED, FAILED, LEASE, batch, entry, record, seqs
+from tests.support.logs import COMPLETED, FAILED, LEASE, batch, record, seqs
 
 if TYPE_CHECKING:
     from trio.abc import Clock
@@ -85,13 +85,6 @@ async def test_a_page_is_full_when_its_bytes_are_reached_and_never_empty_before_
         assert cursor == 7 or (len(page.entries) + 1) * 100 > limit
 
 
-async def test_an_entry_over_the_limit_comes_alone_and_whole(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    await log.append([Batch("r", "epoch", [entry(1, 5_000), entry(2, 50), entry(3, 50)])])
-    page = await log.read("r", 0, max_bytes=1_000)
-    assert [len(each.wire) for each in page.entries] == [5_000]
-
-
 async def test_the_default_page_keeps_to_both_limits(log: EventLog, clock: Clock) -> None:
     await run_of(log, PAGE_ENTRIES + 1, "many")
     await run_of(log, 10, "large", size=PAGE_BYTES // 4)
@@ -132,10 +125,6 @@ async def test_fetch_is_read_for_many_runs(log: EventLog, clock: Clock) -> None:
     assert pages["missing"] is None
     for run_id, after in (("a", 1), ("b", 10), ("c", 2)):
         assert pages[run_id] == await log.read(run_id, after)
-
-
-async def test_fetching_nothing_is_nothing(log: EventLog, clock: Clock) -> None:
-    assert dict(await log.fetch({})) == {}
 
 
 # --- list -----------------------------------------------------------------------------------------------------------
@@ -188,12 +177,6 @@ async def test_another_request_under_the_same_key_is_refused(log: EventLog, cloc
     assert (caught.value.key, caught.value.run_id) == ("key", "first")
     with pytest.raises(RunNotFound):
         await log.get("second")
-
-
-async def test_other_keys_and_none_start_runs_of_their_own(log: EventLog, clock: Clock) -> None:
-    await log.start(record("a"), LEASE, Idempotency("key a", "request"))
-    assert (await log.start(record("b"), LEASE, Idempotency("key b", "request"))).created
-    assert (await log.start(record("c"), LEASE)).created
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,4 @@
-"""A Redis Cluster in the place of one redis-server, for tests that can have either; and where runs come to lie in it.
-
-    clustered()                 the shared cluster, as if it were a server: commands find their nodes
-    PREFIXES                    prefixes of a log: whichever a test has, its runs lie on other nodes
-    prefix_for(name)            the one of these for a test of this name
-    in_order(log)               the log, made to wait for what a log in a cluster does in the background
-    everywhere, on_a_cluster    decorators of tests: run on each version and on the cluster, or on one server and there
-    Works                       a cluster that tests may stir up, and names of what is to be on each of its nodes
-
-Of a cluster that a test stirs up itself, see `redis_clusters.py`.
-"""
+"""A Redis Cluster in the place of one redis-server, for tests that can have either; and where its runs lie."""
 
 from __future__ import annotations
 

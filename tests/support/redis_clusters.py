@@ -1,13 +1,7 @@
 """Real Redis Clusters for the suite: one for each test process to share, or one of a test's own.
 
-    cluster_server()            the redis-server that they are made of: the first that is of version 7 or later
-    shared_cluster()            three masters, formed once for this process; empty it before use, do not change it
-    redis_cluster(...)          one's own: nodes to pause and to kill, replicas to promote, slots to move
-    started_cluster(...)        the same for a fixture that several tests share: nodes to pause, slots to move
-
-A cluster takes two seconds to form, whatever one does: a master that has just started refuses for that long. All of it
-is for the real clock. What is waited for here is that every node says so that lives; a node that was paused or killed
-by the methods of `RedisServer` is not asked.
+A cluster takes two seconds to form: a master that has just started refuses for that long. What is waited for here, by
+the real clock, is that every node says so that lives; one that was paused or killed is not asked.
 """
 
 from __future__ import annotations
@@ -91,12 +85,7 @@ class _View:
 
 
 class Cluster(Generic[Node]):
-    """A Redis Cluster to talk to, and to stir up if its nodes are a test's own.
-
-    Attributes:
-        url: of the masters that it was made with.
-        nodes: all of them, dead or alive: those masters, then their replicas.
-    """
+    """A Redis Cluster; its nodes, dead or alive, are the masters that it was made with, then their replicas."""
 
     def __init__(self, nodes: Sequence[Node], masters: int) -> None:
         self.nodes = list(nodes)
@@ -161,12 +150,9 @@ class Cluster(Generic[Node]):
         await self._until(self._is_settled)
 
     async def promote(self, replica: Node, how: Literal["FORCE", "TAKEOVER"] | None = None) -> None:
-        """Have this replica take its master's place, and wait until all that live say that it has.
+        """Have this replica, in sync, take its master's place, and wait until all that live say that it has.
 
-        Args:
-            replica: one in sync.
-            how: None: its master lives and hands over, so that nothing is lost; "FORCE": the master is not asked, only
-                the other masters are; "TAKEOVER": nobody is.
+        Its master hands over; "FORCE": only the other masters are asked; "TAKEOVER": nobody is.
         """
         await self._until(lambda views: replica.port in views and _is_known(views, replica.port))
         await replica.command("CLUSTER", "FAILOVER", *([how] if how else []))
@@ -178,11 +164,9 @@ class Cluster(Generic[Node]):
         return await self._taken_over(others)
 
     async def _taken_over(self, ports: Sequence[int]) -> Node:
-        """Wait until one of these is a master, and all that live say so; which that is.
-
-        Redis 7.0 counts the votes of a replica's last election again when there is another one soon after: it wins, but
-        its slots stay those of its predecessor, as its epoch is no later one. It is given one here.
-        """
+        """Wait until one of these is a master, and all that live say so; which that is."""
+        # Redis 7.0 counts the votes of a replica's last election again when there is another one soon after: it wins,
+        # but its slots stay those of its predecessor, as its epoch is no later one. It is given one here.
         views = await self._until(lambda views: _claimants(views, ports))
         port = max(_claimants(views, ports), key=lambda port: views[port].own.epoch)
         if not _agree_on(views, port):
@@ -269,10 +253,7 @@ class Cluster(Generic[Node]):
         )
 
     def _form(self) -> None:
-        """Make one cluster of the nodes, which have just started; it answers then.
-
-        Synchronous, since the shared one is formed before there is a loop.
-        """
+        """Make one cluster of the nodes, which have just started; synchronous, for the shared one has no loop yet."""
         masters = self.nodes[: self._masters]
         bounds = [REDIS_CLUSTER_HASH_SLOTS * number // len(masters) for number in range(len(masters) + 1)]
         for number, node in enumerate(self.nodes):
@@ -363,10 +344,7 @@ def _claimants(views: Mapping[int, _View], ports: Iterable[int]) -> list[int]:
 
 
 def _is_known(views: Mapping[int, _View], port: int) -> bool:
-    """Whether all take this one for what it is, and its links to all stand.
-
-    A replica is elected only by those that know that it is one, and what is said over a link that is down is lost.
-    """
+    """Whether all take this one for what it is, and its links to all stand: else it is not elected."""
     own = views[port].own
     return all(
         view.nodes[port].master_id == own.master_id and views[port].nodes[other].is_linked
@@ -412,13 +390,8 @@ async def redis_cluster(
 ) -> AsyncIterator[Cluster[RedisServer]]:
     """A Redis Cluster of one's own: formed, in sync, and killed when the block is left, whatever has become of it.
 
-    Args:
-        masters: they share the slots evenly.
-        replicas: of each master.
-        node_timeout: seconds without an answer after which the others take a node for failed. A replica takes over
-            half a second to a second and a half later.
-        persistent: as for `redis_server`.
-        options: settings of redis.conf for every node.
+    The masters share the slots evenly, with so many replicas each. After `node_timeout` seconds without an answer the
+    others take a node for failed; a replica takes over half a second to a second and a half later.
     """
     settings = _settings(node_timeout, options)
     async with AsyncExitStack() as stack:
@@ -457,10 +430,7 @@ def started_cluster(*, node_timeout: float) -> Iterator[Cluster[RedisServer]]:
 
 @cache
 def shared_cluster() -> Cluster[Endpoint]:
-    """The one cluster that every test of this process may use: three masters.
-
-    It is not to be stopped or reconfigured. Whoever uses it begins with `flushall`, or keeps to keys of its own.
-    """
+    """The one cluster of three masters that all tests of this process use: emptied first, not stopped or changed."""
     settings = _settings(NODE_TIMEOUT, {})
     cluster = Cluster([start_shared(cluster_server(), **settings) for _ in range(3)], 3)
     cluster._form()

@@ -171,16 +171,6 @@ async def test_each_entry_of_a_batch_keeps_its_own_time(log: RedisLog, times: li
     await is_stored(log, made)
 
 
-@pytest.mark.parametrize("place", [0, 4])
-async def test_an_entry_of_a_mebibyte_among_small_ones_is_kept_to_the_byte(log: RedisLog, place: int) -> None:
-    await log.start(record(), LEASE)
-    data = [b"data: %d\n\n" % number for number in range(5)]
-    data[place] = text(MIB, bytes(range(251)))
-    made = of_data(1, data)
-    assert await append(log, *made) == Appended(OK, 5)
-    await is_stored(log, made)
-
-
 @on_a_cluster
 async def test_an_append_has_as_many_arguments_however_many_entries_it_has(log: RedisLog) -> None:
     count = 200
@@ -252,33 +242,6 @@ async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: Redis
     assert await in_redis(log) == as_it_lies(entries(1, last))
     assert await log.append([batch(last + 1, 50, COMPLETED)]) == [Appended(OK, 50)]
     await is_stored(log, entries(1, 50, terminal=True))
-
-
-@on_a_cluster
-async def test_every_batch_of_a_run_that_is_anothers_over_or_gone_is_refused(server: Endpoint, log: RedisLog) -> None:
-    await log.start(record(), LEASE)
-    refused = [batch(1, 10, epoch="yours"), batch(11, 20, epoch="yours")]
-    assert [each.status for each in await log.append(refused)] == [AppendStatus.FENCED] * 2
-    assert await log.append([batch(1, 2, FAILED), batch(3, 4), batch(5, 6)]) == [
-        Appended(OK, 2),
-        Appended(AppendStatus.ENDED, 2),
-        Appended(AppendStatus.ENDED, 2),
-    ]
-    await is_stored(log, entries(1, 2, terminal=True))
-    server.flushall()
-    assert [each.status for each in await log.append([batch(1, 2), batch(3, 4)])] == [AppendStatus.GONE] * 2
-    assert await in_redis(log) == []
-
-
-async def test_a_cancel_on_record_comes_with_the_reply_to_the_first_and_refuses_the_completion_alone(
-    log: RedisLog,
-) -> None:
-    await log.start(record(), LEASE)
-    await log.request_cancel("r", "stop")
-    replies = await log.append([batch(1, 10), batch(11, 20), batch(21, 22, COMPLETED)])
-    assert [(each.status, each.seq) for each in replies] == [(OK, 10), (OK, 20), (AppendStatus.CANCELLED, 20)]
-    assert {(each.cancelled, each.cancel) for each in replies} == {(True, "stop")}
-    await is_stored(log, entries(1, 20))
 
 
 @pytest.mark.parametrize("kth", [2, 5])

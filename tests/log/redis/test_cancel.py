@@ -73,21 +73,6 @@ async def test_many_silent_runs_are_cancelled_at_once_each_for_its_own_reason(se
             assert (await whole(server, run.id))["status"] == "cancelled"
 
 
-async def test_a_cancel_whose_wake_up_is_lost_comes_with_the_next_look(server: Endpoint, between: Proxy) -> None:
-    witness = Witness()
-    async with supervisors(between.url, server.url, cancel_check_interval=0.3) as (owner, other):
-        run = await owner.start(witness.waits)
-        async with readers((other, run.id)) as (reader,):
-            await until(lambda: last_seq(reader) == 1)
-            between.drop_messages = True
-            asked = trio.current_time()
-            await other.cancel(run.id)
-            await until(lambda: witness.left)
-        assert between.swallowed
-        assert witness.saw_at - asked < 5  # long before the next renewal would bring it
-        assert gists(reader.entries) == CANCELLED
-
-
 async def test_a_cancel_that_was_not_read_from_the_inbox_comes_with_an_append_or_a_renewal(server: Endpoint) -> None:
     """The inbox is a short cut: what is on record reaches the owner by every other way, too."""
     silent, ticks = Witness(), Ticks()

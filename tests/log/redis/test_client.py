@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import traceback
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -92,11 +91,6 @@ async def received(server: Endpoint) -> int:
 
 
 # Replies
-
-
-async def test_nothing_to_send_is_nothing_sent(client: Client, between: Proxy) -> None:
-    assert await client.execute([]) == []
-    assert not between.requests
 
 
 @pytest.mark.parametrize(
@@ -269,13 +263,6 @@ async def test_of_many_pieces_only_the_broken_one_is_sent_again(client: Client, 
     assert between.requests["ECHO"] == 4 * COMMANDS_PER_ROUND_TRIP
 
 
-async def test_a_port_where_nobody_listens_is_out_of_reach_at_once() -> None:
-    port = _free_port()
-    async with open_client(f"redis://127.0.0.1:{port}") as client:
-        with trio.fail_after(2), pytest.raises(LogUnavailable, match=f"cannot reach Redis at 127.0.0.1:{port}: "):
-            await client.ask("PING")
-
-
 @pytest.mark.usefixtures("impatient")
 async def test_a_host_that_is_none_is_out_of_reach() -> None:
     async with open_client("redis://nobody.invalid:1") as client:
@@ -431,42 +418,6 @@ async def test_d42_readers_that_come_at_once_share_a_few_connections(server: End
         assert (await log.get("r")).status is RunStatus.RUNNING
 
 
-async def test_a_hundred_starts_that_are_cancelled_at_once_share_a_few_connections(
-    server: Endpoint, between: Proxy
-) -> None:
-    async with open_log(between.url) as log:
-        await log.check()
-        most = 0
-
-        async def look() -> None:
-            nonlocal most
-            while True:
-                most = max(most, between.connections)
-                await trio.lowlevel.checkpoint()
-
-        started: set[str] = set()
-
-        async def start(run_id: str) -> None:
-            await log.start(record(run_id), LEASE)
-            started.add(f"{{sse:run:{run_id}}}:meta")
-
-        async with trio.open_nursery() as watching:
-            watching.start_soon(look)
-            with trio.fail_after(60):
-                async with trio.open_nursery() as nursery:
-                    for n in range(100):
-                        nursery.start_soon(start, f"r{n}")
-                    await until(partial(one_has_started, server))
-                    nursery.cancel_scope.cancel()
-            watching.cancel_scope.cancel()
-        assert most <= 2 * REQUESTS_AT_ONCE + 2
-        assert set(await server.command("KEYS", "*:meta")) == started
-
-
-async def one_has_started(server: Endpoint) -> bool:
-    return bool(await server.command("EXISTS", "sse:runs"))
-
-
 # What a body raises
 
 
@@ -501,15 +452,6 @@ async def test_a_cancellation_from_outside_ends_the_block_and_nothing_else(serve
             scope.cancel()
             await log.check()
     assert scope.cancelled_caught
-    await nobody_is_connected(server)
-
-
-async def test_a_block_that_is_cancelled_without_noticing_ends_as_if_it_were_not(server: Endpoint) -> None:
-    with trio.CancelScope() as scope:
-        async with open_log(server.url) as log:
-            await log.check()
-            scope.cancel()
-    assert not scope.cancelled_caught
     await nobody_is_connected(server)
 
 
@@ -587,25 +529,6 @@ def words_of(error: BaseException) -> str:
         words += list(said.format_exception_only())
         said = said.__cause__ or (None if said.__suppress_context__ else said.__context__)  # type: ignore[assignment]
     return "".join(words)
-
-
-@pytest.mark.parametrize("user", ["", "nobody"])
-async def test_a_wrong_password_is_refused_and_not_repeated(user: str) -> None:
-    async with (
-        redis_server(requirepass="another") as server,
-        open_client(f"redis://{user}:{SECRET}@127.0.0.1:{server.port}") as client,
-    ):
-        for commands in ([("ECHO", 1)], [("ECHO", 1), ("ECHO", 2)]):
-            with pytest.raises(LogUnavailable, match="it refuses the user or the password in the URL") as raised:
-                await client.execute(commands)
-            assert SECRET not in words_of(raised.value)
-            assert f"127.0.0.1:{server.port}" in str(raised.value)
-
-
-async def test_a_missing_password_is_asked_for() -> None:
-    async with redis_server(requirepass=SECRET) as server, open_client(f"redis://127.0.0.1:{server.port}") as client:
-        with pytest.raises(LogUnavailable, match="it wants a password; name it in the URL"):
-            await client.execute([("ECHO", 1)])
 
 
 @pytest.mark.usefixtures("impatient")

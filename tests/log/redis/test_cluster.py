@@ -106,12 +106,6 @@ async def test_each_node_has_its_commands_in_their_order(cluster: Cluster) -> No
         assert await cluster.ask("LRANGE", key, 0, -1) == [b"%d" % n for n in range(300)]
 
 
-async def test_nothing_to_send_is_nothing_sent(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
-    assert await cluster.execute([]) == []
-    assert await cluster.in_stages([], []) == []
-    assert not any(["cluster|slots" in await node.stats() for node in shared.nodes])
-
-
 async def test_the_slots_are_asked_for_once_however_many_want_to_know(
     cluster: Cluster, shared: Nodes[Endpoint]
 ) -> None:
@@ -150,15 +144,6 @@ async def test_a_script_that_one_node_does_not_know_is_loaded_there(cluster: Clu
 async def test_stages_are_done_one_after_the_other(cluster: Cluster) -> None:
     stages: list[list[Command]] = [[("SET", ONE, 1), ("SET", TWO, 2)], [("GET", TWO), ("GET", ONE)], [("GET", THREE)]]
     assert await cluster.in_stages(*stages) == [b"OK", b"OK", b"2", b"1", None]
-
-
-async def test_leaving_closes_every_connection(shared: Nodes[Endpoint]) -> None:
-    async with open_cluster(shared.url) as cluster:
-        await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
-        async with cluster.subscription(cluster.topology.shard(ONE)) as subscription:
-            await subscription.subscribe([ONE])
-            assert [len(await ours(node)) for node in shared.nodes] == [1, 1, 1]
-    await nobody_is_connected(*shared.nodes)
 
 
 async def test_a_node_that_is_left_just_before_it_is_sent_something_is_not_connected_to_again(
@@ -231,13 +216,6 @@ async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
                 async with cluster.subscription("127.0.0.1:1"):
                     pytest.fail("there is no such node")
         assert cluster.topology.shards() == ("",)
-
-
-async def test_any_of_the_nodes_in_the_url_will_do(shared: Nodes[Endpoint]) -> None:
-    for node in shared.nodes:
-        url = f"redis+cluster://127.0.0.1:{_free_port()},{at(node)},127.0.0.1:{_free_port()}"
-        async with open_cluster(url) as cluster:
-            assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [None] * 3
 
 
 # Slots that move

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from penstock.errors import ConfigurationError, IdempotencyConflict, LogUnavailable, RunExists, RunNotFound
-from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Idempotency, Lease, Notification, Started
+from penstock.log import Appended, AppendStatus, CancelStatus, Idempotency, Lease, Notification, Started
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
 from penstock.log.redis.log import RedisLog
@@ -19,7 +19,7 @@ from penstock.log.redis.slots import call
 from penstock.runs import Ending, RunError, RunStatus
 from tests.support.clustered import CLUSTER, in_order, on_a_cluster, shares_a_cluster
 from tests.support.following import cancelling_at
-from tests.support.logs import CANCELLED, COMPLETED, FAILED, LEASE, LOST_ENDING, batch, entry, record, seqs
+from tests.support.logs import CANCELLED, COMPLETED, FAILED, LEASE, LOST_ENDING, batch, record, seqs
 from tests.support.proxy import Reply, proxy
 from tests.support.redis_runs import until_it_is
 from tests.support.redis_servers import Endpoint, let_pass, redis_server
@@ -98,16 +98,6 @@ async def test_starts_under_one_key_at_the_same_time_are_one_run(server: Endpoin
             nursery.start_soon(start, number)
     assert sorted(each.created for each in started) == [False] * 19 + [True]
     assert len({each.run.id for each in started}) == 1
-
-
-async def test_a_key_is_kept_as_long_as_its_run_whatever_the_ttl_is(server: Endpoint) -> None:
-    async with open_log(server.url, ttl=2) as log:
-        await log.start(record("first"), LEASE, KEY)
-        for _ in range(3):
-            await let_pass(server, 10)
-            assert await log.renew("owner", {"first": "epoch"}, 30.0) == {"first": AppendStatus.OK}
-        again = await log.start(record("second"), LEASE, KEY)
-        assert (again.created, again.run.id) == (False, "first")
 
 
 @on_a_cluster
@@ -208,36 +198,6 @@ async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_run_that_nobody
                 assert log._idempotency_keys._kept.keys() <= {"earlier"}
                 again = await log.start(record(), Lease("owner", "another epoch", 30.0), key)
                 assert (again.created, again.run.id) == (True, "r")
-            if not scope.cancel_called:
-                break
-    assert cancelled > 0
-
-
-@pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with a key"])
-async def test_a_start_that_is_cancelled_at_any_reply_leaves_no_run_that_nobody_knows(
-    server: Endpoint, key: Idempotency | None
-) -> None:
-    cancelled = 0
-    for last in range(1_000):
-        server.flushall()
-        async with proxy(server.port) as between, open_log(between.url) as log:
-            await log.check()
-            started: list[Started] = []
-            with trio.CancelScope() as scope:
-                replies = iter(range(1_000))
-
-                def cancel(_: Reply, last: int = last, scope: trio.CancelScope = scope, replies: Any = replies) -> bool:
-                    if next(replies) == last:
-                        scope.cancel()
-                    return False
-
-                between.drop_reply_when(cancel)
-                started.append(await log.start(record(), LEASE, key))
-            if started:
-                assert await log.get("r") == started[0].run
-            else:
-                cancelled += 1
-                assert await is_gone(log)
             if not scope.cancel_called:
                 break
     assert cancelled > 0
@@ -356,24 +316,6 @@ async def test_an_inbox_survives_a_poll_that_is_cancelled_at_any_moment(server: 
             break
         assert await server.command("HLEN", KEYS.inbox("owner")) == 1
     assert step > 0
-
-
-async def test_an_inbox_is_gone_some_time_after_its_owner(server: Endpoint) -> None:
-    async with open_log(server.url, ttl=100) as log:
-        await log.start(record(), LEASE)
-        await log.request_cancel("r", "why")
-        assert 90_000 < await server.command("PTTL", KEYS.inbox("owner")) <= 100_000
-
-
-@on_a_cluster
-async def test_a_request_that_comes_while_others_are_taken_is_not_lost(log: RedisLog) -> None:
-    for run_id in ("a", "b"):
-        await log.start(record(run_id), LEASE)
-    await log.request_cancel("a", "first")
-    assert await log.cancel_requests("owner") == {"a": "first"}
-    await log.request_cancel("b", "second")
-    assert await log.cancel_requests("owner") == {"b": "second"}
-    assert await log.cancel_requests("owner") == {}
 
 
 async def test_a_request_that_was_taken_is_not_taken_again_because_a_poll_has_failed(server: Endpoint) -> None:
@@ -513,15 +455,8 @@ async def test_a_prefix_that_is_none_is_refused(prefix: str) -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("ttl", 0),
-        ("ttl", -1),
-        ("ttl", float("nan")),
-        ("ttl", float("inf")),
-        ("ttl", True),
-        ("ttl", "10"),
-        ("max_entries", 0),
-        ("max_entries", 1.5),
-        ("max_entries", True),
+        *[("ttl", value) for value in (0, -1, float("nan"), float("inf"), True, "10")],
+        *[("max_entries", value) for value in (0, 1.5, True)],
         ("prefix", None),
     ],
 )
@@ -546,16 +481,6 @@ async def test_pages_of_entries_of_a_mebibyte_hold_one_each(log: RedisLog) -> No
     pages = await log.fetch({"r": 2})
     assert pages["r"] is not None
     assert seqs(pages["r"].entries) == [3]
-
-
-async def test_an_entry_after_small_ones_that_would_go_beyond_the_page_is_on_the_next(log: RedisLog) -> None:
-    await log.start(record(), LEASE)
-    await log.append([Batch("r", "epoch", [entry(1, 50), entry(2, 50), entry(3, 1024 * 1024), entry(4, 50)])])
-    pages, cursor = [], 0
-    while (page := await log.read("r", cursor)).entries:
-        pages.append(seqs(page.entries))
-        cursor = pages[-1][-1]
-    assert pages == [[1, 2], [3], [4]]
 
 
 @pytest.mark.parametrize(
@@ -588,15 +513,6 @@ async def test_the_rest_of_a_record_is_kept_as_it_is(log: RedisLog, metadata: di
     assert [ended] == await log.list()
 
 
-@pytest.mark.parametrize("after", [2**53, 10**30])
-async def test_a_cursor_far_beyond_the_end_is_at_the_end(log: RedisLog, after: int) -> None:
-    await log.start(record(), LEASE)
-    await log.append([batch(1, 2)])
-    for page in (await log.read("r", after), (await log.fetch({"r": after}))["r"]):
-        assert page is not None
-        assert (list(page.entries), page.oldest_seq) == ([], 3)
-
-
 async def test_times_are_those_of_redis_and_follow_each_other(server: Endpoint, log: RedisLog) -> None:
     before = await now(server)
     started = (await log.start(record(), LEASE)).run.started_at
@@ -612,24 +528,6 @@ async def now(server: Endpoint) -> float:
 
 
 # --- what it costs --------------------------------------------------------------------------------------------------
-
-
-async def test_d38_reading_on_near_the_end_of_thousands_of_entries_takes_three_commands(
-    server: Endpoint, log: RedisLog
-) -> None:
-    await log.start(record(), LEASE)
-    for first in range(1, 4_000, 200):
-        await log.append([batch(first, first + 199)])
-    await log.read("r", 0)
-    await log.fetch({"r": 0})
-    for by_fetch in (False, True):
-        before = await server.stats()
-        page = (await log.fetch({"r": 3_990}))["r"] if by_fetch else await log.read("r", 3_990)
-        after = await server.stats()
-        assert page is not None
-        assert seqs(page.entries) == list(range(3_991, 4_001))
-        spent = {name: after[name] - before.get(name, 0) for name in after}
-        assert sum(calls for name, calls in spent.items() if name != "info") <= 3, spent
 
 
 # --- servers that cannot serve --------------------------------------------------------------------------------------

@@ -81,19 +81,6 @@ async def test_replies_that_are_lost_make_neither_a_gap_nor_a_repetition(
         await nothing_is_left(other)
 
 
-async def test_many_runs_whose_replies_are_lost_are_stored_once_each(server: Endpoint, between: Proxy) -> None:
-    async with supervisors(between.url, server.url) as (owner, other):
-        several = [Ticks(0.01) for _ in range(6)]
-        runs = [await owner.start(ticks) for ticks in several]
-        async with readers(*((each, run.id) for run in runs for each in (owner, other))) as following:
-            between.lose_every(7, "EVALSHA")
-            await until(lambda: between.lost >= 10 and min(map(last_seq, following)) >= 20)
-            for ticks in several:
-                ticks.enough.set()
-        for number, (run, ticks) in enumerate(zip(runs, several, strict=True)):
-            counted(await same_everywhere(server, run.id, following[2 * number : 2 * number + 2]), ticks)
-
-
 async def test_d28_what_many_tasks_write_and_flush_at_once_keeps_its_order(server: Endpoint, between: Proxy) -> None:
     written: dict[int, str] = {}
     async with supervisors(between.url, server.url) as (owner, other), owner.open_run("run") as writer:
@@ -143,21 +130,6 @@ async def test_connections_that_keep_breaking_cost_a_run_of_many_events_nothing(
         nursery.cancel_scope.cancel()
         counted(await same_everywhere(server, run.id, following), ticks)
         assert (notes.fenced, notes.errors) == ([], [])
-
-
-async def test_what_was_written_while_a_reader_was_cut_off_is_there_as_soon_as_it_is_back(
-    server: Endpoint, between: Proxy
-) -> None:
-    async with supervisors(server.url, between.url) as (owner, there), owner.open_run("run") as writer:
-        await writer.write("data: first\n\n")
-        async with readers((there, "run")) as (reader,):
-            await until(lambda: last_seq(reader) == 1)
-            between.refuse()
-            await writer.write("data: second\n\n")
-            await writer.flush()
-            await between.accept()
-            await until(lambda: last_seq(reader) == 2, 4)  # and nothing more is written that would tell
-            reader.leave()
 
 
 # Two owners

@@ -160,27 +160,6 @@ async def test_of_all_that_is_wrong_the_first_is_said_and_nothing_changes(
     assert all(life <= 50 for life in await lives(server))
 
 
-@pytest.mark.parametrize(
-    "what, last",
-    [
-        pytest.param(batch(4, 5), 5, id="what follows"),
-        pytest.param(batch(2, 5), 5, id="an overlap"),
-        pytest.param(batch(1, 3), 3, id="all there"),
-        pytest.param(batch(4, 4, FAILED), 4, id="an ending that is not completed, a cancel"),
-    ],
-)
-async def test_what_is_missing_is_added_in_spite_of_a_cancel_and_the_reply_tells_of_it(
-    log: RedisLog, what: Batch, last: int
-) -> None:
-    await three_and_a_cancel(log)
-    for _ in range(2):
-        (reply,) = await log.append([what])
-        assert reply == Appended(OK, last, cancelled=reply.cancelled, cancel="stop")
-        assert reply.cancelled
-    assert await stored(log) == list(range(1, last + 1))
-    assert (await log.get("r")).seq == last
-
-
 # --- what the predecessor's readers understand ----------------------------------------------------------------------
 
 
@@ -313,19 +292,6 @@ async def test_a_stream_that_has_ended_is_not_restored_by_an_owner_who_does_not_
     before = await contents(server)
     for oldest in (1, 9):
         assert await log.restore(record(), LEASE, oldest) == Appended(FENCED, 4)
-    assert await contents(server) == before
-
-
-async def test_what_is_another_owners_or_over_is_not_restored(server: Endpoint, log: RedisLog) -> None:
-    await running(log, 2)
-    before = await contents(server)
-    for oldest in (1, 9):
-        assert await log.restore(record(), Lease("owner", "yours", 30.0), oldest) == Appended(FENCED, 2)
-    assert await contents(server) == before
-    await append(log, 3, 3, COMPLETED)
-    before = await contents(server)
-    for oldest in (1, 9):
-        assert await log.restore(record(), LEASE, oldest) == Appended(ENDED, 3)
     assert await contents(server) == before
 
 
