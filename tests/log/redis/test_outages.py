@@ -69,8 +69,8 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis counts as out of reach after less than half a second."""
-    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.4)
+    """Redis counts as out of reach after half a second."""
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
 
 
 # Killed
@@ -168,7 +168,7 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
 
 async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
-    lease, notes = 0.7, Notes()
+    lease, notes = 1.0, Notes()
     async with (
         redis_server() as server,
         supervisors(server.url, lease=lease) as (other,),
@@ -193,7 +193,7 @@ async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatc
 
 
 async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_is_told(shared: Endpoint) -> None:
-    lease = 0.7
+    lease = 1.0
     async with supervisors(shared.url, lease=lease) as (other,), owner_process(shared.url, lease) as owner:
         run_id = (await owner.until(r"owns (\S+)"))[1]
         async with readers((other, run_id)) as (reader,):
@@ -308,8 +308,8 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
 ) -> None:
     notes, silent, ticks, kept = Notes(), Witness(), Ticks(), Ticks()
     async with (
-        supervisors(shared.url, lease=0.8) as (other,),
-        supervisor_at(between.url, lease=0.8, outage_limit=0.8, observer=notes) as owner,
+        supervisors(shared.url, lease=1.5) as (other,),
+        supervisor_at(between.url, lease=1.5, outage_limit=1.2, observer=notes) as owner,
     ):
         runs = [await owner.start(silent.waits), await owner.start(ticks)]
         elsewhere = await other.start(kept)
