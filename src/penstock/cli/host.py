@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 import trio
-from pythonjsonlogger.json import JsonFormatter
 
 from penstock.cli.options import forget_secrets
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.exception_groups import open_nursery
 from penstock.observer.logging import SingleLineFormatter
-from penstock.server.serve import ABANDON_AFTER, SIGNALS, USER_TIMEOUT, Shutdown, serve
-from penstock.server.workers import UNREACHABLE, ParentLink, ProcessManager
+from penstock.server.config import USER_TIMEOUT
+from penstock.server.workers import SIGNALS, UNREACHABLE, ParentLink, ProcessManager
 
 if TYPE_CHECKING:
     import socket
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
     from penstock.asgi.lifespan import AppLifespan
     from penstock.log import EventLog
+    from penstock.server.serve import Shutdown
     from penstock.supervisor.live_runs import StuckRun
 
 SERVICE_DIED: Final = 1
@@ -96,6 +96,8 @@ class LogConfig:
         """Configure Python's logging; `worker` is the number that records show. Returns Hypercorn's logger."""
         formatter: logging.Formatter
         if self.form == "json":
+            from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415  (the usual form is text)
+
             formatter = JsonFormatter(
                 "{asctime}{levelname}{name}{message}",
                 style="{",
@@ -142,6 +144,8 @@ def host(
         KeyboardInterrupt: Ctrl-C, before the server handled signals.
         SystemExit: with code 0, if it was shut down before it was ready.
     """
+    import penstock.server.serve  # noqa: F401, PLC0415  (the parent of workers does without Hypercorn's server)
+
     config.errorlog = log_config.apply(None if link is None else link.number)
     config.loglevel = "WARNING"
     config.bind = [f"fd://{sock.detach()}" for sock in sockets]
@@ -185,6 +189,8 @@ async def _serve(
     tcp_user_timeout: float,
 ) -> int:
     """Serve; returns the number of runs whose last entries could not be stored."""
+    from penstock.server.serve import Shutdown, serve  # noqa: PLC0415  (see `host`)
+
     shutdown = Shutdown()
     async with open_nursery() as outer:
         if link is not None:
@@ -215,6 +221,8 @@ async def _serve(
 
 def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:
     """End the process although producers still run: Trio cannot abandon a task."""
+    from penstock.server.serve import ABANDON_AFTER  # noqa: PLC0415  (see `host`)
+
     for run in stuck:
         say(f"the producer of run {run.run_id} has not let go, and stands here:\n{run.stack.rstrip()}")
     plural = "s" if len(stuck) > 1 else ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from penstock.errors import ConfigurationError
-from penstock.server.serve import BACKLOG
+from penstock.server.config import BACKLOG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
