@@ -126,23 +126,20 @@ def host(
     link: ParentLink | None = None,
     tcp_user_timeout: float = USER_TIMEOUT,
 ) -> int:
-    """Serve until a signal; returns the exit code.
+    """Serve on listening sockets until a signal; returns the exit code.
 
     Args:
         make_app: `create_app` with all its arguments but the log.
         log: the event log, as `open_log` returns it.
         config: Hypercorn's; where it binds and what it logs is set here.
-        sockets: listening; Hypercorn takes them over.
+        sockets: Hypercorn takes them over.
         log_config: how log records are shown.
-        ready: called with the application's lifespan, its URLs and its shutdown once connections are accepted;
-            cancelled when the server has ended.
+        ready: called once connections are accepted; cancelled when the server has ended.
         link: to the parent, for a worker.
         tcp_user_timeout: see `serve`.
 
     Raises:
         UsageError: a setting has a value that it cannot have, or there is no such log.
-        KeyboardInterrupt: Ctrl-C, before the server handled signals.
-        SystemExit: with code 0, if it was shut down before it was ready.
     """
     import penstock.server.serve  # noqa: F401, PLC0415  (the parent of workers does without Hypercorn's server)
 
@@ -248,15 +245,9 @@ def host_workers(
     environment: Mapping[str, str],
     announce: Callable[[str], None],
 ) -> int:
-    """Keep `count` workers until a signal; returns the exit code.
+    """Keep `count` workers, with these arguments of `penstock serve`, until a signal; returns the exit code.
 
-    Args:
-        count: how many.
-        sockets: listening; they are closed in the end.
-        arguments: of `penstock serve`; one more makes it a worker.
-        max_deaths: see `ProcessManager`.
-        environment: variables that the workers get beside this process's own.
-        announce: called with what the first worker that is ready has sent.
+    See `ProcessManager` for the arguments.
     """
 
     def command(number: int, fds: Sequence[int], link: int) -> list[str]:

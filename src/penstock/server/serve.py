@@ -105,13 +105,7 @@ class Shutdown:
     ) -> None:
         """Wait until a shutdown is asked for, or the service fails, and shut down; it ends with `server`.
 
-        Args:
-            service: drained before its connections end.
-            config: Hypercorn's; its time limits grow if the server stops accepting before the drain.
-            sends: the deadline of the server's sends.
-            server: cancelled if there is nothing to drain yet, or when the last connections are to be cut.
-            abandon: see `serve`.
-            task_status: started when a shutdown can be asked for.
+        `server` is cancelled if there is nothing to drain yet, or when the last connections are to be cut.
         """
 
         def interrupt() -> None:
