@@ -15,7 +15,7 @@ from penstock import Event, MemoryLog, Supervisor, open_supervisor
 from penstock.asgi.auth import ALGORITHM, AUDIENCE, MAX_LINK, Links, new_secret
 from penstock.asgi.requests import MAX_LIST, MAX_REASON
 from penstock.errors import DurationTooLong, MetadataTooLarge, NotAuthenticated, TooManyRuns
-from penstock.server.serve import new_config
+from penstock.server.config import new_config
 from penstock.sse import Decoder
 from tests.support.connections import SOON, unharmed
 from tests.support.http2_clients import WHOLE, Ends
