@@ -72,35 +72,23 @@ async def test_a_trouble_that_lasts_is_warned_of_at_intervals_with_the_latest_wo
         assert words == f"still cannot look: away for the {log.times.index(when) + 1}. time; trying again"
 
 
-async def test_each_trouble_is_warned_of_on_its_own(autojump_clock: MockClock) -> None:
-    for _ in range(3):
-        log = Away(2)
-        await log.wait()
-        assert len(log.warnings) == 1
-
-
 async def test_the_pauses_grow_from_the_shortest_first_ones_to_the_longest(autojump_clock: MockClock) -> None:
-    every = [await pauses(10) for _ in range(300)]
+    every = [await pauses(10) for _ in range(150)]
     columns = list(zip(*every, strict=True))
     assert max(columns[0]) <= FIRST_PAUSE + 1e-9
     for n, nth in enumerate(columns):
         assert min(nth) >= SHORTEST_PAUSE - 1e-9
         assert max(nth) <= min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) + 1e-9
     limits = [max(nth) for nth in columns]
-    assert limits[-1] > 0.9 * LONGEST_PAUSE  # drawn from all of it: 300 draws miss the upper tenth once in 10^13
+    assert limits[-1] > 0.9 * LONGEST_PAUSE  # drawn from all of it: 150 draws miss the upper tenth once in 10^6
     assert min(columns[-1]) < 0.15 * LONGEST_PAUSE
     means = [sum(nth) / len(nth) for nth in columns]
     assert means[1] < means[3] < means[5]
     assert sum(means[:3]) < 5 * FIRST_PAUSE  # an outage of a moment is over soon
 
 
-async def test_no_two_processes_share_their_pauses(autojump_clock: MockClock) -> None:
-    every = [tuple(await pauses(4)) for _ in range(50)]
-    assert len(set(every)) == 50
-
-
 async def test_no_pause_is_ever_longer_than_the_longest_however_often_it_fails(autojump_clock: MockClock) -> None:
-    late = (await pauses(2_500))[10:]  # beyond what a float can double
+    late = (await pauses(1_500))[10:]  # beyond what a float can double
     assert max(late) <= LONGEST_PAUSE + 1e-9
     assert min(late) >= SHORTEST_PAUSE - 1e-9
     assert 0.4 * LONGEST_PAUSE < sum(late) / len(late) < 0.6 * LONGEST_PAUSE

@@ -1,16 +1,18 @@
-"""What the predecessor got wrong about runs: a test for each row, so that it does not come back."""
+"""What the predecessor got wrong about runs, so that it does not come back.
+
+D3, D5, D7, D18, D20, D22 and D26 are rows of the table in `supervisor/test_causes.py`, D6 is I6, D23 is in
+`supervisor/test_services.py`.
+"""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
-from penstock.errors import RunCancelled, RunExists
+from penstock.errors import RunExists
 from penstock.log import CancelStatus
 from penstock.log.memory import MemoryLog
 from penstock.sse import Event
@@ -20,12 +22,10 @@ from tests.support.supervising import (
     View,
     Witness,
     count,
-    ended,
     entries_of,
     gists,
     near,
     read,
-    readers,
     slow,
     two_supervisors,
     unavailable,
@@ -36,56 +36,7 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
-COUNTED = ["1", "2", "3", "[DONE]"]
 both_dialects = pytest.mark.parametrize("dialect", ["plain", "letta"])
-
-
-@both_dialects
-async def test_d03_silence_ends_a_stream_with_an_error_and_done(autojump_clock: MockClock, dialect: str) -> None:
-    async with open_supervisor(MemoryLog(), dialect=dialect) as supervisor:
-        run = await supervisor.start(Witness().waits, max_silence=5)
-        assert gists(await read(supervisor, run.id)) == ["first", "error SILENT", "[DONE]"]
-        assert trio.current_time() == near(5)
-
-
-async def test_d05_nothing_is_delivered_after_the_cancelled_event(autojump_clock: MockClock) -> None:
-    async def swallows() -> AsyncIterator[Event]:
-        for number in range(1, 13):
-            with suppress(BaseException):  # as `except Exception` did, where cancels were exceptions
-                await trio.sleep(1)
-            yield Event(data=str(number))
-
-    async with open_supervisor(MemoryLog()) as supervisor:
-        run = await supervisor.start(swallows)
-        async with readers((supervisor, run.id)) as (reader,):
-            await trio.sleep(3.5)
-            await supervisor.cancel(run.id)
-        assert gists(reader.entries) == ["1", "2", "3", "cancelled", "[DONE]"]
-
-
-@pytest.mark.parametrize("wakeups", [True, False])
-async def test_d06_cancel_reaches_a_silent_producer(autojump_clock: MockClock, wakeups: bool) -> None:
-    view, witness = View(), Witness()
-    view.wakeups_of_cancels = wakeups
-    async with two_supervisors(view, view.log) as (owner, other):
-        run = await owner.start(witness.waits)
-        await trio.sleep(1.2)
-        await other.cancel(run.id)
-        await other.wait(run.id)
-        assert 1.2 <= witness.saw_at <= (1.21 if wakeups else 1.7)
-
-
-@both_dialects
-async def test_d07_a_cancelled_run_ends_with_cancelled_and_done_and_its_finally_has_run(
-    autojump_clock: MockClock, dialect: str
-) -> None:
-    async with open_supervisor(MemoryLog(), dialect=dialect) as supervisor:
-        witness = Witness()
-        run = await supervisor.start(witness.waits)
-        await wait_all_tasks_blocked()
-        await supervisor.cancel(run.id)
-        assert gists(await read(supervisor, run.id)) == ["first", "cancelled", "[DONE]"]
-        assert witness.left
 
 
 class Ticks:
@@ -128,10 +79,10 @@ async def test_d09_a_slow_look_for_cancels_delays_no_chunk(autojump_clock: MockC
 async def test_d11_the_replay_of_a_cancelled_run_is_complete(autojump_clock: MockClock) -> None:
     async with two_supervisors(MemoryLog(), tail_entries=10) as (owner, other):
         run = await owner.start(count, 10_000, 0.01)
-        await trio.sleep(20)
+        await trio.sleep(5)
         await owner.cancel(run.id)
         record = await owner.wait(run.id)
-        assert record.seq > 1500
+        assert record.seq > 300
         for supervisor in (owner, other):
             assert [entry.seq for entry in await read(supervisor, run.id)] == list(range(1, record.seq + 1))
 
@@ -165,18 +116,6 @@ async def test_d13_clients_get_one_schema_a_code_and_an_error_id_and_not_the_exc
     assert schemas == {("code", "message", "error_id") if dialect == "plain" else ("error", "code", "error_id")}
 
 
-async def test_d18_failed_is_not_overwritten_by_completed(autojump_clock: MockClock) -> None:
-    async def swallows_its_own_error() -> AsyncIterator[Event]:
-        yield Event.json({"message": "out of memory"}, event="error")
-        yield Event.stop("end_turn")
-
-    async with open_supervisor(MemoryLog()) as supervisor:
-        run = await supervisor.start(swallows_its_own_error)
-        assert gists(await read(supervisor, run.id))[1:] == ["[DONE]"]
-        await trio.sleep(100)
-        assert (await supervisor.get(run.id)).status == "failed"
-
-
 @pytest.mark.parametrize("delay", [0.01, 0.2, 0.49])
 async def test_d19_a_cancel_in_the_last_half_second_ends_cancelled(autojump_clock: MockClock, delay: float) -> None:
     view = View()
@@ -186,35 +125,6 @@ async def test_d19_a_cancel_in_the_last_half_second_ends_cancelled(autojump_cloc
         await trio.sleep(3 - delay)
         assert (await other.cancel(run.id)).status is CancelStatus.REQUESTED
         assert (await owner.wait(run.id)).status == "cancelled"
-
-
-async def test_d19_a_cancelled_run_does_not_end_failed(autojump_clock: MockClock) -> None:
-    async def raises_what_cancelled_means_to_it() -> AsyncIterator[Event]:
-        yield FIRST
-        try:
-            await trio.sleep_forever()
-        except trio.Cancelled as cancelled:
-            raise RunCancelled(None, "as a job would be") from cancelled  # noqa: ASYNC104
-
-    async with open_supervisor(MemoryLog()) as supervisor:
-        run = await supervisor.start(raises_what_cancelled_means_to_it)
-        await wait_all_tasks_blocked()
-        await supervisor.cancel(run.id)
-        assert (await supervisor.wait(run.id)).status == "cancelled"
-
-
-async def test_d20_background_readers_get_done_after_an_error(autojump_clock: MockClock) -> None:
-    async def fails() -> AsyncIterator[Event]:
-        yield FIRST
-        await trio.sleep(1)
-        raise ValueError
-
-    async with two_supervisors(MemoryLog()) as (owner, other):
-        run = await owner.start(fails)
-        async with readers((owner, run.id), (other, run.id)) as following:
-            pass
-        for reader in following:
-            assert gists(reader.entries) == ["first", "error ERROR", "[DONE]"]
 
 
 async def test_d21_there_is_one_terminal_entry_with_the_highest_seq(autojump_clock: MockClock) -> None:
@@ -230,36 +140,6 @@ async def test_d21_there_is_one_terminal_entry_with_the_highest_seq(autojump_clo
         await supervisor.cancel(run.id)
         await trio.sleep(100)
         assert [(entry.seq, entry.terminal) for entry in await entries_of(log, run.id)] == [(1, False), (2, True)]
-
-
-@pytest.mark.parametrize("kind", [str, bytes, Event])
-async def test_d22_only_a_block_whose_data_is_exactly_done_ends_a_run(autojump_clock: MockClock, kind: Any) -> None:
-    def chunk(data: str) -> Any:
-        if kind is Event:
-            return Event(data=data)
-        return f"data: {data}\n\n" if kind is str else f"data: {data}\n\n".encode()
-
-    texts = ["say [DONE]", '{"text": "data: [DONE]"}', "[DONE] ", "[done]"]
-
-    async def producer() -> AsyncIterator[Any]:
-        for text in texts:
-            yield chunk(text)
-        yield chunk("[DONE]")
-        yield chunk("more")
-
-    async with open_supervisor(MemoryLog()) as supervisor:
-        run = await supervisor.start(producer)
-        assert gists(await read(supervisor, run.id)) == [*texts, "[DONE]"]
-
-
-async def test_d23_cancelling_what_runs_the_runs_leaves_an_interrupted_entry(autojump_clock: MockClock) -> None:
-    log = MemoryLog()
-    with trio.move_on_after(5):
-        async with open_supervisor(log) as supervisor:
-            await supervisor.start(Witness().waits, run_id="run")
-            await trio.sleep_forever()
-    assert gists(await entries_of(log, "run")) == ["first", "error INTERRUPTED", "[DONE]"]
-    assert (await ended(log, "run")).stop_reason == "interrupted"
 
 
 @pytest.mark.parametrize("last", [Event(data="[DONE]"), Event(data="no", event="error"), 5, None], ids=repr)
@@ -298,20 +178,6 @@ async def test_d25_a_run_whose_owner_is_cut_off_from_the_log_is_lost_by_lease(au
         assert await owner.get(run.id) == record
 
 
-async def test_d26_a_lone_surrogate_fails_its_run_before_anything_of_it_is_stored(autojump_clock: MockClock) -> None:
-    async def poisoned() -> AsyncIterator[Any]:
-        yield FIRST
-        yield "data: fine\n\ndata: \ud83d\n\n"
-        yield "data: never\n\n"
-
-    async with open_supervisor(MemoryLog()) as supervisor:
-        good = await supervisor.start(count, 3, 0.1)
-        run = await supervisor.start(poisoned)
-        assert gists(await read(supervisor, run.id)) == ["first", "error INVALID_CHUNK", "[DONE]"]
-        assert gists(await read(supervisor, good.id)) == COUNTED
-        assert gists(await read(supervisor, (await supervisor.start(count, 3)).id)) == COUNTED
-
-
 async def test_d31_an_owner_that_comes_back_neither_begins_again_nor_goes_on(autojump_clock: MockClock) -> None:
     view = View()
     async with open_supervisor(view.log, lease=6) as other, open_supervisor(view, lease=6) as owner:
@@ -334,13 +200,13 @@ async def test_d31_an_owner_that_comes_back_neither_begins_again_nor_goes_on(aut
 async def test_d40_a_run_that_goes_on_for_longer_than_ended_ones_are_kept_does_not_expire(
     autojump_clock: MockClock,
 ) -> None:
-    async with two_supervisors(MemoryLog(ttl=180)) as (owner, other):
-        run = await owner.start(count, 5, 120)
-        await trio.sleep(420)
+    async with two_supervisors(MemoryLog(ttl=18)) as (owner, other):
+        run = await owner.start(count, 5, 12)
+        await trio.sleep(42)
         assert (await owner.get(run.id)).status == "running"
         for supervisor in (owner, other):
             async with supervisor.follow(run.id) as entries:
                 assert gists([await anext(entries) for _ in range(3)]) == ["1", "2", "3"]
         assert (await other.wait(run.id)).status == "completed"
-        await trio.sleep(170)  # what has ended is kept for that long
+        await trio.sleep(17)  # what has ended is kept for that long
         assert gists(await read(other, run.id)) == ["1", "2", "3", "4", "5", "[DONE]"]

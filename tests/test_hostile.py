@@ -135,19 +135,6 @@ async def test_keepalive_does_not_take_a_sources_own_deadline_for_its_end(autoju
                 await trio.sleep(0.05)
 
 
-async def test_a_process_that_stood_still_does_not_reap_its_own_runs(autojump_clock: MockClock) -> None:
-    async def waits() -> AsyncIterator[Event]:
-        await trio.sleep_forever()
-        yield Event(data="never")
-
-    async with open_supervisor(MemoryLog(), lease=3, drain_timeout=0) as supervisor:
-        runs = [await supervisor.start(waits) for _ in range(5)]
-        await trio.sleep(3.5)  # the reaper's patience is over
-        autojump_clock.jump(20)  # for the process, no time has passed
-        await trio.sleep(0.05)
-        assert {(await supervisor.get(run.id)).status for run in runs} == {"running"}
-
-
 async def test_a_busy_run_elsewhere_keeps_no_other_readers_waiting(autojump_clock: MockClock) -> None:
     async def floods() -> AsyncIterator[Event]:
         while True:
@@ -155,7 +142,7 @@ async def test_a_busy_run_elsewhere_keeps_no_other_readers_waiting(autojump_cloc
             await trio.sleep(0.0007)
 
     async def ticks() -> AsyncIterator[Event]:
-        for number in range(50):
+        for number in range(10):
             yield Event(data=str(number))
             await trio.sleep(0.1)
 
@@ -165,7 +152,7 @@ async def test_a_busy_run_elsewhere_keeps_no_other_readers_waiting(autojump_cloc
         run = await owner.start(ticks)
         async with other.follow(flood.id), other.follow(run.id) as follower:
             arrived = [trio.current_time() async for _ in follower]
-        assert max(later - sooner for sooner, later in pairwise(arrived)) < 1
+        assert max(later - sooner for sooner, later in pairwise([0, *arrived])) < 0.5
 
 
 @pytest.mark.parametrize("knob", ["timeout", "max_silence"])
@@ -213,12 +200,6 @@ async def test_metadata_stay_as_they_were_when_the_run_started() -> None:
         run = await supervisor.start(innocent, metadata={"tags": tags})
         tags.append("b")
         assert (await supervisor.get(run.id)).metadata == {"tags": ["a"]}
-
-
-async def test_an_observer_without_all_hooks_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="NullObserver"):
-        async with open_supervisor(MemoryLog(), observer=object()):  # type: ignore[arg-type]
-            pass
 
 
 @pytest.mark.parametrize("limit", ["max_entries", "max_run_bytes", "max_bytes"])
@@ -287,13 +268,6 @@ async def test_a_flush_that_nothing_can_fulfil_ends(autojump_clock: MockClock) -
             await writer.write(Event(data="x"))
             nursery.start_soon(flush, writer)  # noqa: ASYNC111
         await refused.wait()
-
-
-@pytest.mark.parametrize("cursor", [".", "..", "a/b", ""])
-async def test_ids_that_no_path_can_hold_are_refused(cursor: str) -> None:
-    async with open_supervisor(MemoryLog()) as supervisor:
-        with pytest.raises(ValueError, match="run id"):
-            await supervisor.start(innocent, run_id=cursor)
 
 
 def test_an_empty_last_event_id_is_none() -> None:

@@ -108,7 +108,7 @@ async def read_with_cuts(rng: random.Random, supervisors: list[Supervisor], run_
     return got
 
 
-async def test_i2_a_thousand_runs_read_through_broken_connections_are_complete_once_and_in_order(
+async def test_i2_many_runs_read_through_broken_connections_are_complete_once_and_in_order(
     autojump_clock: MockClock,
 ) -> None:
     # Fails if `Tail.take` begins one too early or too late, if `Follower.__anext__` moves the cursor to the end of the
@@ -125,11 +125,11 @@ async def test_i2_a_thousand_runs_read_through_broken_connections_are_complete_o
             assert gists(got) == [*map(str, range(1, events + 1)), "[DONE]"]
             whole += 1
 
-        for _ in range(1000):
+        for _ in range(200):
             events, seed = rng.randrange(40), rng.randrange(2**32)
             run = await owner.start(bursts, random.Random(seed), events)
             nursery.start_soon(follow, run.id, events, seed)
-    assert whole == 1000
+    assert whole == 200
     assert_nothing_is_left(owner)
     assert_nothing_is_left(other)
 
@@ -151,7 +151,7 @@ async def test_i3_of_many_endings_at_once_the_first_is_stored_and_stays(autojump
     # cancel.
     rng = random.Random(3)
     stop_reasons = set()
-    for _ in range(200):
+    for _ in range(80):
         view, witness = View(), Witness()
         refusals: list[CancelStatus] = []
 

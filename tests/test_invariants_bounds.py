@@ -148,25 +148,25 @@ async def test_i10_an_idle_reader_asks_the_log_for_nothing(autojump_clock: MockC
         mine, theirs = View(), View()
         theirs.log = mine.log
         async with two_supervisors(mine, theirs) as (owner, other):
-            run = await owner.start(count, 50, 12) if busy else await owner.start(Witness().waits)
+            run = await owner.start(count, 10, 12) if busy else await owner.start(Witness().waits)
             async with readers(*[(owner, run.id), (other, run.id)] * readers_each) as following:
                 await trio.sleep(0.1)
                 mine.calls.clear()
                 theirs.calls.clear()
-                await trio.sleep(595)
+                await trio.sleep(115)
                 found = {f"mine {name}": n for name, n in mine.calls.items()} | dict(theirs.calls)
                 await owner.cancel(run.id)
-            assert {len(reader.entries) for reader in following} == {51 if busy else 3}
+            assert {len(reader.entries) for reader in following} == {11 if busy else 3}
         return found
 
     idle = await calls(1, busy=False)
     for operation in ("read", "fetch", "get", "subscribe", "wait", "start", "append"):
         assert operation not in idle
         assert f"mine {operation}" not in idle
-    assert await calls(100, busy=False) == idle
+    assert await calls(20, busy=False) == idle
     busy = await calls(1, busy=True)
-    assert busy["fetch"] == 49  # one for each event, in the one process that the run does not live in
-    assert await calls(100, busy=True) == busy
+    assert busy["fetch"] == 9  # one for each event, in the one process that the run does not live in
+    assert await calls(20, busy=True) == busy
 
 
 async def test_i10_after_the_readers_have_left_nothing_is_fetched_for_them(autojump_clock: MockClock) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -24,10 +23,6 @@ from penstock.runs import (
 TERMINAL = [status for status in RunStatus if status.terminal]
 
 
-def test_only_running_is_not_terminal() -> None:
-    assert [status for status in RunStatus if not status.terminal] == [RunStatus.RUNNING]
-
-
 @pytest.mark.parametrize("status", TERMINAL)
 def test_a_terminal_status_is_final(status: RunStatus) -> None:
     run = Run("r", "p").ended(Ending(status, "x"), seq=3, at=1.0)
@@ -38,20 +33,6 @@ def test_a_terminal_status_is_final(status: RunStatus) -> None:
 def test_every_cause_ends_a_run() -> None:
     assert set(CAUSES) == set(Cause)
     assert all(row.status.terminal for row in CAUSES.values())
-
-
-def test_the_table_cannot_be_changed() -> None:
-    with pytest.raises(TypeError):
-        CAUSES[Cause.RETURNED] = CAUSES[Cause.RAISED]  # type: ignore[index]
-
-
-def test_every_cause_that_cancels_the_producer_has_a_reason_for_it() -> None:
-    silent = {Cause.RETURNED, Cause.STOPPED, Cause.RAISED, Cause.ABANDONED}
-    assert {cause for cause, row in CAUSES.items() if row.scope_reason is None} == silent
-
-
-def test_a_code_never_comes_without_a_message() -> None:
-    assert all(bool(row.code) == bool(row.message) for row in CAUSES.values())
 
 
 def test_a_run_cannot_end_running() -> None:
@@ -72,11 +53,6 @@ def test_the_reason_of_a_cancel_stays_unless_the_ending_has_another() -> None:
     run = Run("r", "p", cancel_reason="first")
     assert run.ended(Ending(RunStatus.FAILED, "error"), seq=1, at=0.0).cancel_reason == "first"
     assert run.ended(Ending(RunStatus.FAILED, "error", None, ""), seq=1, at=0.0).cancel_reason == ""
-
-
-def test_a_record_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
-        Run("r", "p").status = RunStatus.FAILED  # type: ignore[misc]
 
 
 def test_a_running_record_in_json_has_every_member() -> None:
@@ -118,7 +94,8 @@ def test_a_run_id_is_returned_as_it_is(run_id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "run_id", ["", "a" * 129, "a\n", "\na", "a" * 128 + "\n", "a b", "a/b", "ä", "٣", "a\0", "a{b}", None, 7, b"a"]
+    "run_id",
+    ["", ".", "..", "a" * 129, "a\n", "\na", "a b", "a/b", "ä", "٣", "a\0", "a{b}", None, 7, b"a"],
 )
 def test_what_is_no_run_id_is_refused(run_id: Any) -> None:
     with pytest.raises(ValueError, match="1 to 128 letters"):

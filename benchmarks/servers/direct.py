@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 
 import penstock
-from penstock.server.serve import new_config
+from penstock.server.config import new_config
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -30,20 +30,13 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """The pauses between the attempts of one call: each is drawn at random below a limit, which doubles.
-
-    Args:
-        first: the limit of the first pause, in seconds.
-        shortest: the lower limit of every pause, in seconds.
-        longest: the upper limit of every pause, in seconds.
-    """
+    """Pauses, in seconds: each is drawn at random below a limit, which is `first` and doubles up to `longest`."""
 
     def __init__(self, *, first: float, shortest: float, longest: float) -> None:
         self._wait = wait_random_exponential(multiplier=first, min=shortest, max=longest)
         self.reset()
 
     def next(self) -> float:
-        """Return the next pause, in seconds."""
         pause = self._wait(self._state)
         self._state.attempt_number += 1
         return pause
@@ -59,12 +52,7 @@ async def retry_while_unavailable(
 ) -> T:
     """Call `call` until it does not raise `LogUnavailable`, and return its result.
 
-    Each attempt is a checkpoint if the call is one, and each pause is. A cancellation ends the retries.
-
-    Args:
-        call: may be repeated.
-        what: names the call in warnings, as a verb: "cannot `what`".
-        on_warning: receives the first failure, and then one every `WARNING_INTERVAL`.
+    `on_warning` receives "cannot `what`" at the first failure, and then every `WARNING_INTERVAL`.
     """
     backoff = None
     warned = -inf

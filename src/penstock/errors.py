@@ -1,34 +1,8 @@
 """Every exception that a user of penstock can catch.
 
-```
-PenstockError
-├── StreamRejected          a source refuses to start: its status and body are the response
-├── RunNotFound             404   the log has no such run
-├── RunExists               409   the run id is in use
-├── RunEnded                409   the run takes no more entries
-├── RunCancelled            409   the run was cancelled, and with it the body
-├── IdempotencyConflict     422   the key was used before, for another request
-├── NotAuthenticated        401   the request has no valid credential
-├── NotAllowed              403   the caller lacks the right
-├── MetadataTooLarge        413   over the limit `max_metadata_bytes` (also a ValueError)
-├── DurationTooLong         400   a timeout over the limit `max_duration` (also a ValueError)
-├── TooManyRuns             503   the limit `max_runs` of this process is reached
-├── TooManyReaders          503   the limit `max_readers` of this process is reached
-│   └── TooManyReadersOfRun 429   the limit `max_readers_per_run` of this run is reached
-├── CursorExpired           410   the entries after the cursor have been trimmed
-├── ReaderReleased          503   this process no longer serves this reader; reconnect with the cursor
-├── Draining                503   this process starts no more runs
-├── LogUnavailable          503   the log cannot be reached
-│   └── LogFull             503   the log has no room for another run
-├── SupervisorFailed        503   a service of the supervisor died
-└── ConfigurationError            a setting has an invalid value (also a ValueError)
-InvalidChunk(ValueError)          a producer yielded an object that is not a chunk
-└── EventTooLarge                 an event over the limit `max_event_bytes`
-PublicError                       raised by a producer: its code and message reach the clients
-StreamInterrupted                 passed to `Observer.on_error` for a stream that a cancellation from outside cut short
-```
-
 Each `PenstockError` carries `status`, the HTTP status of the error response, and `code`, which clients may rely on.
+`InvalidChunk` is for producers, `PublicError` and `StreamRejected` are raised by them, and `StreamInterrupted` is only
+passed to observers.
 """
 
 from __future__ import annotations
@@ -57,13 +31,10 @@ class StreamRejected(Exception):
     """Raised by a source before its first chunk: the response becomes this status with this code and message.
 
     Args:
-        status: the HTTP status, 400 to 599.
+        status: the HTTP status, 400 to 599; another one is a ValueError.
         code: for programs, for example `"PENDING_APPROVAL"`.
         message: for people; clients see it.
         extra: further members of the JSON body.
-
-    Raises:
-        ValueError: the status is not an HTTP error status.
     """
 
     def __init__(self, status: int, code: str, message: str, **extra: Any) -> None:
@@ -77,11 +48,9 @@ class StreamRejected(Exception):
 
 
 class PublicError(Exception):
-    """An error whose message clients may see; of any other exception they see a code and an error id only.
+    """An error whose message, for people, and code, for programs, clients see as they are.
 
-    Args:
-        message: for people; clients see it as it is.
-        code: for programs; clients see it, too.
+    Of any other exception that a producer raises they see a code and an error id only.
     """
 
     def __init__(self, message: str, code: str = "ERROR") -> None:
@@ -91,11 +60,7 @@ class PublicError(Exception):
 
 
 class RunNotFound(PenstockError):
-    """The log has no such run: it was never started, or its history has expired.
-
-    Args:
-        run_id: the run.
-    """
+    """The log has no run `run_id`: it was never started, or its history has expired."""
 
     code = "RUN_NOT_FOUND"
     status = 404
@@ -106,11 +71,7 @@ class RunNotFound(PenstockError):
 
 
 class RunExists(PenstockError):
-    """The run id is in use.
-
-    Args:
-        run: the record of the run that has the id.
-    """
+    """The run id is in use; `run` is the record of the run that has it."""
 
     code = "RUN_EXISTS"
     status = 409
@@ -120,17 +81,11 @@ class RunExists(PenstockError):
         self.run = run
 
     def extra(self) -> dict[str, Any]:
-        """Return the record of the run that has the id, as `run`."""
         return {"run": self.run.to_json()}
 
 
 class RunEnded(PenstockError):
-    """The run has ended, so it takes no entries and no cancel.
-
-    Args:
-        run_id: the run.
-        run: its record, if it is known.
-    """
+    """The run `run_id` has ended, so it takes no entries and no cancel; `run` is its record, if it is known."""
 
     code = "RUN_ENDED"
     status = 409
@@ -142,7 +97,6 @@ class RunEnded(PenstockError):
         self.run = run
 
     def extra(self) -> dict[str, Any]:
-        """Return the terminal record, if it is known, as `run`."""
         return {} if self.run is None else {"run": self.run.to_json()}
 
 
@@ -150,10 +104,7 @@ class RunCancelled(PenstockError):
     """A body was cut short because its run was cancelled.
 
     `cancel_when` raises it where it cut its block short. A source may raise it, too, to end its run as cancelled.
-
-    Args:
-        run_id: the run, if it is known.
-        reason: the reason that the cancel request gave, if any.
+    `run_id` is the run, if it is known; `reason` is that of the cancel request, if it gave one.
     """
 
     code = "RUN_CANCELLED"
@@ -167,12 +118,7 @@ class RunCancelled(PenstockError):
 
 
 class IdempotencyConflict(PenstockError):
-    """The idempotency key was used before, with another request.
-
-    Args:
-        key: the idempotency key.
-        run_id: the run that the other request started.
-    """
+    """The idempotency key `key` was used before, with another request, which started the run `run_id`."""
 
     code = "IDEMPOTENCY_CONFLICT"
     status = 422
@@ -184,13 +130,7 @@ class IdempotencyConflict(PenstockError):
 
 
 class CursorExpired(PenstockError):
-    """The entries that follow the cursor have been trimmed.
-
-    Args:
-        run_id: the run.
-        after: the cursor.
-        oldest_seq: the seq of the oldest entry that the log has.
-    """
+    """The entries of the run `run_id` that follow the cursor `after` have been trimmed, those before `oldest_seq`."""
 
     code = "CURSOR_EXPIRED"
     status = 410
@@ -205,7 +145,6 @@ class CursorExpired(PenstockError):
         self.oldest_seq = oldest_seq
 
     def extra(self) -> dict[str, Any]:
-        """Return the seq from which a reader can resume, as `oldest_seq`."""
         return {"oldest_seq": self.oldest_seq}
 
 
@@ -318,10 +257,7 @@ class EventTooLarge(InvalidChunk):
 
 
 class StreamInterrupted(Exception):
-    """A stream was cut short by a cancellation from outside, such as the server's shutdown.
-
-    It is only passed to `Observer.on_error`, and never raised in place of the `Cancelled`.
-    """
+    """A cancellation from outside, such as the server's shutdown, cut a stream short; only passed to observers."""
 
 
 def single_error(error: BaseException) -> BaseException:

@@ -1,10 +1,7 @@
 """Exception groups: a nursery whose single exception leaves it bare, and tools to take groups apart.
 
-A nursery raises an `ExceptionGroup` whatever happened in it. Where the nursery is an implementation detail, as in
-`keepalive`, its caller need not know: an `except ValueError` around the block must catch the block's `ValueError`.
-`open_nursery` removes the nursery's own group, and no other: a group that a body raised itself stays one, and several
-exceptions stay together.
-
+Where a nursery is an implementation detail, an `except ValueError` around the block must catch the block's
+`ValueError`. Only the nursery's own group goes: one that a body raised itself, or of several exceptions, stays.
 The functions take the class that the event loop cancels with as `cancelled`, so they serve anyio's task groups, too.
 """
 
@@ -21,10 +18,7 @@ if TYPE_CHECKING:
 
 
 class open_nursery:  # noqa: N801  (used as trio.open_nursery is)
-    """Open a nursery, as `trio.open_nursery` does, whose single exception leaves the block bare.
-
-    Cancellations beside another exception are dropped; see `raise_single`.
-    """
+    """`trio.open_nursery`, but a single exception leaves the block bare; see `raise_single`."""
 
     # A class, not an @asynccontextmanager: a KeyboardInterrupt in its generator would leave the nursery half open.
 

@@ -1,13 +1,8 @@
 """A run's record, and the table of what ends a run.
 
 A run is *running* from the step in which the log creates its record until the step in which the log stores its terminal
-entry. Its `Cause` decides how it ends; the first one that the run's owner records counts. A terminal status is final.
-
-    running --returned--> completed        running --cancel----> cancelled
-    running --raised----> failed           running --timeout---> failed        ... see CAUSES
-
-`CAUSES` holds the status, the stop reason, the code and message that clients see, and the reason that the producer
-reads in its `Cancelled`. docs/life.md is drawn from it. All values here are plain: no I/O, no clock of their own.
+entry. Its `Cause` decides how it ends; the first one that the run's owner records counts. docs/life.md is drawn from
+`CAUSES`. All values here are plain: no I/O, no clock of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -207,12 +202,7 @@ class Run:
         return self.status if self.status.terminal else None
 
     def ended(self, ending: Ending, *, seq: int, at: float) -> Run:
-        """Return the record as it is after the end of the run.
-
-        Args:
-            ending: how the run ends.
-            seq: the seq of its terminal entry.
-            at: when that was stored, in seconds since the Unix epoch.
+        """Return the record after `ending`, whose terminal entry `seq` was stored `at` seconds since the Unix epoch.
 
         Raises:
             ValueError: the run has ended already, and a terminal status is final.
@@ -232,16 +222,9 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         """Return the record as the HTTP API shows it."""
         return {
-            "id": self.id,
-            "producer": self.producer,
+            **{each.name: getattr(self, each.name) for each in fields(self)},
             "status": self.status.value,
-            "stop_reason": self.stop_reason,
-            "cancel_reason": self.cancel_reason,
             "error": None if self.error is None else self.error.to_json(),
-            "seq": self.seq,
-            "created_at": self.created_at,
-            "started_at": self.started_at,
-            "ended_at": self.ended_at,
             "metadata": dict(self.metadata),
         }
 
@@ -252,11 +235,7 @@ def new_run_id() -> str:
 
 
 def check_run_id(run_id: str) -> str:
-    """Return `run_id` if it is a valid one.
-
-    Raises:
-        ValueError: it is not 1 to 128 characters of `[A-Za-z0-9._:-]`, or is `.` or `..`.
-    """
+    """Return `run_id`, or raise `ValueError` if it is not a valid one."""
     if not isinstance(run_id, str) or RUN_ID.fullmatch(run_id) is None or run_id in _NOT_IN_A_PATH:
         raise ValueError(
             f"a run id is 1 to 128 letters, digits, '.', '_', ':' or '-', and not '.' or '..'; not {run_id!r:.160}"

@@ -1,4 +1,4 @@
-"""A process that serves tunes the garbage collector; a program that uses penstock keeps its own settings."""
+"""A process that serves: its garbage collector and its sockets; a program that uses penstock keeps its own settings."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
-import pytest
 
 from penstock.cli.host import GC_THRESHOLDS
-from tests.support.command_line import GUARD, environment, penstock
+from tests.support.command_line import ANY_PORT, GUARD, environment, penstock
 from tests.support.wire import blocks_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.redis_servers import Endpoint
-
 PRODUCERS: Final = """
 import gc
+import os
+import socket
 from penstock import Event
 
 EARLY = []
+
+def user_timeouts():
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            with socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM) as sock:
+                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    yield sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        except OSError:
+            continue  # no socket, or closed meanwhile
 
 async def collector(_input):
     late = []
@@ -34,6 +42,7 @@ async def collector(_input):
         "enabled": gc.isenabled(),
         "early": any(each is EARLY for each in looked_at),
         "late": any(each is late for each in looked_at),
+        "user_timeouts": [*user_timeouts()],
     })
 
 producers = {"collector": collector}
@@ -82,16 +91,12 @@ def default() -> list[int]:
     return [*map(int, subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split())]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-async def test_a_process_that_serves_looks_rarely_and_never_at_what_it_has_imported(
-    tmp_path: Path, server: Endpoint, workers: int
+async def test_a_process_that_serves_looks_rarely_and_never_at_what_it_has_imported_and_times_its_clients_out(
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "asked.py").write_text(PRODUCERS)
-    args = ("serve", "--producers", "asked:producers", "--bind", "127.0.0.1:0", "--log", server.url)
-    async with (
-        penstock(*args, "--workers", workers, cwd=tmp_path) as program,
-        httpx2.AsyncClient(timeout=GUARD) as client,
-    ):
+    args = ("serve", "--producers", "asked:producers", *ANY_PORT, "--tcp-user-timeout", 7)
+    async with penstock(*args, cwd=tmp_path) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (\S+)"))[1]
         answer = await client.post(f"{url}/v1/runs", json={"producer": "collector", "stream": True})
         seen: Any = blocks_of(answer.text)[0].json
@@ -102,6 +107,7 @@ async def test_a_process_that_serves_looks_rarely_and_never_at_what_it_has_impor
     assert seen["enabled"]
     assert seen["frozen"] > 10_000
     assert (seen["early"], seen["late"]) == (False, True)
+    assert seen["user_timeouts"] == [7000]
 
 
 def test_a_program_that_uses_penstock_keeps_its_collector_as_it_was() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -17,7 +15,7 @@ import trio
 
 from penstock.cli.serve import announce
 from penstock.supervisor.settings import Settings
-from tests.support.command_line import ANY_PORT, GUARD, PRODUCERS, environment, penstock, ran, refused
+from tests.support.command_line import ANY_PORT, GUARD, PRODUCERS, penstock, ran, refused
 from tests.support.wire import DONE, blocks_of, ids
 
 if TYPE_CHECKING:
@@ -53,10 +51,7 @@ def test_serves_help_shows_every_setting_with_its_variable_its_unit_and_its_defa
 
 
 def test_the_version_is_the_packages() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "penstock", "--version"], capture_output=True, text=True, check=True, env=environment()
-    )
-    assert done.stdout == f"penstock {version('penstock')}\n"
+    assert ran("--version").output == f"penstock {version('penstock')}\n"
 
 
 # What it takes
@@ -139,14 +134,15 @@ def test_a_note_says_that_tokens_cross_the_network_unencrypted_only_where_they_d
 # Serving
 
 
-async def test_serve_says_where_it_is_and_its_curl_line_works_and_sigterm_ends_it_with_0() -> None:
-    async with penstock("serve", "--producers", PRODUCERS, *ANY_PORT) as program, httpx2.AsyncClient() as client:
+async def test_serve_says_where_it_is_and_its_curl_line_works_and_ctrl_c_interrupts_its_runs() -> None:
+    args = ("serve", "--producers", PRODUCERS, *ANY_PORT, "--drain-timeout", 0, "--log-level", "error")
+    async with penstock(*args) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (http://127\.0\.0\.1:[1-9]\d*) "))[1]
         await program.until("producers: agent, countdown, failing, files, silent")
         curl = shlex.split((await program.until(r"try:  (curl .*)$"))[1])
         await program.until("Ctrl-C stops")
 
-        answer = await client.post(curl[-1], content=curl[curl.index("-d") + 1], timeout=GUARD)
+        answer = await client.post(curl[-1], content=curl[curl.index("-d") + 1])
         blocks = blocks_of(answer.text)
         assert ids(blocks) == list(range(1, len(blocks) + 1))
         said = "".join(block.json["content"] for block in blocks[1:-2])
@@ -154,16 +150,6 @@ async def test_serve_says_where_it_is_and_its_curl_line_works_and_sigterm_ends_i
         assert blocks[-1].data == DONE
         assert "agent" in (await client.get(f"{url}/v1/producers")).json()["producers"]
 
-        program.process.terminate()
-        assert await program.end() == 0
-        assert program.lines[-1] == "penstock: stopped; every run has its last entry"
-        assert "Traceback" not in program.words
-
-
-async def test_ctrl_c_drains_and_readers_get_the_end_of_an_interrupted_run() -> None:
-    args = ("serve", "--producers", PRODUCERS, *ANY_PORT, "--drain-timeout", "0", "--log-level", "error")
-    async with penstock(*args) as program, httpx2.AsyncClient(timeout=GUARD) as client:
-        url = (await program.until(r"serving on (\S+)"))[1]
         started = await client.post(f"{url}/v1/runs", json={"producer": "silent"})
         async with client.stream("GET", url + started.headers["location"]) as stream:
             program.process.send_signal(signal.SIGINT)
@@ -171,11 +157,14 @@ async def test_ctrl_c_drains_and_readers_get_the_end_of_an_interrupted_run() -> 
         assert error.json["code"] == "INTERRUPTED"
         assert done.data == DONE
         assert await program.end() == 0
+        assert program.lines[-1] == "penstock: stopped; every run has its last entry"
+        assert "Traceback" not in program.words
 
 
 async def test_a_producer_that_holds_on_is_shown_and_left_behind_with_code_3(tmp_path: Path) -> None:
     (tmp_path / "stubborn.py").write_text(
-        "import trio\n"
+        "import penstock.server.serve, trio\n"
+        "penstock.server.serve.ABANDON_AFTER = 0.2\n"
         "async def stubborn(_input):\n"
         "    with trio.CancelScope(shield=True):\n"
         "        await trio.sleep_forever()\n"

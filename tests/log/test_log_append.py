@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from penstock.errors import RunExists, RunNotFound
-from penstock.log import Appended, AppendStatus, Batch, CancelStatus, Entry, Lease
+from penstock.errors import RunExists
+from penstock.log import Appended, AppendStatus, Batch, Entry, Lease
 from penstock.runs import RunStatus
 from tests.support.logs import CANCELLED, COMPLETED, DONE, FAILED, LEASE, LOST_ENDING, batch, entries, record, seqs
 
@@ -54,14 +54,6 @@ async def test_a_run_id_in_use_is_refused_and_the_run_that_has_it_stays(log: Eve
     assert await stored(log) == [1, 2, 3]
 
 
-async def test_the_id_of_an_ended_run_is_in_use_as_well(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    await append(log, batch(1, 1, COMPLETED))
-    with pytest.raises(RunExists) as caught:
-        await log.start(record(), Lease("other", "other epoch", 30.0))
-    assert caught.value.run.status is RunStatus.COMPLETED
-
-
 # --- append ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,24 +83,6 @@ async def test_d27_a_batch_that_is_sent_twice_is_stored_once(log: EventLog, cloc
     assert await stored(log) == [1, 2, 3]
 
 
-async def test_of_a_batch_that_overlaps_only_what_is_missing_is_added(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    await append(log, batch(1, 3))
-    assert await append(log, batch(2, 6)) == Appended(AppendStatus.OK, 6)
-    assert await append(log, batch(1, 2)) == Appended(AppendStatus.OK, 6)
-    assert await stored(log) == [1, 2, 3, 4, 5, 6]
-
-
-async def test_a_batch_beyond_the_end_is_a_hole_and_nothing_of_it_is_stored(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    assert await append(log, batch(2, 3)) == Appended(AppendStatus.HOLE, 0)
-    await append(log, batch(1, 3))
-    assert await append(log, batch(5, 6, COMPLETED)) == Appended(AppendStatus.HOLE, 3)
-    assert await stored(log) == [1, 2, 3]
-    assert (await log.get("r")).status is RunStatus.RUNNING
-    assert await append(log, batch(4, 6)) == Appended(AppendStatus.OK, 6)
-
-
 async def test_d31_an_owner_with_another_epoch_is_fenced_and_nothing_of_it_is_stored(
     log: EventLog, clock: Clock
 ) -> None:
@@ -120,12 +94,6 @@ async def test_d31_an_owner_with_another_epoch_is_fenced_and_nothing_of_it_is_st
         assert (await append(log, batch(9, 9, epoch=epoch))).status is AppendStatus.FENCED
     assert await stored(log) == [1, 2]
     assert (await log.get("r")).status is RunStatus.RUNNING
-
-
-async def test_a_run_that_is_not_there_is_gone(log: EventLog, clock: Clock) -> None:
-    assert await append(log, batch(1, 1)) == Appended(AppendStatus.GONE, 0)
-    with pytest.raises(RunNotFound, match="'r'"):
-        await log.get("r")
 
 
 async def test_each_batch_stands_alone_and_has_its_reply_in_its_place(log: EventLog, clock: Clock) -> None:
@@ -156,12 +124,6 @@ async def test_each_batch_stands_alone_and_has_its_reply_in_its_place(log: Event
 
 async def test_no_batches_have_no_replies(log: EventLog, clock: Clock) -> None:
     assert list(await log.append([])) == []
-
-
-async def test_a_batch_of_two_hundred_entries_is_stored_whole(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    assert await append(log, batch(1, 200, COMPLETED)) == Appended(AppendStatus.OK, 200)
-    assert await stored(log) == list(range(1, 201))
 
 
 # --- ending ---------------------------------------------------------------------------------------------------------
@@ -216,26 +178,6 @@ async def test_d27_a_terminal_append_that_is_sent_again_is_stored_once_and_accep
 # --- cancel and append ----------------------------------------------------------------------------------------------
 
 
-async def test_every_reply_carries_a_cancel_that_is_on_record(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    await log.request_cancel("r", "stop it")
-    for what, status in (
-        (batch(1, 1), AppendStatus.OK),
-        (batch(9, 9), AppendStatus.HOLE),
-        (batch(2, 2, COMPLETED), AppendStatus.CANCELLED),
-        (batch(2, 2, FAILED), AppendStatus.OK),
-    ):
-        reply = await append(log, what)
-        assert (reply.status, reply.cancelled, reply.cancel) == (status, True, "stop it")
-
-
-async def test_a_cancel_without_words_is_a_cancel(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    await log.request_cancel("r", None)
-    reply = await append(log, batch(1, 1))
-    assert (reply.cancelled, reply.cancel) == (True, None)
-
-
 async def test_d19_a_completed_ending_is_refused_while_a_cancel_is_on_record(log: EventLog, clock: Clock) -> None:
     await log.start(record(), LEASE)
     await append(log, batch(1, 1))
@@ -247,27 +189,6 @@ async def test_d19_a_completed_ending_is_refused_while_a_cancel_is_on_record(log
     assert (await append(log, batch(2, 3, CANCELLED))).status is AppendStatus.OK
     run = await log.get("r")
     assert (run.status, run.cancel_reason, run.seq) == (RunStatus.CANCELLED, "stop", 3)
-
-
-async def test_an_ending_that_is_not_completed_is_taken_in_spite_of_a_cancel_and_the_words_are_kept(
-    log: EventLog, clock: Clock
-) -> None:
-    await log.start(record(), LEASE)
-    await log.request_cancel("r", "stop")
-    assert (await append(log, batch(1, 1, FAILED))).status is AppendStatus.OK
-    run = await log.get("r")
-    assert (run.status, run.cancel_reason) == (RunStatus.FAILED, "stop")
-
-
-async def test_a_completed_ending_that_was_stored_before_the_cancel_stays_when_it_is_sent_again(
-    log: EventLog, clock: Clock
-) -> None:
-    await log.start(record(), LEASE)
-    await append(log, batch(1, 2, COMPLETED))
-    assert (await log.request_cancel("r", "late")).status is CancelStatus.ENDED
-    assert (await append(log, batch(1, 2, COMPLETED))).status is AppendStatus.OK
-    run = await log.get("r")
-    assert (run.status, run.cancel_reason) == (RunStatus.COMPLETED, None)
 
 
 # --- after the run was taken away -----------------------------------------------------------------------------------

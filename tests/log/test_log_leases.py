@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import trio
 
-from penstock.log import AppendStatus, CancelStatus, Lease, LostEnding, Notification
+from penstock.log import AppendStatus, Lease, LostEnding, Notification
 from penstock.runs import RunStatus
-from tests.support.logs import CANCELLED, COMPLETED, DONE, LOST, LOST_ENDING, batch, record, seqs
+from tests.support.logs import COMPLETED, DONE, LOST, LOST_ENDING, batch, record
 
 if TYPE_CHECKING:
     from trio.abc import Clock
@@ -32,13 +31,6 @@ async def reap(log: EventLog) -> list[str]:
 # --- leases ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_run_whose_lease_runs_is_not_reaped(log: EventLog, clock: Clock, elapse: Elapse) -> None:
-    await start(log)
-    await elapse(1.5)
-    assert await reap(log) == []
-    assert (await log.get("r")).status is RunStatus.RUNNING
-
-
 async def test_a_run_whose_lease_has_run_out_ends_with_an_obituary(log: EventLog, clock: Clock, elapse: Elapse) -> None:
     started = await start(log)
     await log.append([batch(1, 3)])
@@ -53,13 +45,6 @@ async def test_a_run_whose_lease_has_run_out_ends_with_an_obituary(log: EventLog
         (5, DONE, True),
     ]
     assert all(each.timestamp > 1_600_000_000_000 for each in entries)
-
-
-async def test_a_run_without_entries_is_reaped_as_well(log: EventLog, clock: Clock, elapse: Elapse) -> None:
-    await start(log)
-    await elapse(2.5)
-    assert await reap(log) == ["r"]
-    assert seqs((await log.read("r", 0)).entries) == [1, 2]
 
 
 async def test_a_run_is_reaped_once_and_an_ended_one_never(log: EventLog, clock: Clock, elapse: Elapse) -> None:
@@ -88,26 +73,6 @@ async def test_each_dead_run_has_an_obituary_of_its_own(log: EventLog, clock: Cl
     assert len(made) == 3
 
 
-async def test_renewing_keeps_a_run_alive(log: EventLog, clock: Clock, elapse: Elapse) -> None:
-    await start(log)
-    for _ in range(4):
-        await elapse(1)
-        assert await log.renew("owner", {"r": "epoch"}, 2.0) == {"r": OK}
-    assert await reap(log) == []
-    await elapse(2.5)
-    assert await reap(log) == ["r"]
-
-
-async def test_a_renewal_is_for_as_long_as_it_says(log: EventLog, clock: Clock, elapse: Elapse) -> None:
-    await start(log, seconds=1.0)
-    await log.renew("owner", {"r": "epoch"}, 4.0)
-    await elapse(3)
-    assert await reap(log) == []
-    await log.renew("owner", {"r": "epoch"}, 1.0)
-    await elapse(1.5)
-    assert await reap(log) == ["r"]
-
-
 async def test_appending_keeps_a_run_alive_for_one_lease(log: EventLog, clock: Clock, elapse: Elapse) -> None:
     await start(log)
     for seq in (1, 2, 3):
@@ -115,15 +80,6 @@ async def test_appending_keeps_a_run_alive_for_one_lease(log: EventLog, clock: C
         await log.append([batch(seq, seq)])
     assert await reap(log) == []
     await elapse(2.5)
-    assert await reap(log) == ["r"]
-
-
-async def test_what_is_refused_keeps_nothing_alive(log: EventLog, clock: Clock, elapse: Elapse) -> None:
-    await start(log)
-    await elapse(1.5)
-    await log.append([batch(1, 1, epoch="other")])
-    await log.renew("owner", {"r": "other"}, 60.0)
-    await elapse(1)
     assert await reap(log) == ["r"]
 
 
@@ -144,44 +100,7 @@ async def test_renewals_are_answered_run_by_run(log: EventLog, clock: Clock, ela
     }
 
 
-async def test_renewing_nothing_is_nothing(log: EventLog, clock: Clock) -> None:
-    assert await log.renew("owner", {}, 2.0) == {}
-
-
 # --- cancel requests ------------------------------------------------------------------------------------------------
-
-
-async def test_a_cancel_request_is_put_on_record_and_the_run_goes_on(log: EventLog, clock: Clock) -> None:
-    await start(log)
-    reply = await log.request_cancel("r", "user pressed stop")
-    assert reply.status is CancelStatus.REQUESTED
-    assert reply.run == await log.get("r")
-    assert (reply.run.status, reply.run.cancel_reason) == (RunStatus.RUNNING, "user pressed stop")
-
-
-@pytest.mark.parametrize("first", ["first", None])
-async def test_the_first_request_stays_as_it_is(log: EventLog, clock: Clock, first: str | None) -> None:
-    await start(log)
-    await log.request_cancel("r", first)
-    reply = await log.request_cancel("r", "second")
-    assert reply.status is CancelStatus.REPEATED
-    assert reply.run.cancel_reason == (await log.get("r")).cancel_reason == first
-
-
-async def test_a_run_that_has_ended_cannot_be_cancelled(log: EventLog, clock: Clock) -> None:
-    await start(log)
-    await log.append([batch(1, 2, COMPLETED)])
-    before = await log.get("r")
-    reply = await log.request_cancel("r", "late")
-    assert reply.status is CancelStatus.ENDED
-    assert reply.run == before == await log.get("r")
-
-
-async def test_after_the_cancel_was_carried_out_the_run_has_ended(log: EventLog, clock: Clock) -> None:
-    await start(log)
-    await log.request_cancel("r", "stop")
-    await log.append([batch(1, 2, CANCELLED)])
-    assert (await log.request_cancel("r", "again")).status is CancelStatus.ENDED
 
 
 async def test_requests_are_taken_by_the_owner_once(log: EventLog, clock: Clock) -> None:
@@ -197,17 +116,6 @@ async def test_requests_are_taken_by_the_owner_once(log: EventLog, clock: Clock)
         assert dict(await log.cancel_requests("owner")) == {"a": "why", "b": None}
         assert dict(await log.cancel_requests("owner")) == {}
         assert dict(await log.cancel_requests("other")) == {"c": "theirs"}
-
-
-async def test_a_cancelled_run_that_is_reaped_is_lost_and_keeps_the_words(
-    log: EventLog, clock: Clock, elapse: Elapse
-) -> None:
-    await start(log)
-    await log.request_cancel("r", "stop")
-    await elapse(2.5)
-    assert await reap(log) == ["r"]
-    run = await log.get("r")
-    assert (run.status, run.cancel_reason) == (RunStatus.LOST, "stop")
 
 
 # --- wake-ups -------------------------------------------------------------------------------------------------------
@@ -228,23 +136,6 @@ async def test_what_was_appended_since_the_subscription_is_told(log: EventLog, c
                 assert news.moved
                 assert not news.cancel
                 seen |= news.moved
-
-
-async def test_one_who_waits_is_woken(log: EventLog, clock: Clock) -> None:
-    await start(log)
-    async with log.wakeups("reader") as wakeups, trio.open_nursery() as nursery:
-        await wakeups.subscribe("r")
-        told: list[Notification] = []
-
-        async def wait() -> None:
-            told.append(await wakeups.wait())
-
-        nursery.start_soon(wait)
-        await trio.testing.wait_all_tasks_blocked()
-        assert told == []
-        with trio.fail_after(5):
-            await log.append([batch(1, 2)])
-    assert told == [Notification({"r": 2})]
 
 
 async def test_the_end_is_told_whoever_writes_it(log: EventLog, clock: Clock, elapse: Elapse) -> None:
@@ -279,17 +170,6 @@ async def test_a_run_without_a_subscription_and_one_unsubscribed_are_not_told(lo
             while "told" not in seen:
                 seen |= (await wakeups.wait()).moved
         assert seen == {"told": 1}
-
-
-async def test_a_subscription_can_be_made_again(log: EventLog, clock: Clock) -> None:
-    await start(log)
-    async with log.wakeups("reader") as wakeups:
-        await wakeups.subscribe("r")
-        wakeups.unsubscribe("r")
-        await wakeups.subscribe("r")
-        await log.append([batch(1, 1)])
-        with trio.fail_after(5):
-            assert (await wakeups.wait()).moved == {"r": 1}
 
 
 async def test_a_cancel_request_wakes_the_owner_and_nobody_else(log: EventLog, clock: Clock) -> None:

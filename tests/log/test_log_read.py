@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from penstock.errors import IdempotencyConflict, RunNotFound
-from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, Batch, EventLog, Idempotency
+from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, EventLog, Idempotency
 from penstock.runs import RunStatus
-from tests.support.logs import COMPLETED, FAILED, LEASE, batch, entry, record, seqs
+from tests.support.logs import COMPLETED, FAILED, LEASE, batch, record, seqs
 
 if TYPE_CHECKING:
     from trio.abc import Clock
@@ -36,7 +36,7 @@ async def test_it_has_what_the_protocol_asks_for(log: EventLog, clock: Clock) ->
 # --- read -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 5, 6, 1_000_000])
+@pytest.mark.parametrize("after", [0, 4, 5, 1_000_000])
 async def test_a_page_holds_what_follows_the_cursor_and_the_record_of_the_same_moment(
     log: EventLog, clock: Clock, after: int
 ) -> None:
@@ -56,7 +56,7 @@ async def test_d33_nothing_yet_and_nothing_more_differ_by_the_record(log: EventL
         assert (yet.run.status.terminal, more.run.status.terminal) == (False, True)
 
 
-@pytest.mark.parametrize("limit", [1, 2, 6, 7, 8])
+@pytest.mark.parametrize("limit", [1, 2, 7, 8])
 async def test_d35_a_page_holds_at_most_so_many_entries_and_pages_come_to_the_whole(
     log: EventLog, clock: Clock, limit: int
 ) -> None:
@@ -70,7 +70,7 @@ async def test_d35_a_page_holds_at_most_so_many_entries_and_pages_come_to_the_wh
     assert sizes == [limit] * (7 // limit) + ([7 % limit] if 7 % limit else [])
 
 
-@pytest.mark.parametrize("limit", [1, 99, 100, 101, 199, 250, 500, 10_000])
+@pytest.mark.parametrize("limit", [1, 99, 100, 101, 250, 10_000])
 async def test_a_page_is_full_when_its_bytes_are_reached_and_never_empty_before_the_end(
     log: EventLog, clock: Clock, limit: int
 ) -> None:
@@ -83,13 +83,6 @@ async def test_a_page_is_full_when_its_bytes_are_reached_and_never_empty_before_
         assert (len(page.entries) - 1) * 100 < limit
         cursor = page.entries[-1].seq
         assert cursor == 7 or (len(page.entries) + 1) * 100 > limit
-
-
-async def test_an_entry_over_the_limit_comes_alone_and_whole(log: EventLog, clock: Clock) -> None:
-    await log.start(record(), LEASE)
-    await log.append([Batch("r", "epoch", [entry(1, 5_000), entry(2, 50), entry(3, 50)])])
-    page = await log.read("r", 0, max_bytes=1_000)
-    assert [len(each.wire) for each in page.entries] == [5_000]
 
 
 async def test_the_default_page_keeps_to_both_limits(log: EventLog, clock: Clock) -> None:
@@ -132,10 +125,6 @@ async def test_fetch_is_read_for_many_runs(log: EventLog, clock: Clock) -> None:
     assert pages["missing"] is None
     for run_id, after in (("a", 1), ("b", 10), ("c", 2)):
         assert pages[run_id] == await log.read(run_id, after)
-
-
-async def test_fetching_nothing_is_nothing(log: EventLog, clock: Clock) -> None:
-    assert dict(await log.fetch({})) == {}
 
 
 # --- list -----------------------------------------------------------------------------------------------------------
@@ -190,12 +179,6 @@ async def test_another_request_under_the_same_key_is_refused(log: EventLog, cloc
         await log.get("second")
 
 
-async def test_other_keys_and_none_start_runs_of_their_own(log: EventLog, clock: Clock) -> None:
-    await log.start(record("a"), LEASE, Idempotency("key a", "request"))
-    assert (await log.start(record("b"), LEASE, Idempotency("key b", "request"))).created
-    assert (await log.start(record("c"), LEASE)).created
-
-
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
@@ -221,21 +204,22 @@ async def gone(log: EventLog, operation: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("operation", ["get", "read", "fetch", "append", "renew", "list", "cancel"])
 async def test_an_ended_run_is_kept_for_its_time_and_then_gone_for_every_operation(
-    kind: Kind, clock: Clock, elapse: Elapse, operation: str
+    kind: Kind, clock: Clock, elapse: Elapse
 ) -> None:
-    async with kind.open(ttl=2) as log:
+    operations = ["get", "read", "fetch", "append", "renew", "list", "cancel"]
+    async with kind.open(ttl=4) as log:
         await run_of(log, 2, ended=True)
-        await elapse(1)
-        assert not await gone(log, operation)
-    async with kind.open(ttl=2) as log:
-        await run_of(log, 2, ended=True)
+        await elapse(2)
+        assert not any([await gone(log, operation) for operation in operations])
         await elapse(2.5)
-        assert await gone(log, operation)
+        assert all([await gone(log, operation) for operation in operations])
 
 
-async def test_the_id_and_the_key_of_a_run_that_is_gone_are_free(kind: Kind, clock: Clock, elapse: Elapse) -> None:
+async def test_the_id_and_the_key_of_a_run_that_is_gone_are_free(
+    kind: Kind, clock: Clock, elapse: Elapse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.log.redis.start.PENDING_LIMIT", 0.1)
     async with kind.open(ttl=2) as log:
         await log.start(record(), LEASE, Idempotency("key", "request 1"))
         await log.append([batch(1, 2, COMPLETED)])
@@ -244,18 +228,7 @@ async def test_the_id_and_the_key_of_a_run_that_is_gone_are_free(kind: Kind, clo
         assert (await log.get("r")).seq == 0
 
 
-async def test_d40_a_run_that_is_still_going_does_not_expire(kind: Kind, clock: Clock, elapse: Elapse) -> None:
-    async with kind.open(ttl=2) as log:
-        await run_of(log, 2)
-        for _ in range(6):
-            await elapse(1)
-            await log.renew("owner", {"r": "epoch"}, 30.0)
-        assert seqs((await log.read("r", 0)).entries) == [1, 2]
-        (reply,) = await log.append([batch(3, 3, COMPLETED)])
-        assert reply.status is AppendStatus.OK
-
-
-async def test_d32_the_history_of_a_silent_run_is_there_as_long_as_its_owner_renews(
+async def test_d32_d40_the_history_of_a_silent_run_is_there_as_long_as_its_owner_renews(
     kind: Kind, clock: Clock, elapse: Elapse
 ) -> None:
     async with kind.open(ttl=3) as log:
@@ -266,3 +239,5 @@ async def test_d32_the_history_of_a_silent_run_is_there_as_long_as_its_owner_ren
             assert await log.renew("owner", {"r": "epoch"}, 30.0) == {"r": AppendStatus.OK}
         assert seqs((await log.read("r", 0)).entries) == [1, 2, 3]
         assert [run.id for run in await log.list()] == ["r"]
+        (reply,) = await log.append([batch(4, 4, COMPLETED)])
+        assert reply.status is AppendStatus.OK

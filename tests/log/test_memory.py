@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ConfigurationError, RunNotFound
-from penstock.log import AppendStatus, Batch, Idempotency, Lease, Page
+from penstock.log import AppendStatus, Batch, Idempotency, Page
 from penstock.log.memory import RUN_OVERHEAD, MemoryLog
 from penstock.log.open import open_log
 from penstock.runs import RunStatus
@@ -53,13 +52,6 @@ def empty(log: MemoryLog) -> bool:
 def test_a_limit_that_is_not_above_zero_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"{name} is a number above 0"):
         MemoryLog(**{name: value})
-
-
-@pytest.mark.parametrize("name", ["max_entries", "max_run_bytes", "max_bytes", "ttl"])
-async def test_the_smallest_limits_are_taken(autojump_clock: MockClock, name: str) -> None:
-    log = MemoryLog(**{name: 1})
-    await run_of(log, "r", 3, ended=True)
-    assert (await log.get("r")).status == "completed"
 
 
 @pytest.mark.parametrize("url", ["memory:", "memory:///", "memory://x", "memory://?x=1", "memori://", "", "redis"])
@@ -143,15 +135,6 @@ async def test_starting_a_run_makes_room_as_well(autojump_clock: MockClock) -> N
     assert await there(log) == [f"r{number}" for number in range(91, 100)]
 
 
-async def test_many_runs_without_entries_are_bounded_too(autojump_clock: MockClock) -> None:
-    log = MemoryLog(max_bytes=10 * RUN_OVERHEAD)
-    for number in range(50):
-        await log.start(record(f"r{number}"), Lease("owner", "epoch", 1.0))
-        await trio.sleep(1.5)
-        await log.reap(lambda: replace(LOST_ENDING, blocks=[b"data: [DONE]\n\n"]))
-    assert len(await there(log)) <= 10
-
-
 async def test_a_run_that_is_still_going_is_never_dropped_but_gives_up_its_oldest_entries(
     autojump_clock: MockClock,
 ) -> None:
@@ -205,17 +188,6 @@ async def test_runs_expire_in_the_order_in_which_they_ended(autojump_clock: Mock
         left.append(await there(log))
         await trio.sleep(10 if len(left) > 1 else 80)
     assert left == [["a", "b", "c"], ["a", "c"], ["c"]]
-
-
-async def test_d40_a_run_that_is_still_going_never_expires(autojump_clock: MockClock) -> None:
-    log = MemoryLog(ttl=10_800)
-    await run_of(log, "r", 2)
-    for _ in range(20):
-        await trio.sleep(50_000)
-    assert seqs((await page_of(log, "r")).entries) == [1, 2]
-    await write(log, "r", 3, 3, ended=True)
-    await trio.sleep(10_799)
-    assert await there(log) == ["r"]
 
 
 # --- what is left ---------------------------------------------------------------------------------------------------

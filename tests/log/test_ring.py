@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
-from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from penstock.log import Entry
 from penstock.log.ring import Ring
-from tests.support.logs import entries, entry, seqs
+from tests.support.logs import entries, seqs
 
 ALL = 1_000_000
 
@@ -24,77 +21,6 @@ def ring_of(first: int, last: int, size: int = 0) -> Ring:
 
 def after(ring: Ring, cursor: int, max_entries: int = ALL, max_bytes: int = ALL) -> list[int]:
     return seqs(ring.after(cursor, max_entries=max_entries, max_bytes=max_bytes))
-
-
-@pytest.mark.parametrize("last", [0, 7])
-def test_an_empty_ring_stands_somewhere(last: int) -> None:
-    ring = Ring(last)
-    assert (ring.first, ring.last, len(ring), ring.size) == (last + 1, last, 0, 0)
-
-
-def test_what_follows_is_added_and_counted() -> None:
-    ring = ring_of(1, 3, 50)
-    assert (ring.first, ring.last, len(ring), ring.size) == (1, 3, 3, 150)
-
-
-def test_what_is_there_already_is_not_added_again() -> None:
-    ring = ring_of(1, 3, 50)
-    ring.extend(entries(1, 4, 50))
-    ring.extend(entries(2, 3, 50))
-    assert (ring.first, ring.last, ring.size) == (1, 4, 200)
-    assert after(ring, 0) == [1, 2, 3, 4]
-
-
-def test_what_was_trimmed_is_not_added_again() -> None:
-    ring = ring_of(1, 3, 50)
-    ring.trim(1, ALL)
-    ring.extend(entries(1, 3, 50))
-    assert (ring.first, ring.last, ring.size) == (3, 3, 50)
-
-
-def test_a_gap_empties_the_ring_first_so_that_it_never_holds_one() -> None:
-    ring = ring_of(1, 3, 50)
-    ring.extend(entries(5, 6, 50))
-    assert (ring.first, ring.last, ring.size) == (5, 6, 100)
-    assert after(ring, 4) == [5, 6]
-
-
-@pytest.mark.parametrize("limit, left", [(0, []), (1, [5]), (4, [2, 3, 4, 5]), (5, [1, 2, 3, 4, 5]), (6, None)])
-def test_the_oldest_go_until_the_number_is_kept(limit: int, left: list[int] | None) -> None:
-    ring = ring_of(1, 5, 50)
-    left = [1, 2, 3, 4, 5] if left is None else left
-    assert ring.trim(limit, ALL) == 50 * (5 - len(left))
-    assert after(ring, 5 - len(left)) == left
-    assert (ring.last, ring.size) == (5, 50 * len(left))
-
-
-@pytest.mark.parametrize("limit, left", [(0, 0), (49, 0), (50, 1), (99, 1), (100, 2), (249, 4), (250, 5), (251, 5)])
-def test_the_oldest_go_until_the_bytes_are_kept(limit: int, left: int) -> None:
-    ring = ring_of(1, 5, 50)
-    assert ring.trim(ALL, limit) == 50 * (5 - left)
-    assert (len(ring), ring.size, ring.last) == (left, 50 * left, 5)
-
-
-def test_both_limits_hold_at_once() -> None:
-    ring = ring_of(1, 5, 50)
-    assert ring.trim(3, 100) == 150
-    assert len(ring) == 2
-
-
-def test_clearing_keeps_the_place() -> None:
-    ring = ring_of(1, 5)
-    ring.clear()
-    assert (ring.first, ring.last, len(ring), ring.size) == (6, 5, 0, 0)
-    ring.extend(entries(6, 6))
-    assert after(ring, 5) == [6]
-
-
-@pytest.mark.parametrize(
-    "cursor, limit, taken",
-    [(2, 1, [3]), (2, 2, [3, 4]), (2, 3, [3, 4, 5]), (2, 4, [3, 4, 5]), (4, 1, [5]), (4, 9, [5]), (5, 1, [])],
-)
-def test_at_most_so_many_are_taken(cursor: int, limit: int, taken: list[int]) -> None:
-    assert after(ring_of(3, 5), cursor, max_entries=limit) == taken
 
 
 @pytest.mark.parametrize(
@@ -168,22 +94,6 @@ def test_each_entry_keeps_its_timestamp_through_trims_and_gaps() -> None:
     assert ring.after(29, max_entries=ALL, max_bytes=ALL) == stamped[29:]
 
 
-def test_the_garbage_collector_has_as_much_to_look_at_however_many_entries_there_are() -> None:
-    def tracked(ring: Ring) -> int:
-        found, to_look_at = 0, [*gc.get_referents(ring)]
-        while to_look_at:
-            each = to_look_at.pop()
-            if gc.is_tracked(each) and not isinstance(each, type):
-                found += 1
-                to_look_at += gc.get_referents(each)
-        return found
-
-    small, large = ring_of(1, 1), ring_of(1, 1_000)
-    assert tracked(small) == tracked(large)
-    assert len(large.after(0, max_entries=ALL, max_bytes=ALL)) == 1_000  # and these are not kept
-    assert tracked(large) == tracked(small)
-
-
 class RingMachine(RuleBasedStateMachine):
     """A ring beside the plainest list there is."""
 
@@ -240,18 +150,3 @@ class RingMachine(RuleBasedStateMachine):
 
 
 TestRingMachine = RingMachine.TestCase
-
-
-@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 200), st.data())
-def test_pages_put_one_after_the_other_are_the_whole(
-    count: int, max_entries: int, max_bytes: int, data: st.DataObject
-) -> None:
-    ring = Ring()
-    ring.extend([entry(seq, data.draw(st.integers(0, 80))) for seq in range(1, count + 1)])
-    cursor = 0
-    seen: list[int] = []
-    while page := ring.after(cursor, max_entries=max_entries, max_bytes=max_bytes):
-        assume(len(seen) <= count)
-        seen += seqs(page)
-        cursor = seen[-1]
-    assert seen == list(range(1, count + 1))

@@ -17,7 +17,6 @@ from penstock.observer import Commit, Figures, Observer, StreamEnd
 from penstock.observer.logging import LoggingObserver
 from penstock.runs import Ending, Run, RunError, RunStatus
 from tests.support.command_line import penstock
-from tests.support.serving import serving
 from tests.support.wire import blocks_of
 from tests.support.workers import has_stopped, serving_workers
 
@@ -229,25 +228,6 @@ def test_an_error_that_cannot_say_what_it_is_has_its_line_all_the_same(caplog: p
 # A real server
 
 
-async def test_every_end_over_http_is_a_record(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="penstock")
-    async with serving() as server:
-        ids = [await server.start("count", n) for n in (1, 2, 3)]
-        for run_id in ids:
-            await server.ended_run(run_id)
-            for _ in range(2):
-                await server.read(run_id)
-        cancelled = await server.start("silent")
-        await server.client.post(f"/v1/runs/{cancelled}/cancel", json={"reason": "enough"})
-        await server.ended_run(cancelled)
-    parts = [record.__dict__ for record in caplog.records if record.name == "penstock"]
-    runs = [(each["run_id"], each["cause"]) for each in parts if each["event"] == "run_ended"]
-    streams = [(each["run_id"], each["cause"]) for each in parts if each["event"] == "stream_ended"]
-    assert runs == [*((run_id, "end_turn") for run_id in ids), (cancelled, "cancelled")]
-    assert streams == [(run_id, "ended") for run_id in ids for _ in range(2)]
-    assert len(parts) == len(runs) + len(streams)
-
-
 PROGRAM: Final = """
 import trio
 from penstock import Event, PublicError
@@ -296,21 +276,14 @@ async def served(tmp_path: Path, form: str, words: str, *producers: str) -> tupl
     return program, runs
 
 
-async def test_as_text_nobody_makes_a_line_of_his_own(tmp_path: Path) -> None:
-    program, runs = await served(tmp_path, "text", HOSTILE, "says", "complains", "waits")
+async def test_as_text_neither_a_request_nor_an_error_makes_a_line_of_its_own(tmp_path: Path) -> None:
+    program, runs = await served(tmp_path, "text", HOSTILE, "says", "fails", "complains", "waits")
     assert sum(f"run {run_id} ended" in line for line in program.lines for run_id in runs.values()) == 2 * len(runs)
-    for line in program.lines:
-        assert line.isprintable(), line
-        assert re.match(r"penstock: |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING) ", line), line
-        assert not line.startswith("2001"), line
-
-
-async def test_as_text_an_errors_words_make_no_line_of_their_own(tmp_path: Path) -> None:
-    program, runs = await served(tmp_path, "text", HOSTILE, "fails")
     (at,) = [number for number, line in enumerate(program.lines) if f"ERROR run {runs['fails']}: " in line]
     assert program.lines[at + 1].strip() == "Traceback (most recent call last):"
     for line in program.lines:
         assert line.isprintable(), line
+        assert re.match(r"  |penstock: |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) ", line), line
         assert not line.startswith("2001"), line
 
 

@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 
-def test_a_hook_is_called_with_its_arguments() -> None:
-    calls: list[Any] = []
-
-    def hook(*args: Any, **kwargs: Any) -> None:
-        calls.append((args, kwargs))
-
-    notify(hook, 1, two=2)
-    assert calls == [((1,), {"two": 2})]
-
-
 def test_an_exception_of_a_hook_is_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
     def clumsy(_: str) -> None:
         raise ValueError("oops")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import httpx2
 import pytest
@@ -10,7 +10,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
-from penstock import Event, EventStreamResponse, PublicError, StreamRejected, create_app
+from penstock import Event, EventStreamResponse, StreamRejected, create_app
 from penstock.observer import Commit, Figures, StreamEnd
 from penstock.observer.prometheus import MAX_CODES, Metrics
 from penstock.runs import Ending, Run, RunStatus, StopReason
@@ -169,9 +169,6 @@ def test_the_first_hundred_codes_have_a_figure_and_all_others_share_one() -> Non
                 metrics.stream_ended(StreamEnd(code, None, None, None, 0, 0.0))
         values = {name: value for name, value in shown(metrics).items() if "CODE_" in name or "OTHER" in name}
         assert len(values) == MAX_CODES + 1
-        assert [name for name in values if "OTHER" in name] == [
-            name for name, value in values.items() if "OTHER" in name
-        ]
         assert sorted(values.values()) == [1] * (MAX_CODES - 2) + [2] * 3
         assert not any("ONE_MORE" in name for name in shown(metrics))
 
@@ -182,48 +179,29 @@ def test_codes_that_were_made_up_do_not_take_the_place_of_how_streams_usually_en
         metrics.refused(400, f"CODE_{number}")
     for cause in ("ended", "disconnected", "interrupted"):
         metrics.stream_ended(StreamEnd(cause, "r-1", 1, 1, 9, 1.0))
-    assert [shown(metrics).get(f"streams_ended_total{{cause={cause}}}") for cause in ("ended", "disconnected")] == [
-        1,
-        1,
-    ]
+        assert shown(metrics)[f"streams_ended_total{{cause={cause}}}"] == 1
 
 
-@pytest.mark.parametrize("code", ['"quoted"', "two\nlines", "back\\slash", "", "\u2028", "\ud800", "x" * 10_000])
-async def test_no_code_of_an_application_can_spoil_what_is_shown(code: str) -> None:
-    async def refuses(_request: Request) -> EventStreamResponse:
+async def test_no_code_of_an_application_can_spoil_what_is_shown() -> None:
+    codes = ['"quoted"', "two\nlines", "back\\slash", "", "\u2028", "\ud800", "x" * 10_000]
+
+    async def refuses(request: Request) -> EventStreamResponse:
+        code = codes[int(request.query_params["which"])]
         return EventStreamResponse(_raises(StreamRejected(409, code, "no")), observer=server.service.observer)
 
     async with serving() as server:
         server.app.router.routes.append(Route("/refuses", refuses))
-        assert (await server.client.get("/refuses")).status_code == 409
+        for which in range(len(codes)):
+            assert (await server.client.get("/refuses", params={"which": which})).status_code == 409
         problem(await server.client.get("/v1/runs/nowhere"), 404, "RUN_NOT_FOUND")
         refused = {name: value for name, value in (await scraped(server)).items() if name.startswith("refused")}
-        assert sorted(refused.values()) == [1, 1]
+        assert sum(refused.values()) == len(codes) + 1
         assert refused["refused_total{code=RUN_NOT_FOUND,status=404}"] == 1
 
 
 async def _raises(error: Exception) -> AsyncIterator[Event]:
     raise error
     yield
-
-
-async def test_stop_reasons_and_codes_of_producers_make_no_more_than_one_series() -> None:
-    async def says(words: Any) -> AsyncIterator[Event]:
-        yield Event.stop(words)
-
-    async def complains(words: Any) -> AsyncIterator[Event]:
-        yield Event(data="one")
-        raise PublicError("no", words)
-
-    async with serving({"says": says, "complains": complains}) as server:
-        before = len(await scraped(server))
-        for number in range(MAX_CODES + 20):
-            await server.read(await server.start("says", f"reason {number}"))
-            await server.read(await server.start("complains", f"CODE_{number}"))
-        now = await scraped(server)
-        assert now["runs_ended_total{outcome=failed,stop_reason=other}"] == MAX_CODES + 20
-        assert now["runs_ended_total{outcome=failed,stop_reason=error}"] == MAX_CODES + 20
-        assert len(now) == before + 3  # these two, and the cause of the streams
 
 
 # A real load
@@ -315,7 +293,7 @@ async def kept_by(server: Server, run_id: str) -> bytes:
 async def test_it_moves_while_a_run_goes_on() -> None:
     tap = Tap()
     async with serving({"tap": tap}) as server, server.reading(await server.start("tap")) as reader:
-        for n in range(1, 6):
+        for n in range(1, 4):
             tap.feed(f"event {n}")
             await reader.take(1)
             now = await scraped(server)
@@ -328,7 +306,7 @@ async def test_it_moves_while_a_run_goes_on() -> None:
         tap.end()
         assert [block.data for block in await reader.rest()] == [DONE]
         now = await scraped(server)
-        assert now["entries_out_total"] == 6
+        assert now["entries_out_total"] == 4
         assert now["runs_ended_total{outcome=completed,stop_reason=end_turn}"] == 1
         await eventually(lambda: server.service.supervisor._readers.live == 0)
         now = await scraped(server)
@@ -381,12 +359,8 @@ async def test_two_applications_of_one_process_count_each_for_itself() -> None:
         ones, others = await scraped(one), await scraped(other)
         assert (ones["runs_started_total"], others["runs_started_total"]) == (3, 1)
         assert (ones["entries_out_total"], others["entries_out_total"]) == (9, 5)
-
-
-async def test_only_get_is_answered() -> None:
-    async with serving() as server:
-        problem(await server.client.post("/metrics"), 405, "METHOD_NOT_ALLOWED")
-        head = await server.client.head("/metrics")
+        problem(await one.client.post("/metrics"), 405, "METHOD_NOT_ALLOWED")
+        head = await one.client.head("/metrics")
         assert (head.status_code, head.content) == (200, b"")
 
 

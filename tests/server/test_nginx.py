@@ -14,7 +14,7 @@ from hypercorn.config import Config
 
 from penstock import MemoryLog, open_log, open_supervisor
 from penstock.asgi.lifespan import MAX_BODY_BYTES
-from penstock.server.serve import new_config
+from penstock.server.config import new_config
 from tests.support import browser
 from tests.support.connections import readers
 from tests.support.nginx import SHIPPED, WHY_NOT, executable, free_ports, nginx_before

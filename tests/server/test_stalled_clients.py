@@ -14,8 +14,8 @@ from trio.testing import wait_all_tasks_blocked
 
 import penstock.server.serve
 from penstock import ConfigurationError, create_app, serve
+from penstock.server.config import MAX_USER_TIMEOUT
 from penstock.server.hypercorn_fixes import connection as connection_module
-from penstock.server.hypercorn_fixes.connection import MAX_USER_TIMEOUT
 from tests.support.certificates import tls_config
 from tests.support.command_line import ANY_PORT, EXAMPLE, refused
 from tests.support.connections import BRIEF, SOON, Ending, brief, brief_config, readers, sockets_at

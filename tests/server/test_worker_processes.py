@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-from contextlib import AsyncExitStack
 from signal import SIGINT, SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 
 async def test_a_fault_that_keeps_the_first_worker_from_starting_is_reported_once(server: Endpoint) -> None:
-    async with serving_workers(3, server.url, "--producers", "tests.nowhere:it", serves=False) as workers:
+    async with serving_workers(2, server.url, "--producers", "tests.nowhere:it", serves=False) as workers:
         await has_stopped(workers, 2)
         assert workers.said.count("there is no module 'tests.nowhere'") == 1
         assert workers.said.count("not started") == 1
@@ -56,17 +55,17 @@ async def test_a_redis_that_is_not_there_is_reported_once_and_ends_the_server_wi
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"redis://127.0.0.1:{nobody.getsockname()[1]}"
-        async with serving_workers(3, url, serves=False) as workers:
+        async with serving_workers(2, url, serves=False) as workers:
             await has_stopped(workers, 1)
             assert len(re.findall(r"worker \d", workers.said)) == 1
             assert workers.said.count("; not started") == 2  # the reason, and the worker
 
 
-@pytest.mark.parametrize("number, started", [(SIGTERM, 1), (SIGINT, 3)])
+@pytest.mark.parametrize("number, started", [(SIGTERM, 1), (SIGINT, 2)])
 async def test_a_signal_to_all_workers_while_they_start_ends_them_quietly(
     server: Endpoint, number: signal.Signals, started: int
 ) -> None:
-    async with serving_workers(3, server.url, serves=False) as workers:
+    async with serving_workers(2, server.url, serves=False) as workers:
         await eventually(lambda: len(workers.pids()) >= started)
         workers.signal_group(number)
         await has_stopped(workers)
@@ -85,62 +84,57 @@ def test_several_workers_cannot_share_the_memory_of_one() -> None:
 # Together
 
 
-async def test_the_server_announces_itself_once_when_all_workers_accept_and_each_serves_the_runs_of_all(
-    server: Endpoint,
-) -> None:
-    async with serving_workers(3, server.url) as workers:
-        pids = workers.pids()
-        assert sorted(pids) == [1, 2, 3]
-        for pid in pids.values():
-            assert await workers.ask_at(pid, "GET", "/readyz") == 200
-        async with AsyncExitStack() as stack:
-            for number, pid in pids.items():
-                run_id = await workers.start_at(pid, "silent")
-                readers = [await stack.enter_async_context(workers.reading_at(at, run_id)) for at in pids.values()]
-                assert [(await reader.take(1))[0].data for reader in readers] == [str(pid)] * 3
-                another = pids[number % 3 + 1]
-                assert await workers.ask_at(another, "POST", f"/v1/runs/{run_id}/cancel") == 202
-                assert [ends(await reader.rest()) for reader in readers] == [CANCELLED] * 3
-        assert workers.said.count("serving on") == 1
-        assert f"serving on {workers.url} (3 workers, log: {server.url})" in workers.said
-        assert workers.pids() == pids
-
-
-@pytest.mark.parametrize(
-    "options, env",
-    [
-        pytest.param(("--workers=2", "--max-body-bytes=99", "--"), {}, id="options and the end of options"),
-        pytest.param(
-            ("--max-body-bytes", 99),
-            {"PENSTOCK_WORKERS": "2", "PENSTOCK_MAX_BODY_BYTES": "1"},
-            id="options and variables",
-        ),
-    ],
-)
-async def test_options_reach_every_worker_however_they_are_given(
-    server: Endpoint, options: tuple[object, ...], env: dict[str, str]
-) -> None:
-    async with serving_workers(None, server.url, *options, env=env) as workers:
+async def test_workers_serve_the_runs_of_all_and_a_signal_to_the_whole_group_counts_as_one(server: Endpoint) -> None:
+    # A socket that takes the number of a closed standard stream would be lost when a worker gets its own.
+    without_streams = ("/bin/sh", "-c", 'exec "$@" <&- >&-', "sh")
+    options = ("--workers=2", "--max-body-bytes=99", *HOUR, "--")
+    async with serving_workers(None, server.url, *options, through=without_streams) as workers:
         pids = workers.pids()
         assert sorted(pids) == [1, 2]
-        for pid in pids.values():
-            assert await workers.ask_at(pid, "POST", "/v1/runs", {"producer": "silent"}) == 201
+        one, two = pids[1], pids[2]
+        for pid, another in ((one, two), (two, one)):
+            assert await workers.ask_at(pid, "GET", "/readyz") == 200
             assert await workers.ask_at(pid, "POST", "/v1/runs", {"producer": "silent", "input": "x" * 99}) == 413
+            run_id = await workers.start_at(pid, "silent")
+            async with workers.reading_at(one, run_id) as first, workers.reading_at(two, run_id) as second:
+                assert [(await reader.take(1))[0].data for reader in (first, second)] == [str(pid)] * 2
+                assert await workers.ask_at(another, "POST", f"/v1/runs/{run_id}/cancel") == 202
+                assert [ends(await reader.rest()) for reader in (first, second)] == [CANCELLED] * 2
 
-
-async def test_the_end_of_options_may_stand_before_the_command(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, before=("--",), serves=False) as workers:
-        await eventually(lambda: "serving on" in workers.said or workers.silent.is_set())
-        assert "(2 workers" in workers.said, workers.said
-
-
-async def test_what_a_producer_starts_in_a_worker_gets_its_signals_as_anywhere(server: Endpoint) -> None:
-    async with serving_workers(2, server.url) as workers:
-        run_id = await workers.start_at(workers.pids()[1], "signals")
+        run_id = await workers.start_at(one, "signals")
         said = "\n".join(str(block.data) for block in await workers.read(run_id))
-        for name in ("SigBlk", "SigIgn"):
+        for name in ("SigBlk", "SigIgn"):  # what a producer starts gets its signals as anywhere
             (mask,) = re.findall(rf"^{name}:\s*([0-9a-f]+)$", said, re.MULTILINE)
             assert not any(int(mask, 16) >> (number - 1) & 1 for number in (SIGTERM, SIGINT)), said
+
+        runs = {pid: await workers.start_at(pid, "silent") for pid in (one, two)}
+        async with (
+            workers.reading_at(one, runs[one]) as first,
+            workers.reading_at(two, runs[two]) as second,
+            workers.reading_at(one, runs[two]) as abroad,
+        ):
+            for reader in (first, second, abroad):
+                await reader.take(1)
+            for _ in range(3):  # a Ctrl-C that reaches a worker alone does nothing
+                send(one, SIGINT)
+                assert await workers.ask_at(one, "GET", "/readyz") == 200
+            workers.signal_group(SIGINT)
+            await workers.is_draining()
+            refused = await workers.client.post("/v1/runs", json={"producer": "silent"})
+            assert (refused.status_code, refused.json()["code"]) == (503, "DRAINING")
+            assert refused.headers["retry-after"]
+            assert await abroad.rest() == AWAY
+            await nothing_comes(first)
+            assert (await workers.run(runs[one]))["status"] == "running"
+            async with workers.reading_at(one, runs[one]) as another_reader:
+                assert len(await another_reader.take(1)) == 1
+            assert workers.pids() == pids
+            workers.signal_group(SIGINT)
+            assert [ends(await reader.rest()) for reader in (first, second)] == [INTERRUPTED] * 2
+        await has_stopped(workers)
+        assert workers.said.count("serving on") == 1
+        assert f"serving on {workers.url} (2 workers, log: {server.url})" in workers.said
+        assert REPLACED not in workers.said
 
 
 # A worker that gets SIGTERM
@@ -148,38 +142,56 @@ async def test_what_a_producer_starts_in_a_worker_gets_its_signals_as_anywhere(s
 
 async def test_a_worker_that_gets_sigterm_is_replaced_and_the_others_do_not_notice(server: Endpoint) -> None:
     async with serving_workers(2, server.url, *MOMENT, "--max-worker-deaths", 1) as workers:
-        leaves, stays = workers.pids().values()
+        leaves, stays = workers.pids()[1], workers.pids()[2]
         counting = await workers.start_at(stays, "ticking")
         async with workers.reading_at(stays, counting) as reader:
-            for times in (1, 2):
-                run_id = await workers.start_at(leaves, "silent")
-                elsewhere = await workers.start_at(stays, "silent")
-                async with (
-                    workers.reading_at(leaves, run_id) as own,
-                    workers.reading_at(stays, run_id) as abroad,
-                    workers.reading_at(leaves, elsewhere) as visitor,
-                ):
-                    await visitor.take(1)
-                    send(leaves, SIGTERM)
-                    assert await visitor.rest() == AWAY
-                    assert ends(await own.rest()) == INTERRUPTED
-                    assert ends(await abroad.rest()) == INTERRUPTED
-                await workers.says(f"worker 1 (process {leaves}) has left; {REPLACED}")
-                for _ in range(20):
-                    assert (await workers.client.get("/readyz")).status_code == 200
-                leaves = await workers.successor(1, leaves)
-                assert await workers.ask_at(leaves, "GET", "/readyz") == 200
-                assert workers.said.count(REPLACED) == times
-            assert workers.pids()[2] == stays
+            run_id = await workers.start_at(leaves, "silent")
+            elsewhere = await workers.start_at(stays, "silent")
+            async with (
+                workers.reading_at(leaves, run_id) as own,
+                workers.reading_at(stays, run_id) as abroad,
+                workers.reading_at(leaves, elsewhere) as visitor,
+            ):
+                await visitor.take(1)
+                send(leaves, SIGTERM)
+                assert await visitor.rest() == AWAY
+                assert ends(await own.rest()) == INTERRUPTED
+                assert ends(await abroad.rest()) == INTERRUPTED
+            await workers.says(f"worker 1 (process {leaves}) has left; {REPLACED}")
+            leaves = await workers.successor(1, leaves)
+            send(leaves, SIGTERM)  # before it has started
+            await workers.says(f"worker 1 (process {leaves}) has left; {REPLACED}")
+            leaves = await workers.successor(1, leaves)
+            assert await workers.ask_at(leaves, "GET", "/readyz") == 200
+            assert workers.pids() == {1: leaves, 2: stays}
             await goes_on(workers, reader, counting)
+
+        for pid in (leaves, stays):
+            send(pid, SIGTERM)
+        await eventually(lambda: is_gone(leaves) and is_gone(stays))
+        assert (await workers.client.get("/readyz")).status_code == 200  # a connection waits for their successors
+        pids = workers.pids()
+        assert not {leaves, stays} & {*pids.values()}
+        for pid in pids.values():
+            assert await workers.ask_at(pid, "GET", "/readyz") == 200
         assert workers.said.count("serving on") == 1
+
+        def all_are_gone() -> bool:
+            for pid in pids.values():
+                send(pid, SIGTERM)
+            return all(map(is_gone, pids.values()))
+
         workers.signal(SIGTERM)
+        await eventually(all_are_gone)  # a worker that exits ignores signals
         await has_stopped(workers)
 
 
 async def test_a_worker_that_leaves_accepts_no_more_while_its_runs_have_their_time(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, *HOUR) as workers:
-        leaves = workers.pids()[1]
+    variables = {"PENSTOCK_WORKERS": "2", "PENSTOCK_MAX_BODY_BYTES": "1"}
+    options = ("--max-body-bytes", 99, *HOUR)
+    async with serving_workers(None, server.url, *options, before=("--",), env=variables) as workers:
+        assert "(2 workers" in workers.said, workers.said
+        leaves, stays = workers.pids()[1], workers.pids()[2]
         run_id = await workers.start_at(leaves, "silent")
         async with workers.reading_at(leaves, run_id) as reader:
             await reader.take(1)
@@ -188,6 +200,7 @@ async def test_a_worker_that_leaves_accepts_no_more_while_its_runs_have_their_ti
             await nothing_comes(reader)  # by then the parent knows that this worker alone leaves
             for _ in range(20):
                 assert (await workers.client.get("/readyz")).status_code == 200
+            assert await workers.ask_at(stays, "POST", "/v1/runs", {"producer": "silent", "input": "x" * 99}) == 413
             assert (await workers.run(run_id))["status"] == "running"
             workers.signal(SIGTERM)
             await nothing_comes(reader)
@@ -196,46 +209,12 @@ async def test_a_worker_that_leaves_accepts_no_more_while_its_runs_have_their_ti
         await has_stopped(workers)
 
 
-async def test_when_all_workers_leave_at_once_connections_wait_for_their_successors(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, "--max-worker-deaths", 1) as workers:
-        before = workers.pids().values()
-        for pid in before:
-            send(pid, SIGTERM)
-        await eventually(lambda: all(map(is_gone, before)))
-        assert (await workers.client.get("/readyz")).status_code == 200
-        assert not set(before) & set(workers.pids().values())
-
-
-async def test_a_worker_that_gets_sigterm_before_it_has_started_has_not_died(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, "--max-worker-deaths", 1) as workers:
-        pid = workers.pids()[2]
-        for _ in range(2):
-            send(pid, SIGTERM)
-            await workers.says(f"worker 2 (process {pid}) has left; {REPLACED}")
-            pid = await workers.successor(2, pid)
-        assert await workers.ask_at(pid, "GET", "/readyz") == 200
-
-
-async def test_ctrl_c_that_reaches_a_worker_alone_does_nothing(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, "--drain-timeout", 0) as workers:
-        one = workers.pids()[1]
-        run_id = await workers.start_at(one, "ticking")
-        async with workers.reading_at(one, run_id) as reader:
-            for _ in range(3):
-                send(one, SIGINT)
-                assert await workers.ask_at(one, "GET", "/readyz") == 200
-                assert await workers.ask_at(one, "POST", "/v1/runs", {"producer": "silent"}) == 201
-            await goes_on(workers, reader, run_id)
-        assert workers.pids()[1] == one
-        assert REPLACED not in workers.said
-
-
 # Deaths
 
 
 async def test_a_worker_that_is_killed_is_replaced_and_only_its_own_runs_are_lost(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, "--lease", 3) as workers:
-        dies, stays = workers.pids().values()
+    async with serving_workers(2, server.url, *MOMENT, "--lease", 3) as workers:
+        dies, stays = workers.pids()[1], workers.pids()[2]
         counting, doomed = await workers.start_at(stays, "ticking"), await workers.start_at(dies, "silent")
         async with (
             workers.reading_at(stays, counting) as reader,
@@ -254,39 +233,28 @@ async def test_a_worker_that_is_killed_is_replaced_and_only_its_own_runs_are_los
             assert (await workers.run(doomed))["status"] == "lost"
             assert await workers.ask_at(again, "POST", "/v1/runs", {"producer": "silent"}) == 201
             await goes_on(workers, reader, counting)
+        send(stays, SIGKILL)
+        await workers.says(REPLACED, 2)
+        workers.signal(SIGTERM)
+        assert await workers.exit_code() == 0, workers.said
+        await workers.silent.wait()
+        assert workers.last_line == "penstock: stopped; the runs of workers that died end when their leases are over"
 
 
 async def test_too_many_deaths_end_the_server_and_one_fewer_does_not(server: Endpoint) -> None:
-    most = 2
-    async with serving_workers(2, server.url, *MOMENT, "--max-worker-deaths", most) as workers:
-        dies, stays = workers.pids().values()
+    async with serving_workers(2, server.url, *MOMENT, "--max-worker-deaths", 2) as workers:
+        dies, stays = workers.pids()[1], workers.pids()[2]
         run_id = await workers.start_at(stays, "silent")
         async with workers.reading_at(stays, run_id) as reader:
             await reader.take(1)
-            for times in range(1, most):
-                send(dies, SIGKILL)
-                await workers.says(REPLACED, times)
-                dies = await workers.successor(1, dies)
-            assert await workers.ask_at(dies, "GET", "/readyz") == 200
+            send(dies, SIGKILL)
+            dies = await workers.successor(1, dies)
             assert (await workers.run(run_id))["status"] == "running"
             send(dies, SIGKILL)
             assert ends(await reader.rest()) == INTERRUPTED
         await has_stopped(workers, 1)
         died = f"worker 1 (process {dies}) was ended by signal 9"
-        assert f"penstock: {died}; {most} workers have died within 30 s, and the server ends\n" in workers.said
-
-
-async def test_after_a_death_the_last_line_does_not_say_that_every_run_has_its_last_entry(server: Endpoint) -> None:
-    number = 2
-    async with serving_workers(2, server.url) as workers:
-        dies = workers.pids()[number]
-        send(dies, SIGKILL)
-        again = await workers.successor(number, dies)
-        assert await workers.ask_at(again, "GET", "/readyz") == 200
-        workers.signal(SIGTERM)
-        assert await workers.exit_code() == 0, workers.said
-        await workers.silent.wait()
-        assert workers.last_line == "penstock: stopped; the runs of workers that died end when their leases are over"
+        assert f"penstock: {died}; 2 workers have died within 30 s, and the server ends\n" in workers.said
 
 
 # The command line
@@ -296,57 +264,6 @@ def test_the_number_of_workers_has_no_shorter_name() -> None:
     said = refused("serve", "--producers", "tests.support.worker_producers:producers", "--worker", 4)
     assert "No such option" in said
     assert "--workers" in said
-
-
-async def test_workers_need_no_standard_input_and_output(server: Endpoint) -> None:
-    # A socket that takes the number of a closed one would be lost when a worker gets its own.
-    through = ("/bin/sh", "-c", 'exec "$@" <&- >&-', "sh")
-    async with serving_workers(2, server.url, *MOMENT, through=through) as workers:
-        for pid in workers.pids().values():
-            assert await workers.ask_at(pid, "GET", "/readyz") == 200
-            await workers.start_at(pid, "ticking")
-        workers.signal(SIGTERM)
-        await has_stopped(workers)
-
-
-async def test_a_signal_to_the_parent_drains_all_workers_and_they_end_in_order(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, "--drain-timeout", 1) as workers:
-        one, two = workers.pids().values()
-        runs = {pid: await workers.start_at(pid, "silent") for pid in (one, two)}
-        async with (
-            workers.reading_at(one, runs[one]) as first,
-            workers.reading_at(two, runs[two]) as second,
-            workers.reading_at(one, runs[two]) as abroad,
-        ):
-            await abroad.take(1)
-            workers.signal(SIGTERM)
-            await workers.is_draining()
-            refused = await workers.client.post("/v1/runs", json={"producer": "silent"})
-            assert (refused.status_code, refused.json()["code"]) == (503, "DRAINING")
-            assert refused.headers["retry-after"]
-            assert (await workers.run(runs[one]))["status"] == "running"
-            assert await abroad.rest() == AWAY
-            assert [ends(await reader.rest()) for reader in (first, second)] == [INTERRUPTED] * 2
-        await has_stopped(workers)
-
-
-async def test_a_signal_to_the_whole_group_counts_as_one(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, *HOUR) as workers:
-        one, idle = workers.pids().values()
-        run_id = await workers.start_at(one, "silent")
-        async with workers.reading_at(one, run_id) as reader:
-            await reader.take(1)
-            workers.signal_group(SIGINT)
-            await eventually(lambda: is_gone(idle))
-            await workers.is_draining()
-            await nothing_comes(reader)
-            assert (await workers.client.get("/readyz")).status_code == 503
-            assert (await workers.run(run_id))["status"] == "running"
-            async with workers.reading(run_id) as another:
-                assert len(await another.take(1)) == 1
-            workers.signal_group(SIGINT)
-            assert ends(await reader.rest()) == INTERRUPTED
-        await has_stopped(workers)
 
 
 async def test_the_second_signal_to_the_parent_interrupts_and_the_fourth_kills_what_stands_still(
@@ -373,20 +290,6 @@ async def test_the_second_signal_to_the_parent_interrupts_and_the_fourth_kills_w
         assert f"penstock: worker 1 (process {still}) was ended by signal 9" in workers.said
 
 
-async def test_a_worker_that_exits_ignores_signals(server: Endpoint) -> None:
-    async with serving_workers(2, server.url) as workers:
-        pids = workers.pids().values()
-
-        def all_are_gone() -> bool:
-            for pid in pids:
-                send(pid, SIGTERM)
-            return all(map(is_gone, pids))
-
-        workers.signal(SIGTERM)
-        await eventually(all_are_gone)
-        await has_stopped(workers)
-
-
 async def test_a_producer_that_keeps_its_task_ends_the_server_with_code_3(server: Endpoint) -> None:
     async with serving_workers(2, server.url, "--drain-timeout", 0.1, "--cancel-grace", 0.1) as workers:
         one = workers.pids()[1]
@@ -399,29 +302,9 @@ async def test_a_producer_that_keeps_its_task_ends_the_server_with_code_3(server
         assert f"penstock: worker 1 (process {one}) ended with code 3" in workers.said
 
 
-async def test_when_the_parent_is_killed_the_workers_drain_and_end_and_the_port_is_free(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, *MOMENT) as workers:
-        one, two = workers.pids().values()
-        runs = {pid: await workers.start_at(pid, "silent") for pid in (one, two)}
-        async with (
-            workers.reading_at(one, runs[one]) as first,
-            workers.reading_at(two, runs[two]) as second,
-        ):
-            await second.take(1)
-            workers.signal(SIGKILL)
-            assert [ends(await reader.rest()) for reader in (first, second)] == [INTERRUPTED] * 2
-        assert await workers.exit_code() == -SIGKILL
-        await workers.silent.wait()
-        with pytest.raises(OSError, match="all attempts to connect"):
-            await workers.wire()
-        with socket.socket() as again:
-            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            again.bind(("127.0.0.1", workers.port))
-
-
-async def test_when_the_parent_is_killed_a_signal_to_a_worker_hurries_it(server: Endpoint) -> None:
+async def test_when_the_parent_is_killed_the_workers_drain_and_a_signal_hurries_them(server: Endpoint) -> None:
     async with serving_workers(2, server.url, *HOUR) as workers:
-        one, idle = workers.pids().values()
+        one, idle = workers.pids()[1], workers.pids()[2]
         run_id = await workers.start_at(one, "silent")
         async with workers.reading_at(one, run_id) as reader:
             await reader.take(1)
@@ -431,4 +314,10 @@ async def test_when_the_parent_is_killed_a_signal_to_a_worker_hurries_it(server:
             await nothing_comes(reader)
             os.kill(one, SIGINT)
             assert ends(await reader.rest()) == INTERRUPTED
+        assert await workers.exit_code() == -SIGKILL
         await workers.silent.wait()
+        with pytest.raises(OSError, match="all attempts to connect"):
+            await workers.wire()
+        with socket.socket() as again:  # the port is free
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", workers.port))

@@ -10,7 +10,6 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock.backoff import LONGEST_PAUSE, WARNING_INTERVAL
-from penstock.errors import RunNotFound
 from penstock.log import CancelStatus
 from penstock.log.memory import MemoryLog
 from penstock.sse import Event
@@ -40,35 +39,6 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
 CANCELLED = ["first", "cancelled", "[DONE]"]
-
-
-async def test_a_cancel_from_another_supervisor_arrives_at_once(autojump_clock: MockClock) -> None:
-    log, witness = MemoryLog(), Witness()
-    async with two_supervisors(log) as (owner, other):
-        run = await owner.start(witness.waits)
-        async with readers((owner, run.id), (other, run.id)) as (here, there):
-            await trio.sleep(100.3)
-            reply = await other.cancel(run.id, "enough")
-            assert (reply.status, reply.run.status) == (CancelStatus.REQUESTED, "running")
-        assert here.ended_at == there.ended_at == near(100.3)
-        assert here.entries == there.entries == await entries_of(log, run.id)
-        assert gists(here.entries) == CANCELLED
-        record = await ended(log, run.id)
-        assert (record.status, record.stop_reason, record.cancel_reason) == ("cancelled", "cancelled", "enough")
-        assert (witness.saw, witness.saw_at) == ("run cancelled: enough", near(100.3))
-
-
-async def test_a_cancel_whose_wakeup_is_lost_arrives_with_the_next_poll(autojump_clock: MockClock) -> None:
-    view, witness = View(), Witness()
-    view.wakeups_of_cancels = False
-    async with two_supervisors(view, view.log) as (owner, other):
-        run = await owner.start(witness.waits)
-        await trio.sleep(100.3)
-        await other.cancel(run.id, "enough")
-        record = await other.wait(run.id)
-        assert (record.status, record.cancel_reason) == ("cancelled", "enough")
-        assert witness.saw == "run cancelled: enough"
-        assert 100.3 < witness.saw_at <= 100.8
 
 
 async def test_a_cancel_of_which_only_an_append_tells_arrives_all_the_same(autojump_clock: MockClock) -> None:
@@ -134,20 +104,6 @@ async def test_a_repeated_cancel_changes_nothing(autojump_clock: MockClock) -> N
         assert gists(await entries_of(log, run.id)) == CANCELLED
 
 
-async def test_a_cancel_after_the_end_changes_nothing(autojump_clock: MockClock) -> None:
-    log = MemoryLog()
-    async with two_supervisors(log) as (owner, other):
-        run = await owner.start(count, 3)
-        record = await owner.wait(run.id)
-        for supervisor in (owner, other):
-            reply = await supervisor.cancel(run.id, "too late")
-            assert (reply.status, reply.run) == (CancelStatus.ENDED, record)
-        assert await owner.get(run.id) == record
-        assert gists(await entries_of(log, run.id)) == ["1", "2", "3", "[DONE]"]
-        with pytest.raises(RunNotFound):
-            await owner.cancel("no-such-run")
-
-
 async def test_a_producer_that_ignores_its_cancel_loses_its_run_after_the_grace(autojump_clock: MockClock) -> None:
     log, notes, let_go, witness = MemoryLog(), Notes(), trio.Event(), Witness()
 
@@ -185,11 +141,11 @@ async def test_a_poll_that_fails_cancels_nothing_and_recovers(autojump_clock: Mo
         await wait_all_tasks_blocked()
         view.before["cancel_requests"] = unavailable
         view.calls.clear()
-        await trio.sleep(600)
+        await trio.sleep(120)
         assert (await owner.get(run.id)).status == "running"
         assert (witness.saw, notes.errors) == (None, [])
-        assert 600 / LONGEST_PAUSE < view.calls["cancel_requests"] < 4 * 600 / LONGEST_PAUSE
-        assert 600 / WARNING_INTERVAL * 0.8 < len(notes.warnings) <= 600 / WARNING_INTERVAL + 1
+        assert 120 / LONGEST_PAUSE < view.calls["cancel_requests"] < 5 * 120 / LONGEST_PAUSE
+        assert 120 / WARNING_INTERVAL * 0.8 < len(notes.warnings) <= 120 / WARNING_INTERVAL + 1
         assert all("cannot look for cancel requests" in warning for warning in notes.warnings)
         view.before.clear()
         await trio.sleep(10)

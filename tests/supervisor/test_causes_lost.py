@@ -17,7 +17,6 @@ from tests.support.supervising import (
     Witness,
     assert_nothing_is_left,
     broken,
-    count,
     ended,
     entries_of,
     gists,
@@ -187,7 +186,7 @@ async def test_an_outage_of_the_log_makes_nobody_reap(autojump_clock: MockClock)
     async with two_supervisors(view, other_view, lease=LEASE, outage_limit=100) as (owner, _):
         run = await owner.start(Witness().waits)
         await trio.sleep(20)
-        for away in (7.5, 10.5, 13.5, 16.5, 19.5, 60.5):
+        for away in (7.5, 13.5, 60.5):
             for operation in ("append", "renew", "reap", "check", "cancel_requests"):
                 view.before[operation] = other_view.before[operation] = unavailable
             await trio.sleep(away)
@@ -198,22 +197,3 @@ async def test_an_outage_of_the_log_makes_nobody_reap(autojump_clock: MockClock)
             assert (await owner.get(run.id)).status == "running"
         await owner.cancel(run.id)
         assert gists(await read(owner, run.id)) == CANCELLED
-
-
-@pytest.mark.parametrize("away", [0.3, 20])
-async def test_a_log_that_is_away_for_a_while_costs_time_and_nothing_else(
-    autojump_clock: MockClock, away: float
-) -> None:
-    view, notes = View(), Notes()
-    async with two_supervisors(view, observer=notes) as (owner, other):
-        run = await owner.start(count, 100, 0.1)
-        async with readers((owner, run.id), (other, run.id)) as (here, there):
-            await trio.sleep(3)
-            for operation in ("append", "renew", "reap", "check", "cancel_requests", "fetch"):
-                view.before[operation] = unavailable
-            await trio.sleep(away)
-            view.before.clear()
-        assert gists(here.entries) == gists(there.entries) == [*map(str, range(1, 101)), "[DONE]"]
-        assert (await ended(view, run.id)).status == "completed"
-        assert notes.warnings
-        assert (notes.errors, notes.fenced) == ([], [])

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from penstock.backoff import LONGEST_PAUSE
-from penstock.errors import Draining, LogUnavailable, PenstockError, ReaderReleased, RunEnded, RunNotFound
+from penstock.errors import LogUnavailable, PenstockError, ReaderReleased, RunEnded, RunNotFound
 from penstock.log.memory import MemoryLog
 from penstock.sse import Event
 from penstock.supervisor import Supervisor, open_supervisor
@@ -125,27 +125,6 @@ async def test_an_outage_below_the_limit_costs_runs_and_readers_time_and_nothing
         assert (works.notes.errors, works.notes.fenced) == ([], [])
 
 
-async def test_an_outage_below_the_limit_is_backpressure_to_a_producer_that_has_much_to_say(
-    autojump_clock: MockClock,
-) -> None:
-    written = [0]
-
-    async def producer() -> AsyncIterator[Event]:
-        for number in range(1, 1001):
-            yield Event(data=f"{number:09}" + "." * 90)
-            written[0] = number
-
-    async with house(max_pending_bytes=2_000, tail_entries=10) as works:
-        go_away(works.view)
-        works.view.before.pop("start")
-        run = await works.owner.start(producer)
-        await trio.sleep(LIMIT - 0.6)
-        assert 15 <= written[0] <= 22
-        come_back(works.view)
-        assert (await works.owner.wait(run.id)).status == "completed"
-        assert [each.seq for each in await read(works.owner, run.id)] == list(range(1, 1002))
-
-
 async def test_d41_a_reader_in_the_middle_of_the_history_waits_and_loses_nothing(autojump_clock: MockClock) -> None:
     async with house(tail_entries=10) as works:
         run = await works.other.start(count, 3000)
@@ -163,35 +142,6 @@ async def test_d41_a_reader_in_the_middle_of_the_history_waits_and_loses_nothing
                 seen += [each.seq async for each in entries]
             assert seen == list(range(1, 3002))
             await trio.sleep(LONGEST_PAUSE)
-
-
-async def test_an_outage_below_the_limit_delays_a_cancel_and_loses_none(autojump_clock: MockClock) -> None:
-    async with house() as works:
-        witness = Witness()
-        run = await works.owner.start(witness.waits)
-        await trio.sleep(1)
-        began = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(works.away, LIMIT - 0.6)
-            await trio.sleep(1)
-            await works.other.cancel(run.id, "stop")
-        assert (await works.owner.wait(run.id)).status == "cancelled"
-        assert witness.saw == "run cancelled: stop"
-        assert began + LIMIT - 0.6 <= witness.saw_at <= began + LIMIT - 0.6 + LONGEST_PAUSE + 0.1
-
-
-async def test_a_log_that_fails_here_and_there_is_not_away(autojump_clock: MockClock) -> None:
-    async with house() as works:
-        witness = Witness()
-        run = await works.owner.start(witness.waits)
-        for operation in ("append", "renew", "fetch", "read"):
-            works.view.before[operation] = unavailable
-            await trio.sleep(LEASE - 2.5)
-            come_back(works.view)
-            await trio.sleep(LEASE)
-        assert not witness.left
-        await works.owner.cancel(run.id)
-        assert (await works.owner.wait(run.id)).status == "cancelled"
 
 
 @pytest.mark.parametrize("operation", ["cancel_requests", "check", "reap"])
@@ -362,37 +312,6 @@ async def test_a_run_whose_ending_was_pending_is_lost_and_one_whose_ending_was_s
         assert [run.id for run in works.notes.ended] == [stored.id]
 
 
-async def test_what_was_on_its_way_when_the_run_was_given_up_leaves_it_whole_all_the_same(
-    autojump_clock: MockClock,
-) -> None:
-    async with house() as works:
-        run = await works.owner.start(count, 1000, 0.1)
-        async with readers((works.other, run.id)) as (there,):
-            await trio.sleep(1)
-            await works.away(TOO_LATE)
-        assert there.error is None
-        seqs = [each.seq for each in there.entries]
-        assert seqs == list(range(1, len(seqs) + 1))
-        assert gists(there.entries)[-2:] == ["error RUN_LOST", "[DONE]"]
-        assert there.entries == await entries_of(works.log, run.id)
-        assert (await ended(works.log, run.id)).status == "lost"
-
-
-async def test_two_outages_in_a_row_are_two_outages(autojump_clock: MockClock) -> None:
-    async with house() as works:
-        for _ in range(3):
-            witness = Witness()
-            run = await works.owner.start(witness.waits)
-            async with readers((works.owner, run.id)) as (here,):
-                await trio.sleep(1)
-                await works.away(TOO_LATE)
-            assert isinstance(here.error, ReaderReleased)
-            assert witness.saw == "log unavailable"
-            await trio.sleep(LONGEST_PAUSE)
-            assert (await works.owner.wait(run.id)).status == "lost"
-            await works.serves_again()
-
-
 async def test_an_outage_that_begins_again_before_anybody_was_lost_is_as_long_as_its_parts(
     autojump_clock: MockClock,
 ) -> None:
@@ -461,24 +380,6 @@ async def test_i4_a_log_that_is_back_in_the_instant_after_the_runs_were_given_up
         await works.serves_again()
 
 
-async def test_a_run_written_by_hand_is_cut_short_by_an_outage_beyond_the_limit(autojump_clock: MockClock) -> None:
-    async with house() as works:
-        witness = Witness()
-        began = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            with pytest.raises(RunEnded):  # noqa: PT012
-                async with works.owner.open_run("by-hand") as writer:
-                    await writer.write(FIRST)
-                    await writer.flush()
-                    nursery.start_soon(works.away, 2 * TOO_LATE)  # noqa: ASYNC111
-                    with witness.watching():
-                        await trio.sleep_forever()
-            assert witness.saw == "log unavailable"
-            assert LIMIT - 0.6 <= trio.current_time() - began <= TOO_LATE
-        assert (await works.other.wait("by-hand")).status == "lost"
-        assert gists(await entries_of(works.log, "by-hand")) == LOST
-
-
 @pytest.mark.parametrize("what", ["flush", "write"])
 async def test_a_body_that_waits_for_the_log_is_let_go_when_its_run_is_given_up(
     autojump_clock: MockClock, what: str
@@ -542,26 +443,6 @@ async def test_a_start_whose_reply_comes_after_the_outage_is_a_run_like_any_othe
         assert record.status in {"completed", "lost"}
 
 
-async def test_an_outage_while_the_supervisor_drains_ends_the_drain(autojump_clock: MockClock) -> None:
-    async with house(drain_timeout=60.0) as works:
-        witness = Witness()
-        mine = await works.owner.start(witness.waits)
-        async with readers((works.owner, mine.id), (works.other, mine.id)) as (here, there):
-            await trio.sleep(1)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(works.away, 2 * TOO_LATE)
-                began = trio.current_time()
-                await works.owner.drain()
-                assert LIMIT - 0.6 <= trio.current_time() - began <= TOO_LATE
-        assert isinstance(here.error, ReaderReleased)
-        assert gists(there.entries) == LOST
-        assert witness.saw == "log unavailable"
-        await trio.sleep(LONGEST_PAUSE)
-        with pytest.raises(Draining):
-            await works.owner.start(count, 1)
-        assert isinstance(await refused(works.owner.start(count, 1)), Draining)
-
-
 @pytest.mark.parametrize("away", [1.0, 3 * LIMIT])
 @pytest.mark.parametrize("producers", [0, 1, 10])
 async def test_leaving_the_supervisor_during_an_outage_ends_within_its_time(
@@ -589,18 +470,6 @@ async def test_leaving_the_supervisor_during_an_outage_ends_within_its_time(
     assert not owner._tails.all()
     assert owner._committer.pending_bytes == 0
     assert {run.status for run in await log.list()} <= {"running"}
-
-
-async def test_a_supervisor_that_is_cancelled_during_an_outage_ends_within_its_time(autojump_clock: MockClock) -> None:
-    view = View()
-    with trio.move_on_after(10) as scope:
-        async with open_supervisor(view, outage_limit=LIMIT) as owner:
-            await owner.start(Witness().waits)
-            await trio.sleep(1)
-            go_away(view)
-            await trio.sleep_forever()
-    assert scope.cancelled_caught
-    assert trio.current_time() <= 10 + 2 * owner.settings.finalize_timeout + 0.1
 
 
 # --- what an outage can do to a log, and to those who look elsewhere ------------------------------------------------

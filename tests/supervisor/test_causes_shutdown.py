@@ -31,16 +31,6 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
 
-async def test_a_run_that_ends_by_itself_while_the_supervisor_drains_ends_as_it_would_have(
-    autojump_clock: MockClock,
-) -> None:
-    log = MemoryLog()
-    async with open_supervisor(log, drain_timeout=5) as supervisor:
-        run = await supervisor.start(count, 4, 1)
-    assert trio.current_time() == near(4)
-    assert (await ended(log, run.id)).status == "completed"
-
-
 async def test_draining_interrupts_what_goes_on_and_keeps_only_its_own_readers(autojump_clock: MockClock) -> None:
     log, witness = MemoryLog(), Witness()
     async with two_supervisors(log) as (owner, other):

@@ -375,14 +375,3 @@ async def test_a_run_that_has_left_does_not_wait_for_another_to_be_put_back_on_a
         log.speak("a")
         await trio.sleep(BACK)
         await all_is_stored(works, buffer, other)
-
-
-async def test_what_was_written_before_a_buffer_had_a_worker_counts_from_its_first_use(
-    autojump_clock: MockClock,
-) -> None:
-    works = Works(Parted("a"))
-    buffer = await works.run()
-    buffer.append([b"data: early\n\n"])
-    assert works.committer.pending_bytes == 0
-    assert not works.committer.is_full(buffer)
-    assert works.committer.pending_bytes == buffer.size > 0

@@ -267,14 +267,6 @@ async def test_a_log_that_is_given_up_during_the_drain_leaves_it_nothing_to_wait
     assert owner.unstored == 3
 
 
-async def test_a_supervisor_that_ends_with_its_log_there_has_left_nothing_unstored(autojump_clock: MockClock) -> None:
-    log = MemoryLog()
-    async with open_supervisor(log, drain_timeout=DRAIN) as owner:
-        runs = [await owner.start(Witness().waits), await owner.start(count, 3)]
-    assert owner.unstored == 0
-    assert [(await ended(log, run.id)).status for run in runs] == ["failed", "completed"]
-
-
 @pytest.mark.parametrize("first", ["the outage", "the drain"])
 async def test_the_end_of_an_outage_brings_nobody_back_to_a_supervisor_that_drains(
     autojump_clock: MockClock, first: str

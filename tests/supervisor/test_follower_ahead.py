@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, MemoryLog, open_supervisor
 from penstock.asgi.sender import MAX_SEND
-from penstock.errors import CursorExpired, LogUnavailable, ReaderReleased, RunNotFound
+from penstock.errors import CursorExpired, LogUnavailable, RunNotFound
 from penstock.log import Entry
 from penstock.supervisor.fetcher import MISSING_GRACE, Prefetch
 from tests.support.following import cancelling_at, read_to_the_end, reading, seqs_of
@@ -138,28 +138,6 @@ async def test_a_page_that_could_not_be_read_ahead_is_read_when_it_is_asked_for(
         assert works.warnings == []  # nobody had to wait
 
 
-async def test_a_reader_waits_for_a_log_that_is_away_when_a_page_is_asked_for(autojump_clock: MockClock) -> None:
-    async with reading(tail_entries=1) as works:
-        await works.run(12, COMPLETED, size=HALF)
-        async with works.follow() as follower:
-            seen = await take(follower, 2)
-            seen += await take(follower, 1)
-            await wait_all_tasks_blocked()
-            works.log.away = True
-            seen += await take(follower, 1)
-            assert works.warnings == []
-
-            async def come_back() -> None:
-                await trio.sleep(60)
-                works.log.away = False
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(come_back)
-                seen += await read_to_the_end(follower)
-            assert seen == list(range(1, 13))
-        assert works.warnings[0] == "cannot read r: away; trying again"
-
-
 async def test_a_run_that_is_gone_is_told_of_when_its_grace_is_over_and_not_before(autojump_clock: MockClock) -> None:
     async with reading(tail_entries=1) as works:
         await works.run(12, COMPLETED, size=HALF)
@@ -173,19 +151,6 @@ async def test_a_run_that_is_gone_is_told_of_when_its_grace_is_over_and_not_befo
             with pytest.raises(RunNotFound):
                 await anext(follower)
             assert MISSING_GRACE <= trio.current_time() - asked_at < 2 * MISSING_GRACE
-
-
-async def test_a_reader_who_was_sent_away_while_the_log_is_away_hears_why(autojump_clock: MockClock) -> None:
-    async with reading(tail_entries=1) as works:
-        await works.run(12, size=HALF)
-        async with works.follow() as follower:
-            await take(follower, 2)
-            asked = Asked(works.log)
-            asked.fails = {2: LogUnavailable("away"), 3: LogUnavailable("away")}
-            await take(follower, 2)
-            works.fetcher.evict_readers(ReaderReleased())
-            with pytest.raises(ReaderReleased):
-                await anext(follower)
 
 
 @pytest.mark.parametrize("when", ["before it was read ahead", "after that"])

@@ -11,7 +11,6 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from penstock.backoff import LONGEST_PAUSE
 from penstock.log import AppendStatus, Notification
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
@@ -27,7 +26,6 @@ from tests.support.supervising import (
     come_back,
     count,
     ended,
-    entries_of,
     gists,
     go_away,
     near,
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from tests.support.supervising import Hook
 
 LEASE = 6.0
-LOST = ["first", "error RUN_LOST", "[DONE]"]
 
 
 class Told:
@@ -114,18 +111,6 @@ class Reconnecting(MemoryLog):
         return await super().renew(owner, epochs, seconds)
 
 
-def moments(view: View, operation: str) -> list[float]:
-    """Note when an operation is asked for, from now on."""
-    times: list[float] = []
-
-    async def hook() -> None:
-        await trio.lowlevel.checkpoint()
-        times.append(trio.current_time())
-
-    view.before[operation] = hook
-    return times
-
-
 async def asked(view: View, operation: str, hook: Hook) -> float:
     """Wait until an operation is asked for the next time, which meets the hook; when that was."""
     came = trio.Event()
@@ -169,27 +154,6 @@ async def test_leases_are_renewed_at_once_when_the_log_is_back(autojump_clock: M
         await trio.sleep(0.2)
         assert log.renewals[2:] == [(near(23), 1)]
         await owner.cancel(run.id)
-
-
-async def test_a_silent_run_that_the_log_has_lost_is_there_again_as_soon_as_the_log_is_back(
-    autojump_clock: MockClock,
-) -> None:
-    log, notes = Reconnecting(), Notes()
-    async with two_supervisors(log, lease=30.0, observer=notes) as (owner, other):
-        run = await owner.start(Witness().waits)
-        async with readers((owner, run.id), (other, run.id)) as (here, there):
-            await trio.sleep(13)
-            forget(log, run.id)
-            for told in log.told:
-                told.tell(Notification({run.id: 2**53}, reconnected=True))
-            await trio.sleep(1)
-            assert gists(await entries_of(log, run.id)) == ["first"]
-            await owner.cancel(run.id)
-        for reader in (here, there):
-            assert reader.error is None
-            assert gists(reader.entries) == ["first", "cancelled", "[DONE]"]
-        assert (await ended(log, run.id)).status == "cancelled"
-        assert_nothing_is_left(other)
 
 
 @pytest.mark.parametrize("away", [0.5, 1.0, 1.5])
@@ -278,25 +242,6 @@ async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_no
 
 
 # --- cancel requests ------------------------------------------------------------------------------------------------
-
-
-async def test_i6_a_poll_that_fails_cancels_nothing_and_is_tried_again(autojump_clock: MockClock) -> None:
-    view, notes, witness = View(), Notes(), Witness()
-    async with two_supervisors(view, cancel_check_interval=0.5, observer=notes) as (owner, other):
-        run = await owner.start(witness.waits)
-        await trio.sleep(1)
-        view.before["cancel_requests"] = unavailable
-        await trio.sleep(5)
-        assert not witness.left
-        assert notes.warnings[0] == "cannot look for cancel requests: the log is away; trying again"
-        await other.cancel(run.id, "theirs")
-        owner_heard = witness.saw
-        await trio.sleep(5)
-        assert owner_heard is witness.saw is None
-        view.before.clear()
-        assert (await other.wait(run.id)).status == "cancelled"
-        assert witness.saw == "run cancelled: theirs"
-        assert witness.saw_at <= 11 + LONGEST_PAUSE + 0.1
 
 
 # --- the reaper -----------------------------------------------------------------------------------------------------
@@ -437,80 +382,4 @@ async def test_a_process_that_stood_still_with_its_log_away_declares_an_outage_o
         assert owner.live_runs == 0
 
 
-@pytest.mark.parametrize("away", [1.5, LEASE, 5 * LEASE])
-async def test_nobody_is_reaped_within_a_lease_after_the_log_is_back(autojump_clock: MockClock, away: float) -> None:
-    log = MemoryLog()
-    views = [View(log), View(log)]
-    async with (
-        open_supervisor(views[0], lease=LEASE, outage_limit=1000) as one,
-        open_supervisor(views[1], lease=LEASE, outage_limit=1000) as two,
-    ):
-        await trio.sleep(2 * LEASE + 0.4)
-        runs = [await one.start(Witness().waits), await two.start(Witness().waits)]
-        await abandoned(views[0])
-        go_away(*views)
-        await trio.sleep(away)
-        come_back(*views)
-        assert LEASE - REAP_INTERVAL - 0.1 <= await lost_after(views[0], 100) <= LEASE + 2 * REAP_INTERVAL
-        await trio.sleep(3 * LEASE)
-        assert {(await one.get(run.id)).status for run in runs} == {"running"}
-        for supervisor, run in zip((one, two), runs, strict=True):
-            await supervisor.cancel(run.id)
-
-
-async def test_of_two_reapers_each_run_has_one_obituary(autojump_clock: MockClock) -> None:
-    view = View()
-    async with two_supervisors(view, lease=LEASE) as (_, other):
-        await trio.sleep(2 * LEASE)
-        for number in range(20):
-            await abandoned(view, f"r{number}")
-        async with readers(*((other, f"r{number}") for number in range(20))) as following:
-            await trio.sleep(2 * REAP_INTERVAL)
-        for number, reader in enumerate(following):
-            assert gists(reader.entries) == ["entry 1", "error RUN_LOST", "[DONE]"]
-            assert (await ended(view, f"r{number}")).status == "lost"
-
-
 # --- outages --------------------------------------------------------------------------------------------------------
-
-
-async def test_an_outage_is_declared_once_and_only_after_the_limit(autojump_clock: MockClock) -> None:
-    view, notes = View(), Notes()
-    async with open_supervisor(view, lease=LEASE, outage_limit=7.0, observer=notes) as owner:
-        await trio.sleep(3)
-        began = trio.current_time()
-        go_away(view)
-        await trio.sleep_until(began + 6.9)
-        assert not owner._fetcher._away
-        await trio.sleep_until(began + 7.1 + REAP_INTERVAL)
-        assert owner._fetcher._away
-        await trio.sleep(50)
-        assert len([warning for warning in notes.warnings if "given up" in warning]) == 1
-        come_back(view)
-        await trio.sleep(LONGEST_PAUSE)
-        assert not owner._fetcher._away
-
-
-async def test_an_idle_watch_asks_the_log_no_more_than_its_rounds_take(autojump_clock: MockClock) -> None:
-    view = View()
-    async with open_supervisor(view, lease=LEASE, cancel_check_interval=0.5):
-        await trio.sleep(100)
-        view.calls.clear()
-        await trio.sleep(100)
-        assert 190 <= view.calls.pop("cancel_requests") <= 201
-        assert 90 <= view.calls.pop("reap") <= 101
-        assert set(view.calls) <= {"wait"}
-
-
-async def test_the_look_for_cancels_comes_at_its_interval_and_at_once_when_woken(autojump_clock: MockClock) -> None:
-    view = View()
-    async with two_supervisors(view.log, view, cancel_check_interval=10.0) as (other, owner):
-        await trio.sleep(0.5)
-        looks = moments(view, "cancel_requests")
-        run = await owner.start(Witness().waits)
-        await trio.sleep(24)
-        assert looks == [near(10), near(20)]
-        await other.cancel(run.id)
-        await trio.sleep(0.1)
-        assert looks[2:] == [near(24.5)]
-        assert (await other.get(run.id)).status == "cancelled"

@@ -68,7 +68,7 @@ async def house(*shards: str, **knobs: Any) -> AsyncIterator[House]:
     knobs = {"lease": LEASE, "outage_limit": LIMIT, **knobs}
     async with open_supervisor(works.log, observer=works.outages, drain_timeout=0.0, **knobs) as works.supervisor:
         for run_id in [*works.log.where]:
-            await works.supervisor.start(count, 100_000, 0.1, run_id=run_id)
+            await works.supervisor.start(count, 100_000, 0.5, run_id=run_id)
         await trio.sleep(5)
         yield works
         await trio.sleep(BACK)
@@ -118,7 +118,7 @@ async def test_the_rounds_of_a_part_that_is_no_more_end(autojump_clock: MockCloc
         assert works.lives("on-a")
         assert works.lives("on-b") == (seconds < TOO_LATE)
         since = trio.current_time()
-        await trio.sleep(100)
+        await trio.sleep(20)
         assert works.asked("b", since=since) == []
         assert [what for what, _ in works.outages.told] == (["began", "ended"] if seconds else [])
         works.log.gone.clear()
@@ -141,7 +141,7 @@ async def test_an_outage_of_a_part_gives_up_its_runs_and_readers_and_no_others(
             assert not works.lives("on-b")
             seen = len(stays.entries)
             await trio.sleep(10)
-            assert len(stays.entries) >= seen + 90
+            assert len(stays.entries) >= seen + 18
             with pytest.raises(LogUnavailable):
                 async with works.supervisor.follow("on-b"):
                     pass

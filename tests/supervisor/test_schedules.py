@@ -189,7 +189,7 @@ async def test_i7_a_supervisor_that_is_cancelled_in_any_wait_ends_its_runs_and_g
     assert await at_every_await(case) >= 8
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("after", [1, 3, 5])
 async def test_i7_a_run_that_is_cancelled_in_any_wait_of_its_own_has_one_end(
     autojump_clock: MockClock, after: int
 ) -> None:
@@ -332,7 +332,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(STEPS, min_size=2, max_size=25), st.integers(1, 50))
 def test_i2_i3_in_any_order_of_starts_cancels_and_cuts_every_run_ends_and_every_reader_is_whole(
     steps: list[tuple[Any, ...]], tail_entries: int

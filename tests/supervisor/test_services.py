@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from penstock.errors import LogUnavailable, ReaderReleased, RunEnded, SupervisorFailed
+from penstock.errors import LogUnavailable, RunEnded, SupervisorFailed
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import Supervisor, open_supervisor
 from tests.support.supervising import (
@@ -110,25 +110,6 @@ async def test_however_it_is_left_every_run_gets_its_end_while_the_services_are_
         assert gists(await entries_of(view, run_id)) == expected
     assert len(notes.ended) == 2
     assert notes.errors == []
-
-
-async def test_it_does_not_wait_for_ever_for_a_log_that_is_away(autojump_clock: MockClock) -> None:
-    view = View()
-    reader = Catch()
-    async with trio.open_nursery() as nursery:
-        with pytest.raises(Stopped):  # noqa: PT012
-            async with open_supervisor(view, finalize_timeout=5) as supervisor:
-                run = await supervisor.start(Witness().waits)
-                follower = supervisor.follow(run.id)
-                await follower.__aenter__()
-                nursery.start_soon(reader.run, partial(read_on, follower))  # noqa: ASYNC111
-                await wait_all_tasks_blocked()
-                view.before["append"] = unavailable
-                raise Stopped
-        assert trio.current_time() == near(10)  # the run's own wait, and that of the services
-        assert (await view.log.get(run.id)).status == "running"
-    assert isinstance(reader.error, ReaderReleased)
-    await follower.__aexit__(None, None, None)
 
 
 async def test_ctrl_c_in_a_producer_is_no_end_of_its_own_and_goes_on(autojump_clock: MockClock) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -15,11 +15,8 @@ from penstock.errors import (
     RunNotFound,
 )
 from penstock.log.memory import MemoryLog
-from penstock.observer.logging import LoggingObserver
 from penstock.supervisor import open_supervisor
 from tests.support.supervising import (
-    FIRST,
-    Notes,
     View,
     Witness,
     assert_nothing_is_left,
@@ -29,20 +26,13 @@ from tests.support.supervising import (
     gists,
     read,
     readers,
-    shielded,
     slow,
     two_supervisors,
     unavailable,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from trio.testing import MockClock
-
-    from penstock.sse import Event
-
-COUNTED = ["1", "2", "3", "[DONE]"]
 
 
 # Looking
@@ -93,14 +83,6 @@ async def test_following_begins_after_the_cursor_or_with_the_last_entries(autoju
         for wrong in (-1, 1.0, "1", True, None):
             with pytest.raises(ValueError, match="cursor"):
                 supervisor.follow(run.id, wrong)  # type: ignore[arg-type]
-
-
-async def test_a_cursor_ahead_of_a_running_run_waits_for_it(autojump_clock: MockClock) -> None:
-    async with two_supervisors(MemoryLog()) as (owner, other):
-        run = await owner.start(count, 9, 1)
-        async with other.follow(run.id, 7) as there, owner.follow(run.id, 7) as here:
-            assert not there.at_end
-            assert [entry.seq async for entry in there] == [entry.seq async for entry in here] == [8, 9, 10]
 
 
 async def test_a_wait_that_is_cancelled_does_nothing_to_the_run(autojump_clock: MockClock) -> None:
@@ -206,60 +188,6 @@ async def test_a_start_under_way_when_draining_begins_counts_as_begun_before(aut
 
 
 # Telling
-
-
-async def test_the_observer_is_told_of_everything(autojump_clock: MockClock) -> None:
-    notes = Notes()
-    error = ValueError("secret")
-
-    async def fails() -> AsyncIterator[Event]:
-        yield FIRST
-        raise error
-
-    async with open_supervisor(MemoryLog(), observer=notes) as supervisor:
-        run = await supervisor.start(fails)
-        record = await supervisor.wait(run.id)
-        assert notes.started == [run]
-        assert [(ended.id, ended.status, ended.seq) for ended in notes.ended] == [(run.id, "failed", 3)]
-        assert record.error is not None
-        assert notes.errors == [(error, record.error.error_id, f"run {run.id}")]
-        assert "secret" not in b"".join(entry.wire for entry in await read(supervisor, run.id)).decode()
-
-
-class Unbearable(LoggingObserver):
-    """An observer that raises whatever it is told."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_"):
-            return super().__getattribute__(name)
-
-        def hook(*_: Any, **__: Any) -> None:
-            raise ZeroDivisionError(name)
-
-        return hook
-
-
-async def test_an_observer_that_raises_harms_nobody(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    view, let_go = View(), trio.Event()
-
-    async def stuck() -> AsyncIterator[Event]:
-        yield FIRST
-        await shielded(let_go)
-        raise ValueError
-
-    async with open_supervisor(view, observer=Unbearable(), cancel_grace=1) as supervisor:
-        run = await supervisor.start(stuck)
-        await wait_all_tasks_blocked()
-        view.before["cancel_requests"] = view.before["renew"] = view.before["check"] = unavailable
-        await supervisor.cancel(run.id)
-        assert (await supervisor.wait(run.id)).status == "cancelled"
-        await trio.sleep(60)
-        let_go.set()
-        view.before.clear()
-        assert gists(await read(supervisor, (await supervisor.start(count, 3)).id)) == COUNTED
-    assert {record.getMessage() for record in caplog.records} == {"the observer's hook failed"}
 
 
 # Keeping

@@ -16,7 +16,7 @@ from penstock.errors import (
 )
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
-from tests.support.supervising import Notes, Witness, assert_nothing_is_left, count, ended, gists, read, two_supervisors
+from tests.support.supervising import Notes, assert_nothing_is_left, count, ended, gists, read, two_supervisors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -167,12 +167,3 @@ async def test_a_wrong_knob_is_refused_before_anything_starts(autojump_clock: Mo
     for knobs in ({"lease": 0}, {"flush_size": 1.5}, {"dialect": "klingon"}, {"no_such_knob": 1}):
         with pytest.raises(ConfigurationError, match=next(iter(knobs))):
             await open_supervisor(MemoryLog(), **knobs).__aenter__()
-
-
-async def test_words_for_a_cancel_that_cannot_be_written_are_refused(autojump_clock: MockClock) -> None:
-    async with open_supervisor(MemoryLog()) as supervisor:
-        run = await supervisor.start(Witness().waits)
-        with pytest.raises(ValueError, match=r"surrogates"):
-            await supervisor.cancel(run.id, "\ud83d")
-        assert (await supervisor.get(run.id)).status == "running"
-        await supervisor.cancel(run.id)

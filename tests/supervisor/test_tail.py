@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from penstock.errors import ReaderReleased, RunNotFound
 from penstock.supervisor.tail import Tail, Tails
-from tests.support.logs import entries, entry, in_virtual_time, seqs
+from tests.support.logs import entries, in_virtual_time, seqs
 
 ALL = 1_000_000
 
@@ -31,33 +31,6 @@ async def test_a_cursor_at_the_end_takes_nothing_and_one_that_fell_off_takes_non
     assert take(tail, 0) == []
     tail.extend(entries(1, 5))
     assert [take(tail, cursor) for cursor in range(7)] == [None, None, [3, 4, 5], [4, 5], [5], [], []]
-
-
-async def test_the_limits_of_a_taking_are_those_of_the_caller() -> None:
-    tail = tails_of().acquire("r")
-    tail.extend(entries(1, 5, 50))
-    assert take(tail, 1, max_entries=2) == [2, 3]
-    assert take(tail, 1, max_bytes=149) == [2, 3]
-    assert take(tail, 1, max_bytes=1) == [2]
-
-
-@pytest.mark.parametrize("max_entries, first", [(1, 5), (4, 2), (5, 1), (6, 1)])
-async def test_a_tail_keeps_so_many_entries(max_entries: int, first: int) -> None:
-    tail = tails_of(max_entries=max_entries).acquire("r")
-    tail.extend(entries(1, 5))
-    assert take(tail, first - 1) == list(range(first, 6))
-    assert first == 1 or take(tail, first - 2) is None
-
-
-@pytest.mark.parametrize("max_bytes, first", [(49, 6), (50, 5), (99, 5), (100, 4), (249, 2), (250, 1)])
-async def test_a_tail_keeps_so_many_bytes(max_bytes: int, first: int) -> None:
-    tails = tails_of(max_bytes=max_bytes)
-    tail = tails.acquire("r")
-    for seq in range(1, 6):
-        tail.extend([entry(seq, 50)])
-    assert tails.size == 50 * (6 - first)
-    assert take(tail, first - 1) == list(range(first, 6))
-    assert tail.last == 5
 
 
 async def test_the_terminal_entry_ends_a_tail_and_it_stays_ended() -> None:
@@ -109,36 +82,6 @@ async def test_a_tail_that_is_fed_knows_better_than_a_record_that_was_read() -> 
 # --- waiting --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_hundred_readers_are_woken_and_none_is_lost(autojump_clock: MockClock) -> None:
-    tail = tails_of(max_entries=50).acquire("r")
-    done = []
-
-    async def read(cursor: int, greed: int) -> None:
-        seen: list[int] = []
-        while not (tail.ended and cursor == tail.last):
-            taken = tail.take(cursor, max_entries=greed, max_bytes=ALL)
-            assert taken is not None
-            if not taken:
-                await tail.wait()
-                continue
-            seen += seqs(taken)
-            cursor = seen[-1]
-            await trio.lowlevel.checkpoint()
-        assert seen == list(range(1, 61))
-        done.append(cursor)
-
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            for number in range(100):
-                nursery.start_soon(read, 0, 1 + number % 7)
-            for seq in range(1, 61):
-                await wait_all_tasks_blocked()
-                assert len(tail._lot) == 100
-                tail.extend([entry(seq, terminal=seq == 60)])
-    assert len(done) == 100
-    assert len(tail._lot) == 0
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -159,30 +102,6 @@ async def test_every_change_wakes_every_reader(autojump_clock: MockClock, change
             await wait_all_tasks_blocked()
             change(tail)
     assert len(tail._lot) == 0
-
-
-async def test_d15_a_reader_that_is_cancelled_is_not_left_behind(autojump_clock: MockClock) -> None:
-    tail = tails_of().acquire("r")
-    with trio.move_on_after(1) as scope:
-        await tail.wait()
-    assert scope.cancelled_caught
-    assert len(tail._lot) == 0
-
-
-async def test_a_reader_cancelled_in_the_step_that_woke_it_finds_everything_there(autojump_clock: MockClock) -> None:
-    tail = tails_of().acquire("r")
-    scope = trio.CancelScope()
-
-    async def read() -> None:
-        with scope:
-            await tail.wait()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read)
-        await wait_all_tasks_blocked()
-        tail.extend(entries(1, 2))
-        scope.cancel()
-    assert take(tail, 0) == [1, 2]
 
 
 async def test_the_first_reason_to_go_stays() -> None:
@@ -230,18 +149,6 @@ async def test_all_that_is_at_hand_is_what_the_limits_have_left() -> None:
     assert tail.last == 9
 
 
-async def test_what_is_added_a_second_time_is_there_once() -> None:
-    tails = tails_of(max_entries=5)
-    tail = tails.acquire("r")
-    tail.extend(entries(1, 9, 50))
-    was = tail.recent()
-    tail.extend(entries(3, 7, 50))
-    assert tail.recent() == was
-    tail.extend(entries(8, 11, 50))
-    assert seqs(tail.recent()) == [7, 8, 9, 10, 11]
-    assert tails.size == 250
-
-
 # --- the tails of a process -----------------------------------------------------------------------------------------
 
 
@@ -269,19 +176,6 @@ async def test_a_tail_has_its_own_limit_or_an_equal_share_of_the_process(count: 
     assert tails.share() == share
 
 
-async def test_a_tail_keeps_to_its_share_when_it_is_written() -> None:
-    tails = tails_of(max_bytes=500, max_process_bytes=1000)
-    some = [tails.acquire(f"r{number}") for number in range(4)]
-    for tail in some:
-        tail.extend(entries(1, 10, 50))
-    assert [take(tail, 5) for tail in some] == [[6, 7, 8, 9, 10]] * 4
-    assert tails.size == 1000
-    for tail in some[1:]:
-        tails.release(tail)
-    some[0].extend(entries(11, 15, 50))
-    assert take(some[0], 5) == list(range(6, 16))
-
-
 async def test_tails_that_are_not_written_any_more_make_room_for_those_that_are() -> None:
     tails = tails_of(max_bytes=500, max_process_bytes=1000)
     for number in range(40):
@@ -290,16 +184,6 @@ async def test_tails_that_are_not_written_any_more_make_room_for_those_that_are(
     for tail in tails.all()[:-1]:
         assert take(tail, 10) == []
         assert tail.last == 10
-
-
-async def test_what_is_left_of_dropped_tails_is_nothing() -> None:
-    tails = tails_of(max_process_bytes=1000)
-    some = [tails.acquire(f"r{number % 7}") for number in range(20)]
-    for number, tail in enumerate(some):
-        tail.extend(entries(tail.last + 1, tail.last + 3, 20 + number))
-    for tail in some:
-        tails.release(tail)
-    assert (len(tails.all()), tails.size) == (0, 0)
 
 
 steps = st.lists(
@@ -311,7 +195,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=40, deadline=None)
 @given(steps, st.integers(1, 8), st.integers(20, 400), st.integers(20, 250))
 def test_whatever_happens_the_sizes_add_up_and_the_limits_hold(
     steps: list[tuple[str, int, int]], max_entries: int, max_bytes: int, max_process_bytes: int

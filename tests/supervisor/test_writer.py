@@ -57,14 +57,6 @@ async def test_what_is_written_is_numbered_stored_and_ended_when_the_block_is_le
         assert_nothing_is_left(owner)
 
 
-async def test_a_block_may_say_why_it_stopped(autojump_clock: MockClock) -> None:
-    async with open_supervisor(MemoryLog()) as supervisor:
-        async with supervisor.open_run("run") as writer:
-            await writer.write(Event.stop("requires_approval"))
-        record = await supervisor.get("run")
-        assert (record.status, record.stop_reason) == ("completed", "requires_approval")
-
-
 @pytest.mark.parametrize(
     "error, status, code, reported",
     [
@@ -266,33 +258,6 @@ async def test_nothing_follows_what_ends_the_run_from_another_task(autojump_cloc
             assert stored == (["error no", "[DONE]"] if refused else ["a", "error no", "[DONE]"])
             outcomes.add(len(refused))
     assert outcomes == {0, 1}
-
-
-async def test_writing_waits_when_too_much_is_uncommitted(autojump_clock: MockClock) -> None:
-    view = View()
-    async with open_supervisor(view, max_pending_bytes=1000) as supervisor:
-        async with supervisor.open_run("run", max_silence=1.5) as writer:
-            view.before["append"] = slow(2)
-            for _ in range(4):
-                await writer.write(Event(data="x" * 500))
-                assert supervisor._committer.pending_bytes <= 1600
-            assert trio.current_time() >= 2  # and that is not its own silence
-        assert (await ended(view, "run")).status == "completed"
-        assert supervisor._committer.pending_bytes == 0
-
-
-async def test_whoever_flushes_what_is_never_stored_is_told(autojump_clock: MockClock) -> None:
-    view = View()
-    async with open_supervisor(view.log, lease=6) as other, open_supervisor(view, lease=6) as owner:
-        with pytest.raises(RunEnded):  # noqa: PT012
-            async with owner.open_run("run") as writer:
-                view.before["append"] = view.before["renew"] = slow(20)
-                await writer.write(FIRST)
-                with trio.CancelScope(shield=True):
-                    await writer.flush()
-        assert (await other.get("run")).status == "lost"
-        assert gists(await entries_of(view, "run")) == ["error RUN_LOST", "[DONE]"]
-        assert_nothing_is_left(owner)
 
 
 async def test_a_fenced_body_is_cut_short_and_the_caller_is_told(autojump_clock: MockClock) -> None:

@@ -1,13 +1,4 @@
-"""A Redis Cluster in the place of one redis-server, for tests that can have either; and where runs come to lie in it.
-
-    clustered()                 the shared cluster, as if it were a server: commands find their nodes
-    PREFIXES                    prefixes of a log: whichever a test has, its runs lie on other nodes
-    prefix_for(name)            the one of these for a test of this name
-    in_order(log)               the log, made to wait for what a log in a cluster does in the background
-    everywhere, on_a_cluster    decorators of tests: run on each version and on the cluster, or on one server and there
-
-Of a cluster that a test stirs up itself, see `redis_clusters.py`.
-"""
+"""A Redis Cluster in the place of one redis-server, for tests that can have either; and where its runs lie."""
 
 from __future__ import annotations
 
@@ -26,9 +17,11 @@ from tests.support.redis_clusters import shared_cluster
 from tests.support.redis_servers import Endpoint, redis_servers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from penstock.supervisor import Supervisor
     from tests.support.redis_clusters import Cluster
+    from tests.support.redis_servers import RedisServer
 
 L = TypeVar("L")
 
@@ -87,6 +80,43 @@ class ClusteredServer(Endpoint):
 
     def flushall(self) -> None:
         self.cluster.flushall()
+
+
+class Works:
+    """A cluster of three masters that tests stir up one after another, and names of what is to be on each of them."""
+
+    def __init__(self, cluster: Cluster[RedisServer]) -> None:
+        self.cluster = cluster
+        self.server = ClusteredServer(cluster)
+        self.url = cluster.url
+        self.first, self.second, self.third = self.nodes = cluster.nodes
+        self._taken: set[int] = set()
+
+    def node_of(self, key: str) -> RedisServer:
+        """The node of a key whose slot has not moved."""
+        return self.nodes[node_of(key)]
+
+    def name_on(self, node: RedisServer, key_of: Callable[[str], str]) -> str:
+        """A name whose key is on this node, on a slot of its own: no other call returns one on that slot."""
+        for name in (f"name-{number}" for number in count()):
+            slot = self.cluster.slot(key_of(name))
+            if slot not in self._taken and self.node_of(key_of(name)) is node:
+                self._taken.add(slot)
+                return name
+        raise AssertionError("there are names without end")
+
+    def run_on(self, node: RedisServer) -> str:
+        """A run id."""
+        return self.name_on(node, Keys().record)
+
+    def key_on(self, node: RedisServer) -> str:
+        """An idempotency key."""
+        return self.name_on(node, Keys().idempotency)
+
+    def last_without_inbox(self, *supervisors: Supervisor) -> list[RedisServer]:
+        """The nodes, the last of them one that has the inbox of none of these two."""
+        inboxes = {self.node_of(Keys().inbox(each._owner)) for each in supervisors}
+        return sorted(self.nodes, key=lambda node: node not in inboxes)
 
 
 @cache

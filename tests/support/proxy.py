@@ -1,14 +1,8 @@
 """A TCP proxy between a client and a real redis-server, for what a network does to both.
 
-    client ──requests──> [gate] ──────────────────────────────────> server
-           <──replies─── [lost? swallowed?] <── [gate] <── [delay] <──
-
-Requests go through as they come, and are read on the way; from the server comes one reply at a time, so that one can be
-lost by itself: the request has taken effect, and the client sees its connection break instead of the answer. RESP2 and
-RESP3 are understood as far as that takes: where a reply ends, which request it answers, and which are no replies at all
-but pushed (https://redis.io/docs/latest/develop/reference/protocol-spec/). Not understood: MONITOR, CLIENT REPLY.
-
-What the controls do, they do at once and to every connection; none of them but `accept` is a checkpoint.
+Requests are read as they pass; from the server comes one reply at a time, so that one can be lost by itself: the
+request has taken effect, and the connection breaks. RESP2 and RESP3 are understood as far as that takes, but neither
+MONITOR nor CLIENT REPLY. The controls act at once and on every connection; only `accept` is a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,13 +25,7 @@ _CONFIRMATIONS = frozenset(f"{prefix}{word}" for prefix in ("", "p", "s") for wo
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One reply of the server.
-
-    Attributes:
-        command: what it replies to, in upper case: "EVALSHA".
-        arguments: those of the command.
-        data: the reply as it stands on the wire.
-    """
+    """One reply of the server, as it stands on the wire, to a command, in upper case."""
 
     command: str
     arguments: tuple[bytes, ...]
@@ -65,14 +53,10 @@ class _Connection:
 
 
 class Proxy:
-    """One proxy; `proxy` makes it.
+    """One proxy; `proxy` makes it. It counts the requests that it passes on, by command, and the replies that it loses.
 
-    Attributes:
-        port: where it listens on 127.0.0.1; stays the same.
-        requests: how many of each command it has passed on, by name in upper case.
-        lost: how many replies it has lost.
-        drop_messages: swallow whatever is published, and leave the connection as it is.
-        swallowed: how many messages that were.
+    With `drop_messages` it swallows whatever is published, with `drop_confirmations` those of subscriptions, and leaves
+    the connection as it is; how many that were is `swallowed`.
     """
 
     def __init__(self, server_port: int, nursery: trio.Nursery) -> None:
@@ -88,7 +72,7 @@ class Proxy:
         self.port = 0
         self.requests: Counter[str] = Counter()
         self.lost = 0
-        self.drop_messages = False
+        self.drop_messages = self.drop_confirmations = False
         self.swallowed = 0
 
     @property
@@ -236,7 +220,7 @@ class Proxy:
     def _is_kept_back(self, connection: _Connection, frame: bytes) -> bool:
         pushed = _pushed(frame, subscribed=connection.subscribed)
         if pushed is not None:
-            swallowed = self.drop_messages and pushed in _MESSAGES
+            swallowed = self.drop_messages if pushed in _MESSAGES else self.drop_confirmations
             self.swallowed += swallowed
             return swallowed
         words = connection.asked.popleft() if connection.asked else [b""]  # unasked: the server says why it closes
@@ -311,10 +295,7 @@ def _name(words: list[bytes]) -> str:
 
 
 def _pushed(frame: bytes, *, subscribed: bool) -> str | None:
-    """The kind of what the server sends unasked, like "message"; None: it is the reply to a request.
-
-    In RESP2 that looks like any other array; only that the connection has subscribed tells them apart.
-    """
+    """The kind of what the server sends unasked, like "message"; None: a reply. In RESP2 both are arrays."""
     if not frame.startswith(b">" if not subscribed else (b">", b"*")):
         return None
     _, _, kind, *_ = [*frame.split(b"\r\n", 3), b"", b""]

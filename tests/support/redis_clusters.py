@@ -1,20 +1,17 @@
 """Real Redis Clusters for the suite: one for each test process to share, or one of a test's own.
 
-    cluster_server()            the redis-server that they are made of: the first that is of version 7 or later
-    shared_cluster()            three masters, formed once for this process; empty it before use, do not change it
-    redis_cluster(...)          one's own: nodes to pause and to kill, replicas to promote, slots to move
-
-A cluster takes two seconds to form, whatever one does: a master that has just started refuses for that long. All of it
-is for the real clock. What is waited for here is that every node says so that lives; a node that was paused or killed
-by the methods of `RedisServer` is not asked.
+A cluster takes two seconds to form: a master that has just started refuses for that long. What is waited for here, by
+the real clock, is that every node says so that lives; one that was paused or killed is not asked.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import redis
@@ -34,10 +31,9 @@ from tests.support.redis_servers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
-PAUSE = 0.02
+PAUSE = 0.05
 """Seconds between two looks at what the nodes say."""
 
 NODE_TIMEOUT = 2.0
@@ -89,12 +85,7 @@ class _View:
 
 
 class Cluster(Generic[Node]):
-    """A Redis Cluster to talk to, and to stir up if its nodes are a test's own.
-
-    Attributes:
-        url: of the masters that it was made with.
-        nodes: all of them, dead or alive: those masters, then their replicas.
-    """
+    """A Redis Cluster; its nodes, dead or alive, are the masters that it was made with, then their replicas."""
 
     def __init__(self, nodes: Sequence[Node], masters: int) -> None:
         self.nodes = list(nodes)
@@ -159,12 +150,9 @@ class Cluster(Generic[Node]):
         await self._until(self._is_settled)
 
     async def promote(self, replica: Node, how: Literal["FORCE", "TAKEOVER"] | None = None) -> None:
-        """Have this replica take its master's place, and wait until all that live say that it has.
+        """Have this replica, in sync, take its master's place, and wait until all that live say that it has.
 
-        Args:
-            replica: one in sync.
-            how: None: its master lives and hands over, so that nothing is lost; "FORCE": the master is not asked, only
-                the other masters are; "TAKEOVER": nobody is.
+        Its master hands over; "FORCE": only the other masters are asked; "TAKEOVER": nobody is.
         """
         await self._until(lambda views: replica.port in views and _is_known(views, replica.port))
         await replica.command("CLUSTER", "FAILOVER", *([how] if how else []))
@@ -176,11 +164,9 @@ class Cluster(Generic[Node]):
         return await self._taken_over(others)
 
     async def _taken_over(self, ports: Sequence[int]) -> Node:
-        """Wait until one of these is a master, and all that live say so; which that is.
-
-        Redis 7.0 counts the votes of a replica's last election again when there is another one soon after: it wins, but
-        its slots stay those of its predecessor, as its epoch is no later one. It is given one here.
-        """
+        """Wait until one of these is a master, and all that live say so; which that is."""
+        # Redis 7.0 counts the votes of a replica's last election again when there is another one soon after: it wins,
+        # but its slots stay those of its predecessor, as its epoch is no later one. It is given one here.
         views = await self._until(lambda views: _claimants(views, ports))
         port = max(_claimants(views, ports), key=lambda port: views[port].own.epoch)
         if not _agree_on(views, port):
@@ -267,10 +253,7 @@ class Cluster(Generic[Node]):
         )
 
     def _form(self) -> None:
-        """Make one cluster of the nodes, which have just started; it answers then.
-
-        Synchronous, since the shared one is formed before there is a loop.
-        """
+        """Make one cluster of the nodes, which have just started; synchronous, for the shared one has no loop yet."""
         masters = self.nodes[: self._masters]
         bounds = [REDIS_CLUSTER_HASH_SLOTS * number // len(masters) for number in range(len(masters) + 1)]
         for number, node in enumerate(self.nodes):
@@ -361,10 +344,7 @@ def _claimants(views: Mapping[int, _View], ports: Iterable[int]) -> list[int]:
 
 
 def _is_known(views: Mapping[int, _View], port: int) -> bool:
-    """Whether all take this one for what it is, and its links to all stand.
-
-    A replica is elected only by those that know that it is one, and what is said over a link that is down is lost.
-    """
+    """Whether all take this one for what it is, and its links to all stand: else it is not elected."""
     own = views[port].own
     return all(
         view.nodes[port].master_id == own.master_id and views[port].nodes[other].is_linked
@@ -410,13 +390,8 @@ async def redis_cluster(
 ) -> AsyncIterator[Cluster[RedisServer]]:
     """A Redis Cluster of one's own: formed, in sync, and killed when the block is left, whatever has become of it.
 
-    Args:
-        masters: they share the slots evenly.
-        replicas: of each master.
-        node_timeout: seconds without an answer after which the others take a node for failed. A replica takes over
-            half a second to a second and a half later.
-        persistent: as for `redis_server`.
-        options: settings of redis.conf for every node.
+    The masters share the slots evenly, with so many replicas each. After `node_timeout` seconds without an answer the
+    others take a node for failed; a replica takes over half a second to a second and a half later.
     """
     settings = _settings(node_timeout, options)
     async with AsyncExitStack() as stack:
@@ -431,12 +406,31 @@ async def redis_cluster(
         yield cluster
 
 
+@contextmanager
+def started_cluster(*, node_timeout: float) -> Iterator[Cluster[RedisServer]]:
+    """Three masters as `redis_cluster` makes them, outside of any loop: its tests run in loops of their own."""
+    with tempfile.TemporaryDirectory(prefix="penstock-redis-", ignore_cleanup_errors=True) as folder:
+        nodes = []
+        for number in range(3):
+            (home := Path(folder, str(number))).mkdir()
+            nodes.append(RedisServer(cluster_server(), home, _settings(node_timeout, {})))
+
+        async def each(method: Callable[[RedisServer], Awaitable[None]]) -> None:
+            for node in nodes:
+                await method(node)
+
+        try:
+            trio.run(each, RedisServer._start)
+            cluster = Cluster(nodes, len(nodes))
+            cluster._form()
+            yield cluster
+        finally:
+            trio.run(each, RedisServer.kill)
+
+
 @cache
 def shared_cluster() -> Cluster[Endpoint]:
-    """The one cluster that every test of this process may use: three masters.
-
-    It is not to be stopped or reconfigured. Whoever uses it begins with `flushall`, or keeps to keys of its own.
-    """
+    """The one cluster of three masters that all tests of this process use: emptied first, not stopped or changed."""
     settings = _settings(NODE_TIMEOUT, {})
     cluster = Cluster([start_shared(cluster_server(), **settings) for _ in range(3)], 3)
     cluster._form()

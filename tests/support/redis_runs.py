@@ -1,11 +1,6 @@
-"""What the tests of runs over a real Redis share.
+"""What the tests of runs over a real Redis share: supervisors, producers, and what must be true of a run's entries.
 
-Supervisors with a connection of their own each, as so many processes would be; producers that go on until they are
-told to stop; and what must be true of a run's entries, read from Redis itself rather than through penstock.
-
-    python -m tests.support.redis_runs URL LEASE     a process that owns a run, and says on stdout what becomes of it
-
-All of it is for the real clock.
+python -m tests.support.redis_runs URL LEASE     a process that owns a run, and says on stdout what becomes of it
 """
 
 from __future__ import annotations
@@ -65,14 +60,7 @@ async def until_it_is(look: Callable[[], Awaitable[Any]], wanted: object, second
 async def supervisor_at(
     url: str, *, observer: Observer | None = None, limits: Mapping[str, Any] | None = None, **knobs: Any
 ) -> AsyncIterator[Supervisor]:
-    """A supervisor with a log of its own; leaving interrupts its runs at once, unless `drain_timeout` says otherwise.
-
-    Args:
-        url: of the log.
-        observer: of the supervisor.
-        limits: of the log.
-        knobs: of the supervisor.
-    """
+    """A supervisor with a log of its own; leaving interrupts its runs at once, unless it has a `drain_timeout`."""
     async with (
         open_log(url, **(limits or {})) as log,
         open_supervisor(log, observer=observer, **{"drain_timeout": 0.0, **knobs}) as supervisor,
@@ -102,7 +90,7 @@ async def all_may_reap(server: Endpoint, count: int = 2) -> None:
 class Ticks:
     """A producer that counts until it is told to stop."""
 
-    def __init__(self, every: float = 0.005) -> None:
+    def __init__(self, every: float = 0.02) -> None:
         self.said = 0
         self.enough = trio.Event()
         self.saw: str | None = None

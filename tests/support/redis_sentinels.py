@@ -1,10 +1,7 @@
 """Real Redis Sentinels for the suite: a master with its replicas, and those that watch it, all of a test's own.
 
-    redis_sentinels(...)    masters to kill, sentinels to pause and to kill, and waiting until they have agreed again
-
 Each server has a configuration file of its own, which is what the sentinels rewrite. So a killed master comes back as
-a master that knows of nothing, and the sentinels make it a replica. From 7.0 on they are told to do so at once; those
-of 6.2 take ten seconds for it, which `rejoin` saves. All of it is for the real clock.
+a master that knows of nothing, and the sentinels make it a replica: at once from 7.0 on, else after ten seconds.
 """
 
 from __future__ import annotations
@@ -42,10 +39,9 @@ _HASTE = {"PING-PERIOD": 300, "INFO-PERIOD": 200, "PUBLISH-PERIOD": 200, "MIN-LI
 """Milliseconds between two of what sentinels do every one, two or ten seconds; from 7.0 on they can be told."""
 
 DOWN_AFTER = {"6": 1.5, "7": 1.0}
-"""Seconds without an answer after which a sentinel finds a server down, by version, if a test does not say.
+"""Seconds without an answer after which a sentinel finds a server down, by version.
 
-A sentinel takes the time until its first PING, which comes a period after it has got to know of a server, for silence:
-with less than that period, every failover would be followed by another.
+The time until its first PING counts as silence: with less, every failover would be followed by another.
 """
 
 
@@ -116,13 +112,7 @@ class Sentinel(RedisServer):
 
 @dataclass(frozen=True)
 class _Said:
-    """What one sentinel says.
-
-    Attributes:
-        master: the port of the master.
-        replicas: the ports of those that it could promote.
-        sentinels: the ports of the others that it hears.
-    """
+    """What one sentinel says, by ports: the master, the replicas that it could promote, the sentinels that it hears."""
 
     master: int
     replicas: frozenset[int]
@@ -131,25 +121,14 @@ class _Said:
 
 @dataclass(frozen=True)
 class _View:
-    """What those say that live, by port.
-
-    Attributes:
-        sentinels: about all others.
-        roles: about themselves: None for a master, the port of its master for a replica in sync, 0 for another replica.
-    """
+    """What the living say, by port; a role is None for a master, its port for a replica in sync, else 0."""
 
     sentinels: Mapping[int, _Said]
     roles: Mapping[int, int | None]
 
 
 class Sentinels:
-    """A master with its replicas and its sentinels.
-
-    Attributes:
-        url: of the sentinels, the master's name, and the database 0; with the passwords.
-        servers: those that have data: the first master, then its replicas.
-        sentinels: those that watch.
-    """
+    """A master with its replicas (`servers`, in this order) and its sentinels."""
 
     def __init__(self, servers: Sequence[Server], sentinels: Sequence[Sentinel]) -> None:
         self.servers = list(servers)
@@ -286,15 +265,8 @@ async def redis_sentinels(
 ) -> AsyncIterator[Sentinels]:
     """A master and all that belongs to it: in sync, and killed when the block is left, whatever has become of it.
 
-    Args:
-        replicas: of the master.
-        sentinels: how many watch it.
-        quorum: how many of them must find it down.
-        executable: one of `redis_servers()`; None: the first of them.
-        down_after: seconds without an answer after which one of them does; with 6.2 more than one. None: `DOWN_AFTER`.
-        password: of the master and its replicas.
-        sentinel_password: of the sentinels, which seldom have one.
-        options: settings of redis.conf for the master and its replicas.
+    A `quorum` of the sentinels must find it down, each after `down_after` seconds without an answer. The sentinels
+    seldom have a password; the other options are settings of redis.conf for the master and its replicas.
     """
     path = executable or next(iter(redis_servers().values()))
     patience = DOWN_AFTER.get(_version(path)[0], DOWN_AFTER["7"]) if down_after is None else down_after

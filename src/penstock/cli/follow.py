@@ -86,29 +86,20 @@ def is_ping(message: Message) -> bool:
 
 @dataclass
 class Following:
-    """One run that is followed.
-
-    Attributes:
-        server: where the run is.
-        run_id: of the run.
-        screen: prints the events.
-        show: the text of an event.
-        cursor: the id of the last event that was printed or skipped.
-        give_up_after: how many seconds there may be no stream; inf: no limit.
-        silence: see `SILENCE`.
-        missing: whether the server did not have all events any more.
-    """
+    """One run that is followed, for at most `give_up_after` seconds without a stream."""
 
     server: ApiClient
     run_id: str
     screen: Screen
     show: Callable[[int, Message], str] = event_as_text
     cursor: int = 0
+    """The id of the last event that was printed or skipped."""
     give_up_after: float = inf
     silence: float = SILENCE
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     missing: bool = field(default=False, init=False)
+    """Whether the server did not have all events any more."""
 
     def __post_init__(self) -> None:
         self._without_stream = TimeLimit(self.give_up_after, self.clock)
@@ -123,14 +114,7 @@ class Following:
         return self._seen or self.cursor > 0
 
     def run(self, tail: int | None = None) -> int:
-        """Print the run's events until it has ended; returns the exit code.
-
-        Args:
-            tail: begin with the last so many events, if that is after the cursor.
-
-        Raises:
-            CommandFailed: it cannot go on.
-        """
+        """Print the run's events until it has ended, from the `tail` last ones on; returns the exit code."""
         if tail is not None:
             # Computed here and not by the server: if the first connection breaks before its first event, the server's
             # last events would be others by then.
@@ -218,11 +202,7 @@ class Following:
         self.cursor = oldest - 1
 
     def _pause(self, decision: Decision, limit: TimeLimit) -> None:
-        """Wait before the next try.
-
-        Raises:
-            CommandFailed: the time limit is over, or would be over after the pause.
-        """
+        """Wait before the next try; `CommandFailed` if the time limit is over, or would be after the pause."""
         if decision.action is Action.SEEK:
             limit = self._unknown
         left = limit.left()

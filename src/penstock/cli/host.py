@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 import trio
-from pythonjsonlogger.json import JsonFormatter
 
 from penstock.cli.options import forget_secrets
 from penstock.errors import ConfigurationError, Draining, LogUnavailable, SupervisorFailed, single_error
 from penstock.exception_groups import open_nursery
 from penstock.observer.logging import SingleLineFormatter
-from penstock.server.serve import ABANDON_AFTER, SIGNALS, USER_TIMEOUT, Shutdown, serve
-from penstock.server.workers import UNREACHABLE, ParentLink, ProcessManager
+from penstock.server.config import USER_TIMEOUT
+from penstock.server.workers import SIGNALS, UNREACHABLE, ParentLink, ProcessManager
 
 if TYPE_CHECKING:
     import socket
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
     from penstock.asgi.lifespan import AppLifespan
     from penstock.log import EventLog
+    from penstock.server.serve import Shutdown
     from penstock.supervisor.live_runs import StuckRun
 
 SERVICE_DIED: Final = 1
@@ -96,6 +96,8 @@ class LogConfig:
         """Configure Python's logging; `worker` is the number that records show. Returns Hypercorn's logger."""
         formatter: logging.Formatter
         if self.form == "json":
+            from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415  (the usual form is text)
+
             formatter = JsonFormatter(
                 "{asctime}{levelname}{name}{message}",
                 style="{",
@@ -124,24 +126,23 @@ def host(
     link: ParentLink | None = None,
     tcp_user_timeout: float = USER_TIMEOUT,
 ) -> int:
-    """Serve until a signal; returns the exit code.
+    """Serve on listening sockets until a signal; returns the exit code.
 
     Args:
         make_app: `create_app` with all its arguments but the log.
         log: the event log, as `open_log` returns it.
         config: Hypercorn's; where it binds and what it logs is set here.
-        sockets: listening; Hypercorn takes them over.
+        sockets: Hypercorn takes them over.
         log_config: how log records are shown.
-        ready: called with the application's lifespan, its URLs and its shutdown once connections are accepted;
-            cancelled when the server has ended.
+        ready: called once connections are accepted; cancelled when the server has ended.
         link: to the parent, for a worker.
         tcp_user_timeout: see `serve`.
 
     Raises:
         UsageError: a setting has a value that it cannot have, or there is no such log.
-        KeyboardInterrupt: Ctrl-C, before the server handled signals.
-        SystemExit: with code 0, if it was shut down before it was ready.
     """
+    import penstock.server.serve  # noqa: F401, PLC0415  (the parent of workers does without Hypercorn's server)
+
     config.errorlog = log_config.apply(None if link is None else link.number)
     config.loglevel = "WARNING"
     config.bind = [f"fd://{sock.detach()}" for sock in sockets]
@@ -185,6 +186,8 @@ async def _serve(
     tcp_user_timeout: float,
 ) -> int:
     """Serve; returns the number of runs whose last entries could not be stored."""
+    from penstock.server.serve import Shutdown, serve  # noqa: PLC0415  (see `host`)
+
     shutdown = Shutdown()
     async with open_nursery() as outer:
         if link is not None:
@@ -215,6 +218,8 @@ async def _serve(
 
 def _abandon(stuck: Sequence[StuckRun]) -> NoReturn:
     """End the process although producers still run: Trio cannot abandon a task."""
+    from penstock.server.serve import ABANDON_AFTER  # noqa: PLC0415  (see `host`)
+
     for run in stuck:
         say(f"the producer of run {run.run_id} has not let go, and stands here:\n{run.stack.rstrip()}")
     plural = "s" if len(stuck) > 1 else ""
@@ -240,15 +245,9 @@ def host_workers(
     environment: Mapping[str, str],
     announce: Callable[[str], None],
 ) -> int:
-    """Keep `count` workers until a signal; returns the exit code.
+    """Keep `count` workers, with these arguments of `penstock serve`, until a signal; returns the exit code.
 
-    Args:
-        count: how many.
-        sockets: listening; they are closed in the end.
-        arguments: of `penstock serve`; one more makes it a worker.
-        max_deaths: see `ProcessManager`.
-        environment: variables that the workers get beside this process's own.
-        announce: called with what the first worker that is ready has sent.
+    See `ProcessManager` for the arguments.
     """
 
     def command(number: int, fds: Sequence[int], link: int) -> list[str]:

@@ -205,12 +205,7 @@ def auth_options(
     insecure: bool,
     worker: bool = False,
 ) -> AuthOptions:
-    """Check the options; a worker takes the tokens that its parent has read, so that all workers accept the same ones.
-
-    Raises:
-        BadParameter: a token, the file of tokens, the secret or an origin is not what it must be.
-        UsageError: the options do not go together.
-    """
+    """Check the options; a worker takes the tokens that its parent has read, so that all accept the same ones."""
     known = _inherited() if worker else _tokens(token, tokens)
     with _error_of("--allow-origin"):
         check_origins(allow_origin, anybody=not known)

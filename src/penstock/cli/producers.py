@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 class ModuleFailed(Exception):
-    """The module raised while it was imported.
-
-    Attributes:
-        traceback: what Python would have printed, from the module's own first frame on.
-    """
+    """The module raised while it was imported; `traceback` begins with the module's own first frame."""
 
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__(f"importing {name!r} failed: {type(error).__name__}: {error}")
@@ -42,10 +38,6 @@ def load_producers(name: str) -> Mapping[str, Callable[..., Any]]:
 
     Modules are also looked for in the working directory, as with `python -m`. A file's own folder comes first for what
     the file imports.
-
-    Raises:
-        ConfigurationError: there is no such module, file or attribute, or it is no mapping of producers.
-        ModuleFailed: the module raised while it was imported.
     """
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py") or "/" in where

@@ -1,9 +1,7 @@
 """`penstock runs list | show | follow | cancel`: runs of a server, for people and for programs.
 
-Here are the commands and their options. `api.py` makes the requests, `follow.py` follows a run, `terminal.py` prints.
-These three are imported when a command runs: their libraries take a while to import, and `--help` needs none of them.
-
-Standard output gets what the command asked for, standard error everything else.
+`api.py`, `follow.py` and `terminal.py` are imported when a command runs: their libraries take a while, and `--help`
+needs none of them. Standard output gets what the command asked for, standard error everything else.
 """
 
 from __future__ import annotations
@@ -74,11 +72,7 @@ def _connection_options(*, group: bool) -> Callable[[Callable[..., None]], Calla
 
 
 def _client(url: str, token: str | None, cafile: str | None) -> ApiClient:
-    """Check the options, whose values may hold secrets: no message repeats them.
-
-    Raises:
-        BadParameter: an option has a value that it cannot have.
-    """
+    """Check the options, whose values may hold secrets: no message repeats them."""
     from penstock.cli.api import ApiClient  # noqa: PLC0415  (see above)
 
     try:
@@ -127,9 +121,7 @@ def _command(group: click.Group, **settings: Any) -> Callable[[Callable[..., Non
             own = {name: given.pop(name) for name in ("url", "token", "cafile")}
             where = {name: ctx.obj[name] if value is None else value for name, value in own.items()}
             if isinstance(sys.stdout, io.TextIOWrapper):
-                if isinstance(
-                    sys.stdout.buffer, io.RawIOBase
-                ):  # as with python -u: a signal would cut a long write short
+                if isinstance(sys.stdout.buffer, io.RawIOBase):  # python -u: a signal would cut a long write short
                     sys.stdout = io.TextIOWrapper(io.BufferedWriter(sys.stdout.buffer), sys.stdout.encoding)
                 sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters of a producer's
             try:

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import click
 
-from penstock.asgi.app import create_app
 from penstock.asgi.lifespan import BODY_TIMEOUT, MAX_BODY_BYTES
 from penstock.cli.host import WORKER_OPTION, LogConfig, curl, host, host_workers, say
 from penstock.cli.options import (
@@ -31,8 +30,7 @@ from penstock.cli.producers import ModuleFailed, load_producers
 from penstock.cli.sockets import check_certificate, listening
 from penstock.errors import ConfigurationError
 from penstock.log.open import open_log
-from penstock.server.hypercorn_fixes.connection import MAX_USER_TIMEOUT
-from penstock.server.serve import MAX_HEADER_BYTES, USER_TIMEOUT, new_config
+from penstock.server.config import MAX_HEADER_BYTES, MAX_USER_TIMEOUT, USER_TIMEOUT, new_config
 from penstock.server.workers import DEATHS, DEATHS_WITHIN, ParentLink
 
 if TYPE_CHECKING:
@@ -201,6 +199,8 @@ def serve(
         with listening(bind, anywhere=auth.anywhere) as sockets:
             sys.exit(host_workers(workers, sockets, arguments, max_worker_deaths, auth.for_workers, announce_first))
     link, inherited = (None, []) if inherit is None else _inherited(inherit)
+    from penstock.asgi.app import create_app  # noqa: PLC0415  (a parent of workers does without Starlette)
+
     try:
         make_app = partial(
             create_app,

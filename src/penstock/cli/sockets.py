@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from penstock.errors import ConfigurationError
-from penstock.server.serve import BACKLOG
+from penstock.server.config import BACKLOG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,15 +22,7 @@ MAX_PORT: Final = 65535
 
 
 def check_certificate(certfile: str, keyfile: str) -> None:
-    """Check that a server could use a certificate.
-
-    Args:
-        certfile: the path of the certificate and of its chain, in PEM.
-        keyfile: the path of its private key, in PEM; may be the same file.
-
-    Raises:
-        ConfigurationError: a file cannot be read, or the two do not belong together.
-    """
+    """Raise a `ConfigurationError` if a server could not use this certificate and its key (files in PEM)."""
     encrypted = False
 
     def passphrase() -> str:
@@ -62,11 +54,7 @@ def check_certificate(certfile: str, keyfile: str) -> None:
 
 @contextmanager
 def listening(binds: Sequence[str], *, anywhere: bool) -> Iterator[list[socket.socket]]:
-    """Hold the sockets of `listen` open.
-
-    Raises:
-        BadParameter: it cannot listen there.
-    """
+    """Hold the sockets of `listen` open."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -81,15 +69,7 @@ def listening(binds: Sequence[str], *, anywhere: bool) -> Iterator[list[socket.s
 
 
 def listen(binds: Sequence[str], *, anywhere: bool) -> list[socket.socket]:
-    """Bind and listen, on all of the addresses or on none.
-
-    Args:
-        binds: `HOST:PORT` each; a port of 0 is a free one.
-        anywhere: allow addresses that other machines can reach.
-
-    Raises:
-        ConfigurationError: an address is not one, is not loopback, or cannot be bound.
-    """
+    """Bind and listen, on all of the addresses or on none; only with `anywhere` on those that other machines reach."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(_listen(bind, anywhere=anywhere)) for bind in binds]
         stack.pop_all()

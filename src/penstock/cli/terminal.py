@@ -46,12 +46,7 @@ _UNSAFE: Final = re.compile(
 
 
 def visible(text: str, *, one_line: bool = False) -> str:
-    r"""The text with all that could control a terminal written as an escape: ESC becomes `\x1b`.
-
-    Args:
-        text: anything.
-        one_line: escape TAB and LF, too.
-    """
+    r"""The text with an escape for all that could control a terminal (ESC: `\x1b`); `one_line`: for TAB and LF, too."""
     if one_line:
         text = text.replace("\t", "\\t").replace("\n", "\\n")
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -168,16 +163,7 @@ def fields_of(record: dict[str, Any]) -> RenderableType:
 
 @dataclass
 class Progress:
-    """How far the following of a run is.
-
-    Attributes:
-        began: when it began, by the screen's clock.
-        events: how many were printed.
-        size: how many bytes of streams were read.
-        reconnects: how often a stream was requested again.
-        state: of the connection, in a few words.
-        until: when the next try is due.
-    """
+    """How far the following of a run is; `size` in bytes, `began` and `until` (the next try) by the screen's clock."""
 
     began: float
     events: int = 0
@@ -201,12 +187,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 class Screen:
-    """Prints events and messages: a context manager, with a status line on a terminal for as long as it is open.
-
-    Args:
-        progress: what the status line shows.
-        quiet: print no progress, but warnings.
-    """
+    """Prints events and messages: a context manager, with a status line on a terminal for as long as it is open."""
 
     def __init__(self, progress: Progress, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.progress = progress

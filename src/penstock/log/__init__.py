@@ -1,24 +1,8 @@
 """The event log: it stores run records and entries; `EventLog` says what any log must guarantee.
 
-A log keeps, for every run, a record (`Run`) and its entries 1, 2, 3 ... n without a gap. `MemoryLog` implements
-`EventLog` in this process. A log in another process can implement it as well: every operation is one that such a store
-can do in one atomic step.
-
-* **append** takes the batches of many runs in one round trip. Each batch is stored as a whole or not at all. It carries
-  the owner's *epoch*, an unguessable token that is only compared for equality, and the seq of its first entry, so that
-  a batch that is sent twice is stored once. The terminal entry and the terminal status are stored in one step, and the
-  first ones win.
-* **read** returns a page after a cursor together with the run's record, so "nothing yet" and "nothing more" differ.
-* **Leases**: an owner renews its leases. A process that finds an expired lease ends the run as lost, and replaces the
-  epoch in the same step.
-* **Cancel requests** are stored with the record, which then accepts no `completed` ending.
-* **Notifications carry no data**: they name the runs that have new entries, and their last seqs. A lost notification
-  does no harm.
-* **restore** writes a run again that the log has lost (by a failover, or a restart without its data) from its owner's
-  copy.
-
-A log consists of one or more *shards*, which can be unreachable independently of each other (the nodes of a cluster).
-An unreachable shard fails the operations on its own runs only. A run may move to another shard.
+A log keeps, for every run, a record (`Run`) and its entries 1, 2, 3 ... n without a gap. It consists of one or more
+*shards*, which can be unreachable independently of each other (the nodes of a cluster). An unreachable shard fails the
+operations on its own runs only. A run may move to another shard.
 """
 
 from __future__ import annotations
@@ -58,14 +42,7 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, seq: int, data: bytes, timestamp: int, *, terminal: bool = False) -> Entry:
-        """Return the entry of an encoded SSE block.
-
-        Args:
-            seq: the seq of the entry.
-            data: one whole block, without an `id` line.
-            timestamp: when it was written, in milliseconds since the Unix epoch.
-            terminal: whether it is the last entry of its run.
-        """
+        """Return an entry with these `seq`, `timestamp` and `terminal`; `data` is its block, without an `id` line."""
         return cls(seq, b"id: %d\n%b" % (seq, data), timestamp, terminal)
 
     @property
@@ -76,12 +53,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The owner of a run, and the time for which it is the owner without a renewal.
+    """The supervisor that owns a run, and the seconds without a renewal after which the run counts as lost.
 
-    Attributes:
-        owner: the supervisor that executes the run; cancel requests are addressed to it.
-        epoch: the token that each append must carry.
-        seconds: the time without a renewal after which the run counts as lost.
+    Each append must carry `epoch`, an unguessable token that is only compared for equality.
     """
 
     owner: str
@@ -98,11 +72,7 @@ class Idempotency:
 
     @classmethod
     def of(cls, key: str, request: Any) -> Idempotency:
-        """Return the key with the fingerprint of the request, which may be any object.
-
-        Raises:
-            ValueError: the key is not a str, or is empty.
-        """
+        """Return the key, a str that is not empty, with the fingerprint of the request, which may be any object."""
         if not isinstance(key, str) or not key:
             raise ValueError(f"an idempotency key is a str that is not empty, not {key!r}")
         try:
@@ -122,14 +92,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The entries of one run in one append.
+    """Entries of one run, at least one, with consecutive seqs; and the token of its owner.
 
-    Attributes:
-        run_id: the run.
-        epoch: the token of its owner.
-        entries: at least one, with consecutive seqs.
-        ending: how the run ends, if the last entry is terminal.
-        final: whether the batch belongs to the ending of the run, which even a full log stores.
+    `ending` says how the run ends, if the last entry is terminal. Even a full log stores a `final` batch, which belongs
+    to the ending of the run.
     """
 
     run_id: str
@@ -157,24 +123,16 @@ class AppendStatus(Enum):
     FULL = auto()
     """The log has no room at the moment; the batch may be sent again."""
     AWAY = auto()
-    """The shard of the run is unreachable, while others are not, or the run is moving to another shard.
-
-    The batch may be stored, and is sent again.
-    """
+    """The run's shard is unreachable, unlike others, or the run is moving. The batch may be stored; send it again."""
     REFUSED = auto()
     """The log cannot store this run, now or later; `words` says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The reply to one batch.
+    """The reply to one batch: its result, and the highest seq stored of the run, as far as it is known.
 
-    Attributes:
-        status: the result of the batch.
-        seq: the highest seq stored of the run, as far as it is known.
-        cancelled: whether the record has a cancel request.
-        cancel: the reason of the cancel request, if it has one.
-        words: the error message, if the batch was refused.
+    `cancelled` says whether the record has a cancel request, and `cancel` its reason; `words` why a batch was refused.
     """
 
     status: AppendStatus
@@ -194,10 +152,10 @@ class LostEnding:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The result of a read.
+    """A part of a run.
 
     Attributes:
-        run: the record, read in the same step.
+        run: the record, read in the same step: so "nothing yet" and "nothing more" differ.
         entries: the entries that follow the cursor, in order, as far as the limits allow.
         oldest_seq: the seq of the first entry after the cursor that the log has, or will have: `after + 1`, unless that
             was trimmed, or the run has not come so far (then `run.seq + 1`).
@@ -221,12 +179,7 @@ class CancelStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CancelReply:
-    """The reply to a cancel request.
-
-    Attributes:
-        status: the result of the request.
-        run: the record after it.
-    """
+    """The reply to a cancel request: the `status` of the request, and the `run`'s record after it."""
 
     status: CancelStatus
     run: Run
@@ -234,21 +187,21 @@ class CancelReply:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """What has happened since the notification before.
-
-    Attributes:
-        moved: the last seq of each subscribed run that has new entries; above any seq if the run is gone.
-        cancel: whether a cancel request has arrived.
-        reconnected: whether the log was unreachable, and may have lost notifications.
-    """
+    """What has happened since the notification before."""
 
     moved: Mapping[str, int]
+    """The last seq of each subscribed run that has new entries; above any seq if the run is gone."""
     cancel: bool = False
+    """Whether a cancel request has arrived."""
     reconnected: bool = False
+    """Whether the log was unreachable, and may have lost notifications."""
 
 
 class Notifications(Protocol):
-    """Notifies one supervisor of new entries of the runs that it follows, and of cancels of the runs that it owns."""
+    """Notifies one supervisor of new entries of the runs that it follows, and of cancels of the runs that it owns.
+
+    A notification carries no data, so a lost one does no harm.
+    """
 
     async def subscribe(self, run_id: str) -> None:
         """Subscribe to a run: `wait` reports every append to it that follows the return of this call."""
@@ -262,7 +215,7 @@ class Notifications(Protocol):
 
 @runtime_checkable
 class EventLog(Protocol):
-    """The protocol of an event log.
+    """The protocol of an event log, which a store in another process can keep: each operation is one atomic step there.
 
     Every async method is a checkpoint, and may raise `LogUnavailable`. A cancelled call has either happened as a whole
     or not at all.
@@ -275,12 +228,9 @@ class EventLog(Protocol):
         """Return the names of all shards, as far as they are known; there is at least one. Not a checkpoint."""
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
-        """Create the record of a run; every reader finds it after the return.
+        """Create the record `run` under the `lease` of its owner; every reader finds it after the return.
 
-        Args:
-            run: the record.
-            lease: the lease of its owner.
-            idempotency: the key of the request; a repeated request creates nothing.
+        With an `idempotency` key, a repeated request creates nothing.
 
         Raises:
             RunExists: the run id is in use.
@@ -288,10 +238,11 @@ class EventLog(Protocol):
         """
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
-        """Store batches in one round trip, and return one reply for each, in order.
+        """Store batches in one round trip, each as a whole or not at all, and return one reply for each, in order.
 
         Several batches may belong to one run, each following the one before. If one of them is not stored, those that
-        follow it are not stored either. A batch that is stored already, because it is sent again, is `OK`.
+        follow it are not stored either. A batch that is stored already, because it is sent again, is `OK`. The terminal
+        entry and the terminal status are stored in one step, and the first ones win.
 
         Raises:
             LogUnavailable: all shards concerned are unreachable. If only some are, their batches are `AWAY`, and so are
@@ -301,13 +252,9 @@ class EventLog(Protocol):
     async def read(
         self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES
     ) -> Page:
-        """Return a page of the entries that follow a cursor.
+        """Return up to `max_entries` entries of the run `run_id` that follow the seq `after`, the reader's cursor.
 
-        Args:
-            run_id: the run.
-            after: the cursor: the seq of the last entry that the reader has.
-            max_entries: the limit of the entries of the page.
-            max_bytes: the limit of their bytes; the first entry is returned even if it is larger.
+        They have up to `max_bytes`; the first one is returned even if it is larger.
 
         Raises:
             RunNotFound: there is no such run.
@@ -327,19 +274,12 @@ class EventLog(Protocol):
         """
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """Return the newest records, newest first.
-
-        Args:
-            limit: the most records to return.
-            status: only records with this status; None: all.
-        """
+        """Return up to `limit` of the newest records, newest first: all, or only those with this `status`."""
 
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
-        """Store a cancel request with the record, and notify the owner.
+        """Store a cancel request with the record of a run, which then accepts no `completed` ending; notify the owner.
 
-        Args:
-            run_id: the run.
-            reason: the reason, for the record and for the producer; None if there is none.
+        The `reason`, if there is one, is for the record and for the producer. `run_id` names the run.
 
         Raises:
             RunNotFound: there is no such run.
@@ -349,28 +289,21 @@ class EventLog(Protocol):
         """Take the cancel requests for the runs of `owner` that arrived since the last call: run id → reason."""
 
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
-        """Renew the leases of runs; the replies are `OK`, `FENCED`, `ENDED` or `GONE`.
+        """Renew the leases of the runs of `owner`, by their `epochs`, for `seconds` from now on.
 
-        Runs whose shard is unreachable are missing from the result, unless all are (then this raises).
-
-        Args:
-            owner: the supervisor that owns the runs.
-            epochs: the epoch of each run.
-            seconds: the time from now on for which the leases hold.
+        The replies are `OK`, `FENCED`, `ENDED` or `GONE`. Runs whose shard is unreachable are missing from the result,
+        unless all are (then this raises).
         """
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        """Write a run's record again after the log has lost it, or some of its last entries.
+        """Write a record again from its owner's copy, after the log has lost it or some of its last entries.
 
-        Args:
-            run: the record as it was when the run started.
-            lease: the lease of its owner. If the log has a record with another epoch, the reply is `FENCED`.
-            oldest: the seq of the oldest entry that the owner still has.
+        `run` is the record as it was when the run started, `lease` is that of its owner, and `oldest` is the seq of the
+        oldest entry that the owner still has.
 
         Returns:
             `OK`: the last stored entry is `seq`; the owner appends what follows it. `HOLE`: entries before `oldest` are
-            lost, so the log has dropped all entries of the run, and `seq` is `oldest - 1`. `FENCED`, `ENDED`, `FULL`:
-            as for an append.
+            lost, so the log has dropped all entries of the run, and `seq` is `oldest - 1`. Others: as for an append.
         """
 
     async def reap(
@@ -380,14 +313,10 @@ class EventLog(Protocol):
         shard: str | None = None,
         ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
     ) -> Sequence[str]:
-        """End the runs whose lease has expired, and return their ids.
+        """End the runs of one `shard`, or of all, whose lease has expired, replacing their epochs; return their ids.
 
-        Each run ends in a step of its own, so a cancelled call has ended some of them.
-
-        Args:
-            lost_ending: called for each run; returns how it ends.
-            shard: only runs of this shard; None: of all shards.
-            ready: says whether the runs of a shard may be ended.
+        `lost_ending` says for each run how it ends, `ready` whether those of a shard may be ended. Each ends in a step
+        of its own, so a cancelled call has ended some of them.
         """
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[Notifications]:

@@ -2,10 +2,6 @@
 
 Every operation does its whole work in one step after one checkpoint: it is atomic, and a cancelled call has not
 happened. Several supervisors of the same process may share one MemoryLog.
-
-A run keeps at most `max_entries` entries and `max_run_bytes`: the oldest entries are dropped. All runs together keep at
-most `max_bytes`: the oldest *ended* runs are dropped, and then the oldest entries of the run that is being written, but
-never its newest entry. An ended run is kept for `ttl` seconds; a running one does not expire.
 """
 
 from __future__ import annotations
@@ -63,10 +59,11 @@ class MemoryLog:
     """An `EventLog` in this process's memory.
 
     Args:
-        max_entries: the most entries that are kept of one run.
-        max_run_bytes: the most bytes that are kept of one run.
-        max_bytes: the most bytes that are kept of all runs.
-        ttl: seconds for which an ended run is kept.
+        max_entries: the most entries that are kept of one run; the oldest go first.
+        max_run_bytes: the most bytes that are kept of one run; its newest entry is kept whatever its size.
+        max_bytes: the most bytes that are kept of all runs. The oldest *ended* runs go first, and then the oldest
+            entries of the run that is being written.
+        ttl: seconds for which an ended run is kept; a running one does not expire.
 
     Raises:
         ConfigurationError: a limit is not above 0.
@@ -210,19 +207,18 @@ class MemoryLog:
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:  # noqa: ARG002
         await trio.lowlevel.checkpoint()
         self._expire()
-        replies = {}
-        for run_id, epoch in epochs.items():
-            stored = self._runs.get(run_id)
-            if stored is None:
-                replies[run_id] = AppendStatus.GONE
-            elif stored.lease.epoch != epoch:
-                replies[run_id] = AppendStatus.FENCED
-            elif stored.run.status.terminal:
-                replies[run_id] = AppendStatus.ENDED
-            else:
-                stored.lease_end = trio.current_time() + seconds
-                replies[run_id] = AppendStatus.OK
-        return replies
+        return {run_id: self._renew(self._runs.get(run_id), epoch, seconds) for run_id, epoch in epochs.items()}
+
+    @staticmethod
+    def _renew(stored: _Stored | None, epoch: str, seconds: float) -> AppendStatus:
+        if stored is None:
+            return AppendStatus.GONE
+        if stored.lease.epoch != epoch:
+            return AppendStatus.FENCED
+        if stored.run.status.terminal:
+            return AppendStatus.ENDED
+        stored.lease_end = trio.current_time() + seconds
+        return AppendStatus.OK
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         await trio.lowlevel.checkpoint()
@@ -264,7 +260,6 @@ class MemoryLog:
 
     @asynccontextmanager
     async def wakeups(self, owner: str) -> AsyncIterator[_MemoryNotifications]:
-        """The wake-ups of the supervisor named `owner`."""
         self._wakeups[owner] = wakeups = _MemoryNotifications()
         try:
             yield wakeups

@@ -11,11 +11,7 @@ if TYPE_CHECKING:
 
 
 class Ring:
-    """The entries `first` to `last` of a run; `first` is `last + 1` if there are none.
-
-    Args:
-        last: the seq of the entry before those that will be added.
-    """
+    """The entries `first` to `last` of a run; `first` is `last + 1` if there are none, as in a new ring."""
 
     # Two lists of bytes and of ints, not one of entries: Python's garbage collector traverses tuples, and thousands of
     # runs hold millions of entries.

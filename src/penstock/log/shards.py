@@ -1,9 +1,8 @@
 """The shards of a log, and the work that is done for each of them by a task of its own.
 
-A shard that cannot be reached holds up the worker that waits for it, and no other. `Shards` makes a worker on its first
-use, or at the latest a second after the log first names its shard; it closes a worker once the log no longer names the
-shard and the worker is idle. A run may move to another shard at any time: a worker hands over what has moved, and
-`Shards.of` always gives the worker of the shard that has the run now.
+A shard that cannot be reached holds up the worker that waits for it, and no other. A worker is made on its first use,
+or a second after the log first names its shard; it is closed once the log no longer names the shard and it is idle. A
+run may move at any time: a worker hands over what has moved, and `Shards.of` gives the worker that has the run now.
 """
 
 from __future__ import annotations
@@ -56,12 +55,7 @@ W = TypeVar("W", bound=ShardWorker)
 
 
 class Shards(Generic[W]):
-    """One worker for each shard of a log.
-
-    Args:
-        log: the log, which names the shards.
-        make: makes the worker of a shard.
-    """
+    """One worker, made by `make`, for each shard that the log names."""
 
     def __init__(self, log: EventLog, make: Callable[[str], W]) -> None:
         self.started = False

@@ -2,17 +2,7 @@
 
 An observer is notified of what has happened; it decides nothing. Its methods are called synchronously in the task in
 which the thing happened, so they must be quick, and an exception that one of them raises is logged and goes no further.
-
-| hooks | notify of |
-|---|---|
-| `run_started`, `run_ended`, `run_fenced`, `run_stuck`, `runs_lost`, `run_cancelled` | runs |
-| `stream_started`, `stream_ended`, `pinged`, `refused` | responses over HTTP |
-| `committed`, `outage_began`, `outage_ended` | the event log |
-| `figures` | sizes and counts, once a second |
-| `on_error`, `warning` | errors |
-
-`LoggingObserver` (logging.py) writes log records, `Metrics` (prometheus.py) counts, `Observers` notifies several
-observers, and `NullObserver` does nothing: derive an observer of your own from it.
+Derive an observer of your own from `NullObserver`.
 """
 
 from __future__ import annotations
@@ -247,11 +237,7 @@ class Observers:
 
 
 def checked(observer: Observer) -> Observer:
-    """Return `observer` if it has every hook.
-
-    Raises:
-        ConfigurationError: it lacks one.
-    """
+    """Return `observer` if it has every hook, or raise `ConfigurationError`."""
     if not isinstance(observer, Observer):
         raise ConfigurationError("an observer has every hook of penstock.Observer; derive it from NullObserver")
     return observer

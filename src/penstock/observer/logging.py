@@ -1,8 +1,7 @@
 """`LoggingObserver`: log records with a sentence for people, and its parts for programs.
 
-Each record of the logger `penstock` has a sentence as its message, and the parts of the sentence as attributes: `event`
-(the hook's name), `run_id`, `cause` and so on. A formatter can write them as JSON, as `penstock serve --log-format
-json` does. In text from clients or producers every unprintable character is escaped, so that it cannot forge a log
+The parts are attributes of the record: `event` (the hook's name), `run_id`, `cause` and so on; a formatter can write
+them as JSON. In text from clients or producers every unprintable character is escaped, so that it cannot forge a log
 line. No record holds a credential.
 """
 
@@ -33,9 +32,8 @@ class LoggingObserver(NullObserver):
     """
 
     def run_started(self, run: Run) -> None:
-        _log(
-            logging.DEBUG, "run_started", f"run {run.id} started: {run.producer}", run_id=run.id, producer=run.producer
-        )
+        text = f"run {run.id} started: {run.producer}"
+        _log(logging.DEBUG, "run_started", text, run_id=run.id, producer=run.producer)
 
     def run_ended(self, run: Run) -> None:
         seconds = (run.ended_at or 0.0) - run.started_at

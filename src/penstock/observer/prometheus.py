@@ -1,17 +1,15 @@
 """`Metrics`: an observer that counts, and renders its counts for Prometheus.
 
-Each `Metrics` belongs to the supervisor of one process, and has a registry of its own, apart from prometheus-client's
-default one. Several processes that serve one address count into files of a folder that they share, and each of them
-renders the sum: this is the multi-process mode of prometheus-client. It is on if PROMETHEUS_MULTIPROC_DIR names the
-folder *before* this module is imported, which `penstock serve --workers` sees to.
-
-docs/operating.md has a table of what each metric means, and what to do when it moves.
+Each `Metrics` has a registry of its own. In the multi-process mode of prometheus-client several processes count into
+files of a folder that they share, and each renders the sum: it is on if PROMETHEUS_MULTIPROC_DIR names the folder
+*before* this module is imported. docs/operating.md says what each metric means, and what to do when it moves.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -54,47 +52,41 @@ class Metrics(NullObserver):
             )
         self._registry = CollectorRegistry()
         to = None if self._shared else self._registry
+        counter, histogram = partial(Counter, registry=to), partial(Histogram, registry=to)
+        # In multi-process mode a gauge shows the sum over the processes that are alive.
+        gauge = partial(Gauge, registry=to, multiprocess_mode="livesum")
         self._codes: set[str] = set()
         self._causes: set[str] = set()
-        self._started = Counter("penstock_runs_started", "Runs started by this server", registry=to)
-        self._ended = Counter(
-            "penstock_runs_ended", "Runs of this server that ended", ["outcome", "stop_reason"], registry=to
-        )
-        self._fenced = Counter("penstock_runs_fenced", "Runs taken over by another owner", registry=to)
-        self._stuck = Counter(
-            "penstock_runs_stuck", "Reports of producers that are still running after a cancel", registry=to
-        )
-        self._lost = Counter("penstock_runs_lost", "Runs of other owners that this server ended as lost", registry=to)
-        self._cancel = Histogram(
+        self._started = counter("penstock_runs_started", "Runs started by this server")
+        self._ended = counter("penstock_runs_ended", "Runs of this server that ended", ["outcome", "stop_reason"])
+        self._fenced = counter("penstock_runs_fenced", "Runs taken over by another owner")
+        self._stuck = counter("penstock_runs_stuck", "Reports of producers that are still running after a cancel")
+        self._lost = counter("penstock_runs_lost", "Runs of other owners that this server ended as lost")
+        self._cancel = histogram(
             "penstock_cancel_seconds",
             "Time from the receipt of a cancel by the run's owner until the run's end is stored",
             buckets=SECONDS,
-            registry=to,
         )
-        self._streams = Counter("penstock_streams_started", "Streams whose headers were sent", registry=to)
-        self._streams_ended = Counter("penstock_streams_ended", "Streams that are over", ["cause"], registry=to)
-        self._pings = Counter("penstock_pings", "Pings sent", registry=to)
-        self._refused = Counter("penstock_refused", "Requests answered with an error", ["status", "code"], registry=to)
-        self._entries_in = Counter("penstock_entries_in", "Entries that the log has acknowledged", registry=to)
-        self._bytes_in = Counter("penstock_bytes_in", "Their bytes", registry=to)
-        self._entries_out = Counter("penstock_entries_out", "Entries that readers took", registry=to)
-        self._bytes_out = Counter("penstock_bytes_out", "Their bytes", registry=to)
-        self._commit_entries = Histogram(
-            "penstock_commit_entries", "Entries of one commit", buckets=ENTRIES, registry=to
+        self._streams = counter("penstock_streams_started", "Streams whose headers were sent")
+        self._streams_ended = counter("penstock_streams_ended", "Streams that are over", ["cause"])
+        self._pings = counter("penstock_pings", "Pings sent")
+        self._refused = counter("penstock_refused", "Requests answered with an error", ["status", "code"])
+        self._entries_in = counter("penstock_entries_in", "Entries that the log has acknowledged")
+        self._bytes_in = counter("penstock_bytes_in", "Their bytes")
+        self._entries_out = counter("penstock_entries_out", "Entries that readers took")
+        self._bytes_out = counter("penstock_bytes_out", "Their bytes")
+        self._commit_entries = histogram("penstock_commit_entries", "Entries of one commit", buckets=ENTRIES)
+        self._commit_seconds = histogram(
+            "penstock_commit_seconds", "How long the log took to acknowledge one commit", buckets=SECONDS
         )
-        self._commit_seconds = Histogram(
-            "penstock_commit_seconds", "How long the log took to acknowledge one commit", buckets=SECONDS, registry=to
-        )
-        self._outages = Counter("penstock_log_outages", "Outages of the log", registry=to)
-        self._away_seconds = Counter(
-            "penstock_log_away_seconds", "Total length of those outages, once over", registry=to
-        )
-        self._errors = Counter("penstock_errors", "Exceptions that ended a run or a response", registry=to)
-        self._away = _gauge("penstock_log_away", "Servers that cannot reach the log, or a shard of it, now", to)
-        self._runs = _gauge("penstock_runs", "Runs that have not ended", to)
-        self._readers = _gauge("penstock_readers", "Readers", to)
-        self._pending = _gauge("penstock_pending_bytes", "Bytes that wait for the log's acknowledgement", to)
-        self._tails = _gauge("penstock_tail_bytes", "Bytes of recent entries in memory", to)
+        self._outages = counter("penstock_log_outages", "Outages of the log")
+        self._away_seconds = counter("penstock_log_away_seconds", "Total length of those outages, once over")
+        self._errors = counter("penstock_errors", "Exceptions that ended a run or a response")
+        self._away = gauge("penstock_log_away", "Servers that cannot reach the log, or a shard of it, now")
+        self._runs = gauge("penstock_runs", "Runs that have not ended")
+        self._readers = gauge("penstock_readers", "Readers")
+        self._pending = gauge("penstock_pending_bytes", "Bytes that wait for the log's acknowledgement")
+        self._tails = gauge("penstock_tail_bytes", "Bytes of recent entries in memory")
         # A series that is missing until its first run cannot be compared with one that is there.
         self._ended.labels(RunStatus.COMPLETED.value, StopReason.END_TURN.value)
         self._ended.labels(RunStatus.CANCELLED.value, StopReason.CANCELLED.value)
@@ -173,11 +165,6 @@ def _bounded(code: str, codes: set[str]) -> str:
     if len(codes) < MAX_CODES and _CODE.fullmatch(code):
         codes.add(code)
     return code if code in codes else "OTHER"
-
-
-def _gauge(name: str, help_text: str, registry: CollectorRegistry | None) -> Gauge:
-    """Return a gauge which in multi-process mode shows the sum over the processes that are alive."""
-    return Gauge(name, help_text, registry=registry, multiprocess_mode="livesum")
 
 
 def forget(pid: int, folder: str) -> None:

@@ -24,21 +24,22 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import hypercorn.trio
 import trio
-from hypercorn.config import Config, Sockets
 
 from penstock.asgi.lifespan import AppLifespan
 from penstock.asgi.request_body import EARLY_END
 from penstock.errors import ConfigurationError, Draining, SupervisorFailed, single_error
 from penstock.exception_groups import reraise
 from penstock.observer import notify
+from penstock.server.config import MAX_USER_TIMEOUT, USER_TIMEOUT, new_config
 from penstock.server.hypercorn_fixes import apply, are_known
-from penstock.server.hypercorn_fixes.connection import MAX_USER_TIMEOUT, time_out_stalled
+from penstock.server.hypercorn_fixes.connection import time_out_stalled
 from penstock.server.hypercorn_fixes.http2 import LAST_SENDS
 from penstock.supervisor.settings import check_duration
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from hypercorn.config import Config, Sockets
     from hypercorn.typing import Framework
     from starlette.applications import Starlette
 
@@ -50,12 +51,6 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask for a shutdown."""
 ABANDON_AFTER: Final = 5.0
 """Seconds that a producer may keep its task after everything else of a shutdown is done."""
-BACKLOG: Final = 1024
-"""The connections that may wait to be accepted. With Hypercorn's 100, some of a burst of 1,000 wait 13 s in vain."""
-USER_TIMEOUT: Final = 30.0
-"""Seconds after which TCP ends the connection of a client that takes nothing in."""
-MAX_HEADER_BYTES: Final = 16 * 1024
-"""The default limit on a request's line and headers."""
 
 
 class Phase(Enum):
@@ -110,13 +105,7 @@ class Shutdown:
     ) -> None:
         """Wait until a shutdown is asked for, or the service fails, and shut down; it ends with `server`.
 
-        Args:
-            service: drained before its connections end.
-            config: Hypercorn's; its time limits grow if the server stops accepting before the drain.
-            sends: the deadline of the server's sends.
-            server: cancelled if there is nothing to drain yet, or when the last connections are to be cut.
-            abandon: see `serve`.
-            task_status: started when a shutdown can be asked for.
+        `server` is cancelled if there is nothing to drain yet, or when the last connections are to be cut.
         """
 
         def interrupt() -> None:
@@ -181,20 +170,6 @@ async def _abandon(supervisor: Supervisor, abandon: Callable[[Sequence[StuckRun]
             await trio.sleep(ABANDON_AFTER)
         if stuck := [run for run in supervisor.stuck if run.run_id in known]:
             abandon(stuck)
-
-
-def new_config(max_header_bytes: int = MAX_HEADER_BYTES) -> Config:
-    """Hypercorn's configuration, with a backlog that takes a burst of readers who all come back at once.
-
-    Args:
-        max_header_bytes: the limit on a request's line and headers. Beyond it an HTTP/1.1 request is answered 431, and
-            an HTTP/2 connection ends.
-    """
-    config = Config()
-    config.backlog = BACKLOG
-    config.h11_max_incomplete_size = max_header_bytes
-    config.h2_max_header_list_size = max_header_bytes
-    return config
 
 
 async def serve(

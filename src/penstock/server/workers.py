@@ -204,8 +204,7 @@ class ProcessManager:
 
         Args:
             count: the number of workers.
-            command: the command of a worker, from its number, the file descriptors of the sockets, and that of its end
-                of the socket pair.
+            command: a worker's, from its number and the file descriptors of the sockets and of its end of the pair.
             sockets: bound and listening; they are closed in the end.
             say: called with a line for the operator.
             announce: called with the details that the first worker has reported, once all accept connections.

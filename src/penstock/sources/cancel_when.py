@@ -5,8 +5,7 @@
                              ▲   └─▶ no, or the poll failed: wait for the interval, or for `wake()`
                              └───────────────┘
 
-The watch polls in a task of its own. So a slow poll delays no chunk, and the watch cancels a block that waits as well
-as one that is busy. The watch records the request before it cancels the nursery:
+The watch polls in a task of its own, so a slow poll delays no chunk. It records the request before it cancels:
 
 | the block | requested | leaves |
 |---|---|---|
@@ -14,7 +13,7 @@ as one that is busy. The watch records the request before it cancels the nursery
 | is left by `Cancelled` | yes | `RunCancelled` |
 | is left by `Cancelled`, also from outside | yes or no | `Cancelled` |
 
-The result of a poll that ends after the block is ignored. A poll that fails never cancels.
+The result of a poll that ends after the block is ignored.
 """
 
 from __future__ import annotations

@@ -16,15 +16,9 @@ consumer does not iterate, the pipes fill up, and the program waits.
     wait for a pipe or the exit. `linger` seconds after the exit, only what was in the pipes at the exit is still read:
     the rest comes from processes that the program left behind
 
-Guarantees:
-- The lines of each stream arrive complete and in order. The two streams are two pipes, without an order between them.
-- Everything that the program wrote before it exited arrives, however slow the consumer is.
-- Memory is bounded: per stream `max_line_bytes` and one read of 64 KiB.
-- Leaving the block, in any way, ends the whole process group and reaps the program, within `grace` seconds and one
-  more. If SIGKILL has no effect (a process of another user, one stuck in the kernel) a warning is logged.
-
-It runs no shell, restarts nothing, and does not reach processes that moved to another group (`setsid`, daemons, jobs of
-an interactive shell). POSIX only.
+Memory is bounded: per stream `max_line_bytes` and one read of 64 KiB. If SIGKILL has no effect on the process group (a
+process of another user, one stuck in the kernel) a warning is logged. It runs no shell, restarts nothing, and does not
+reach processes that moved to another group (`setsid`, daemons, jobs of an interactive shell). POSIX only.
 """
 
 from __future__ import annotations
@@ -106,9 +100,7 @@ MAX_LINE_BYTES: Final = 64 * 1024
 
 _READ_BYTES: Final = 64 * 1024
 _KILL_SECONDS: Final = 1.0  # from SIGKILL to giving up
-_POLL_SECONDS: Final = (
-    0.01  # the first pause of polling for the end of a process group, which the kernel does not notify of
-)
+_POLL_SECONDS: Final = 0.01  # the first pause of a poll: the kernel does not notify of the end of a process group
 _LONGEST_POLL_SECONDS: Final = 0.2
 _STEPS_PER_CHECKPOINT: Final = 64
 
@@ -132,10 +124,11 @@ def command(
     By itself: `async with command([...]) as events: async for event in events: ...`. The program starts on entering.
     It yields:
 
-    - `event: stdout` and `event: stderr`: a line without its end, LF or CRLF; empty data for an empty line. A last line
-      without an end counts, too. A CR within a line (a progress bar) does not end it: it stays in the data, and reaches
-      clients as a line feed, for SSE cannot encode a CR. Bytes that are not UTF-8 become U+FFFD. A line longer than
-      `max_line_bytes` becomes several events, never cut within a character; nothing marks them as pieces.
+    - `event: stdout` and `event: stderr`: a line without its end, LF or CRLF; empty data for an empty line. Each stream
+      is complete and in order; there is no order between the two. A last line without an end counts, too. A CR within a
+      line (a progress bar) does not end it: it reaches clients as a line feed, for SSE cannot encode a CR. Bytes
+      that are not UTF-8 become U+FFFD. A line longer than `max_line_bytes` becomes several events, never cut within a
+      character; nothing marks them as pieces.
     - `event: exit`, always the last: the JSON object `{"exit_code": 0}`. If a signal killed the program, `exit_code` is
       128 plus its number, as in a shell, and `signal` is its name: `{"exit_code": 137, "signal": "SIGKILL"}`.
 

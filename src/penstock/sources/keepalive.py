@@ -6,15 +6,9 @@
 The time limit applies to the receiving end of the channel. No scope is opened around a step of the source, so the
 source's own scopes stay intact, and a ping does not interrupt it.
 
-Guarantees:
-- A ping says "no chunk came for `interval` seconds", and only that: while chunks come there are none.
-- The source runs at most one chunk ahead of the block.
-- The iterator yields every chunk of the source before it raises the source's exception.
-- Leaving the block, in any way, closes the source at once: it is cancelled, in the task that opened it, and its
-  `finally` blocks have run when the block has been left.
-- A single exception leaves the block bare, without an `ExceptionGroup` around it.
-
-It does not buffer, and it shields nothing: cleanup that awaits needs a shield with a deadline of its own.
+While chunks come there are no pings. The source runs at most one chunk ahead of the block, and every chunk comes before
+the source's exception. When the block has been left, the source's `finally` blocks have run, in the task that opened
+it. It does not buffer, and it shields nothing: cleanup that awaits needs a shield with a deadline of its own.
 """
 
 from __future__ import annotations

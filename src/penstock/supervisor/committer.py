@@ -1,22 +1,12 @@
 """The committer: group commit for all runs of a process, by one task for each shard of the log.
 
-Each run of this process has a `WriteBuffer`, in which entries get their seq and wait. The `ShardCommitter` of the run's
-shard takes what is pending in all of its buffers, hands it to the log in one append, and, once the log has acknowledged
-it, adds it to the runs' tails, where readers see it. It commits at once when it is idle; after a commit of many entries
-it waits until `commit_spacing` is over, and after one of few for a fraction of that, so that load turns into larger
-batches instead of more round trips.
-
     write ──▶ WriteBuffer: pending ──▶ one append for all runs ──▶ acknowledged ──▶ Tail ──▶ readers
                  ▲                                                 │
                  ├───────────── room for more ◀────────────────────┤
                  └──── restore, and again from the tail ◀── lost by the log
 
-While a shard cannot be reached its append is tried again and again; the other shards' workers go on. A run for which a
-full log has no room waits alone, while the others go on. What a log has lost (a failover, a restart without its data)
-is put back from the tail. A run that moves to another shard is handed over to the worker of that shard.
-
-Memory is bounded by `max_pending_bytes` for a run and `max_process_pending_bytes` for all, of which each shard has an
-equal share: beyond them `room()` waits.
+A `ShardCommitter` commits at once when it is idle; after a commit of many entries it waits until `commit_spacing` is
+over, and after one of few for a fraction of that, so that load turns into larger batches instead of more round trips.
 """
 
 from __future__ import annotations
@@ -64,7 +54,6 @@ class ShardCommitter(ShardWorker):
         self.limit = owner.settings.max_process_pending_bytes
         """The most that `size` may be. A shard that cannot be reached must not take the room of the others."""
         self.room = trio.lowlevel.ParkingLot()
-        """Where producers wait until `size` is below `limit`."""
         self._owner = owner
         self._log = owner.log
         self._settings = owner.settings
@@ -89,7 +78,6 @@ class ShardCommitter(ShardWorker):
         return not (self._busy or self.size or any(not buffer.over for buffer in waiting))
 
     def mark(self, buffer: WriteBuffer, *, urgent: bool) -> None:
-        """Take note that the buffer has something to commit."""
         if buffer in self._later and buffer.state is BufferState.OPEN:
             return
         self._dirty[buffer] = None
@@ -98,26 +86,21 @@ class ShardCommitter(ShardWorker):
         self._wake.set()
 
     def commit_now(self) -> None:
-        """End the wait for more entries: a producer waits for room."""
         self._urgent = True
         self._wake.set()
 
     def drop(self, buffer: WriteBuffer) -> None:
-        """Abandon the buffer. Producers that wait for room go on."""
         buffer.abandon()
         self.room.unpark_all()
 
     def restore(self, buffer: WriteBuffer) -> None:
-        """Have the log given again what it has lost of the run."""
         self._lost[buffer] = None
         self.commit_now()
 
     def is_full(self, buffer: WriteBuffer) -> bool:
-        """True if a write to the buffer has to wait."""
         return buffer.size >= self._settings.max_pending_bytes or self.size >= self.limit
 
     async def run(self) -> None:
-        """Commit until cancelled."""
         spacing = self._settings.commit_spacing
         started = trio.current_time() - spacing
         while True:
@@ -221,7 +204,12 @@ class ShardCommitter(ShardWorker):
             return 0
         match reply.status:
             case AppendStatus.OK:
-                return self._acknowledge(buffer, batch, reply)
+                stored = buffer.acknowledge(batch.entries)
+                if batch.ending is not None:
+                    buffer.listener.on_stored()
+                elif reply.cancelled:
+                    buffer.listener.on_cancel_recorded(reply.cancel)
+                return stored
             case AppendStatus.CANCELLED:
                 buffer.unfinish()
                 buffer.listener.on_completion_rejected(reply.cancel)
@@ -230,14 +218,6 @@ class ShardCommitter(ShardWorker):
             case _:
                 self._not_taken(buffer, reply)
         return 0
-
-    def _acknowledge(self, buffer: WriteBuffer, batch: Batch, reply: Appended) -> int:
-        stored = buffer.acknowledge(batch.entries)
-        if batch.ending is not None:
-            buffer.listener.on_stored()
-        elif reply.cancelled:
-            buffer.listener.on_cancel_recorded(reply.cancel)
-        return stored
 
     def _not_taken(self, buffer: WriteBuffer, reply: Appended) -> None:
         """Wait with a run that the log cannot take now, or drop one that it never takes from here."""
@@ -253,7 +233,7 @@ class ShardCommitter(ShardWorker):
                 self.drop(buffer)
 
     def _ask_again(self, buffer: WriteBuffer, reply: Appended) -> None:
-        """Ask the log again later. Until then the run's entries wait, and only its ending is tried before."""
+        """Ask the log again later. Until then the run's entries wait; only its ending is tried before."""
         now = trio.current_time()
         pause = AWAY_PAUSE if reply.status is AppendStatus.AWAY else FULL_PAUSE
         self._ask_again_at = min(self._ask_again_at, now + pause)
@@ -265,10 +245,10 @@ class ShardCommitter(ShardWorker):
             self._dirty.pop(buffer, None)
 
     async def _restore(self, buffer: WriteBuffer) -> None:
-        """Put back what the log has lost of a run, and make the entries that follow pending again."""
+        """Put back from the tail what the log has lost of a run, and make the entries that follow pending again."""
         if buffer.over:
             return
-        acknowledged = buffer.acknowledged()
+        acknowledged = buffer.tail.recent()
         oldest = min([buffer.stored + 1, *(entry.seq for entry in acknowledged[:1])])
         restore = partial(self._log.restore, buffer.run, buffer.lease, oldest)
         reply = await self._retry(restore, f"restore run {buffer.run_id}")
@@ -287,15 +267,7 @@ class ShardCommitter(ShardWorker):
 
 
 class Committer:
-    """Commits what is pending in all buffers of a process.
-
-    `shards` holds the workers, and runs them.
-
-    Args:
-        log: where entries are stored.
-        settings: when a commit is made, and how much may be pending.
-        observer: notified of every commit, and warned when the log cannot be reached.
-    """
+    """Commits what is pending in all buffers of a process; `shards` holds the workers, and runs them."""
 
     def __init__(self, log: EventLog, settings: Settings, observer: Observer) -> None:
         self.log = log
@@ -308,7 +280,6 @@ class Committer:
 
     @property
     def pending_bytes(self) -> int:
-        """The bytes of all runs that the log has not acknowledged yet."""
         return sum(worker.size for worker in self.shards)
 
     def put(self, buffer: WriteBuffer, blocks: Sequence[bytes]) -> None:
@@ -324,11 +295,7 @@ class Committer:
         worker.mark(buffer, urgent=True)
 
     async def flush(self, buffer: WriteBuffer) -> None:
-        """Commit what is pending at once, and wait until the log has acknowledged it. A checkpoint.
-
-        Raises:
-            RunEnded: it never will.
-        """
+        """Commit what is pending at once, and wait until the log has acknowledged it; `RunEnded` if it never will."""
         await trio.lowlevel.checkpoint()
         goal = buffer.seq
         if buffer.entries:
@@ -339,25 +306,22 @@ class Committer:
             await buffer.vacancy.park()
 
     def abandon(self, buffer: WriteBuffer) -> None:
-        """Give the run up: it has another owner."""
         if not buffer.over:
             buffer.listener.on_fenced()
             self.drop(buffer)
 
     def drop(self, buffer: WriteBuffer) -> None:
-        """Drop what is pending, and take nothing more. Producers that wait for room go on."""
+        """Drop what is pending for good. Producers that wait for room go on."""
         self._worker(buffer).drop(buffer)
 
     def restore(self, buffer: WriteBuffer) -> None:
-        """Have the log given again what it has lost of the run. Synchronous."""
         self._worker(buffer).restore(buffer)
 
     def is_full(self, buffer: WriteBuffer) -> bool:
-        """True if a write to the buffer has to wait."""
         return self._worker(buffer).is_full(buffer)
 
     async def room(self, buffer: WriteBuffer) -> None:
-        """Wait until the buffer takes more. A checkpoint."""
+        """Wait until the buffer takes more. A checkpoint in any case."""
         await trio.lowlevel.checkpoint()
         while (worker := self._worker(buffer)).is_full(buffer):
             worker.commit_now()

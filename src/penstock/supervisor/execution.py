@@ -1,19 +1,12 @@
 """One run in the process that owns it: its task, its scope, the facts recorded of it, its buffer.
 
-An execution decides nothing while things happen; it records. `stop` records the first cause, and only then cancels the
-scope. The step in which the producer's loop ends refuses later causes. When the producer is gone, `decide` turns the
-facts into the run's ending (`outcome.py`), which goes into the buffer; when the log has acknowledged it, the run is
-*settled*.
-
     running ──stop(cause)──▶ scope cancelled ──▶ producer gone ──▶ concluded ──▶ settled
        └──────── the loop ends ──────────────────────┘    ▲
                                  cancel_grace is over ────┘   (the producer is stuck: the run ends without it)
 
-A producer whose loop is over has `cancel_grace` for its cleanup as well. A stuck producer keeps its task, but not its
-run: the ending is stored, readers get it, and what the producer still yields is dropped. So a run has two independent
-states: `Producer`, how far its producer is, and `Settlement`, how the run was settled.
-
-`RunWriter` is for a run that is written by hand: the body of a block is its producer.
+`stop` records the first cause, and only then cancels the scope; the step in which the producer's loop ends refuses
+later causes. A stuck producer keeps its task, but not its run: so how far the `Producer` is and the `Settlement` of the
+run are independent states.
 """
 
 from __future__ import annotations
@@ -76,15 +69,7 @@ class Settlement(Enum):
 class Execution:
     """One run, while this process owns it.
 
-    Args:
-        run: the record.
-        lease: the lease of the run.
-        tail: where readers in this process find its entries.
-        committer: stores its entries.
-        timers: calls back at its deadlines.
-        settings: the supervisor's settings.
-        observer: notified of the run's end, of errors, and of a stuck producer.
-        on_change: called when the run's ending is decided, when the run is settled, and when its producer is gone.
+    `on_change` is called when the run's ending is decided, when the run is settled, and when its producer is gone.
     """
 
     def __init__(
@@ -106,7 +91,6 @@ class Execution:
         self.producer = Producer.ITERATING
         self.settlement: Settlement | None = None
         self.settled = trio.Event()
-        """Set once `settlement` is."""
         self.task: trio.lowlevel.Task | None = None
         """The task in which the producer runs."""
         self._committer = committer
@@ -199,8 +183,7 @@ class Execution:
     async def execute(self, make_source: Callable[[], Any]) -> None:
         """Run the producer to its end, in this task, and wait until its ending is stored.
 
-        Only what came from outside is raised: a cancellation that was not recorded, or an exception such as
-        KeyboardInterrupt.
+        Raises only what came from outside: a cancellation that was not recorded, or `KeyboardInterrupt`.
         """
         self.task = trio.lowlevel.current_task()
         error: BaseException | None = None
@@ -220,7 +203,6 @@ class Execution:
             self.facts.error = self.task = None
 
     def limit(self, *, timeout: float | None, max_silence: float | None) -> None:
-        """Set the run's deadline and its limit of silence, in seconds from now."""
         now = self._waiting_since = trio.current_time()
         if timeout is not None:
             self._at(now + timeout, "timeout", self._check_timeout)
@@ -290,11 +272,7 @@ class Execution:
         return goes_on
 
     async def leave(self, error: BaseException | None) -> BaseException | None:
-        """The producer is gone, with `error` if it raised: conclude, and wait until the ending is stored.
-
-        Returns:
-            The part of `error` that is not the run's own, for the caller to raise.
-        """
+        """The producer is gone: conclude, wait until that is stored; return what of `error` is not the run's own."""
         self.finish(error)
         self.producer = Producer.GONE
         for timer in self._pending_timers.values():
@@ -320,12 +298,11 @@ class Execution:
 
     @property
     def concluded(self) -> bool:
-        """True once it is decided how the run ends."""
         return self._ending is not None
 
     @property
     def stuck(self) -> bool:
-        """True while the producer holds on to its task although the run has ended, as far as this process knows."""
+        """True while the producer holds on to its task although the run has ended."""
         return (self.settled.is_set() or self.concluded) and self.producer is not Producer.GONE
 
     def _conclude(self, facts: RunFacts) -> None:
@@ -355,7 +332,6 @@ class Execution:
         self._at(now + STUCK_REPORT_INTERVAL, "grace", self._overdue)
 
     def stack(self) -> str:
-        """Where the producer's task stands, as a traceback."""
         if self.task is None:
             return ""
         frames = traceback.StackSummary.extract(self.task.iter_await_frames())

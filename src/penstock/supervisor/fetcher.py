@@ -1,9 +1,7 @@
 """The fetcher: group fetch for the tails of runs that live elsewhere, by one task for each shard of the log.
 
-Tails of this process's own runs are fed by the committer. The tails of runs that live elsewhere, if they have readers
-here, are fed by the `ShardFetcher` of the run's shard: a notification says which runs have moved, and one `fetch`
-brings what all of their tails lack. Replay, live reading and the repair of a lost notification are thus one path:
-whatever was missed is in the next page.
+A notification says which runs have moved, and one `fetch` brings what all of their tails lack. Replay, live reading and
+the repair of a lost notification are thus one path: whatever was missed is in the next page.
 """
 
 from __future__ import annotations
@@ -61,7 +59,6 @@ class ShardFetcher(ShardWorker):
         return not (self._busy or self._moved or self._behind or self._missing)
 
     def note_moved(self, run_id: str, seq: int) -> None:
-        """Take note that a run has got as far as `seq`; notifications may come in any order."""
         self._moved[run_id] = max(seq, self._moved.get(run_id, 0))
         self._wake.set()
 
@@ -70,7 +67,6 @@ class ShardFetcher(ShardWorker):
         return behind.keys() <= self._missing.keys() | self._away
 
     async def run(self) -> None:
-        """Bring what the tails lack whenever a run has moved, until cancelled."""
         spacing = self._owner.settings.commit_spacing
         while True:
             if self.is_stuck(self._behind) and not self._moved:
@@ -151,16 +147,7 @@ class Prefetch:
 
 
 class Fetcher:
-    """Keeps the tails that have readers up to date.
-
-    `shards` holds the workers, and runs them.
-
-    Args:
-        log: where entries come from.
-        tails: the tails of this process.
-        settings: `commit_spacing` is how long a fetch for many runs holds back the next one.
-        observer: warned when the log cannot be reached.
-    """
+    """Keeps the tails that have readers up to date; `shards` holds the workers, and runs them."""
 
     def __init__(self, log: EventLog, tails: Tails, settings: Settings, observer: Observer) -> None:
         self.log = log
@@ -181,7 +168,6 @@ class Fetcher:
         self._notifications = notifications
 
     def moved(self, moved: Mapping[str, int]) -> None:
-        """Take note of how far runs have got, by run id. Synchronous."""
         for run_id, seq in moved.items():
             self.shards.of(run_id).note_moved(run_id, seq)
 
@@ -210,17 +196,13 @@ class Fetcher:
         return tail
 
     def release(self, tail: Tail) -> None:
-        """Stop using a tail. After its last user nothing is left of it."""
         if self.tails.release(tail) and self.tails.get(tail.run_id) is None:
             self._notifications.unsubscribe(tail.run_id)
 
     def evict_readers(self, error: PenstockError, *, everyone: bool = False, shard: str | None = None) -> None:
-        """End the readers of runs that live elsewhere, or of all runs, and those to come; ended runs are read on.
+        """End the readers of runs that live elsewhere, or `everyone`, and those to come, with `error`.
 
-        Args:
-            error: what the readers get.
-            everyone: the readers of this process's own runs as well.
-            shard: only those of runs on this shard of the log, and only until `readmit`.
+        If a shard is given, only the readers of its runs, until `readmit`. Runs that have ended are read on.
         """
         if shard is None:
             self._released = error
@@ -245,12 +227,7 @@ class Fetcher:
             self.moved({tail.run_id: run.seq})
 
     async def read(self, tail: Tail, after: int) -> Page:
-        """A page of a run that has a reader; waits while the log cannot be reached, or has lost the run.
-
-        Raises:
-            PenstockError: the log cannot be reached, and the tail has released its readers.
-            RunNotFound: there is no such run any more.
-        """
+        """A page of a run that has a reader; waits while the log cannot be reached, or has lost the run."""
         since = trio.current_time()
 
         async def look() -> Page:

@@ -1,13 +1,9 @@
 """The follower: one reader of one run, replay and live without a seam.
 
 A follower is a cursor. It takes what follows the cursor from the run's tail; if the tail does not reach back that far
-it reads a page from the log; if there is nothing yet it waits at the tail. It ends with the terminal entry; anything
-else that ends it is an exception. No reader waits for what cannot come.
-
-A follower holds no cancel scope and no nursery, so it may be entered in one task and left in another. Cancelling it at
-any point loses nothing: the cursor moves only in the step that returns the entries.
-
-`Readers` counts the followers of one process, and what they have returned.
+it reads a page from the log; if there is nothing yet it waits at the tail. It ends with the terminal entry, or with an
+exception. Cancelling it loses nothing: the cursor moves only in the step that returns the entries. It holds no cancel
+scope and no nursery, so it may be entered in one task and left in another.
 """
 
 from __future__ import annotations
@@ -29,30 +25,19 @@ if TYPE_CHECKING:
 
 
 class Readers:
-    """Counts the readers of one process, and limits their number.
-
-    Args:
-        most: the most readers.
-        most_of_a_run: the most readers of the same run.
-    """
+    """Counts the readers of one process and what they have got, and limits their number."""
 
     def __init__(self, *, most: int, most_of_a_run: int) -> None:
         self.entries = 0
-        """The entries that readers have got since the start."""
         self.bytes = 0
         """The bytes of these entries, as they go on the wire."""
         self._most = most
         self._most_of_a_run = most_of_a_run
         self._of_runs: Counter[str] = Counter()
         self.live = 0
-        """The readers there are now."""
 
     def come(self, run_id: str) -> None:
-        """Count a new reader.
-
-        Raises:
-            TooManyReaders: there is no room for it, or not for one of this run (`TooManyReadersOfRun`).
-        """
+        """Count a new reader, or raise `TooManyReaders` or `TooManyReadersOfRun`."""
         if self.live >= self._most:
             raise TooManyReaders(f"this process has {self.live} readers, as many as max_readers allows")
         if self._of_runs[run_id] >= self._most_of_a_run:
@@ -79,8 +64,7 @@ class Follower:
     """A reader of a run: an async context manager, and inside its block an async iterator of `Entry`.
 
     Made by `Supervisor.follow`. Entering it looks up the run, and is a checkpoint. Iterating it is a checkpoint at
-    least once in every page; cancelling it loses no entry. Leaving it never blocks. The block may be entered in one
-    task and left in another.
+    least once in every page; cancelling it loses no entry. Leaving it never blocks, and may happen in another task.
 
     Attributes:
         run_id: the run.
@@ -129,20 +113,17 @@ class Follower:
             raise RuntimeError("this follower has been entered already")
         self._readers.come(self.run_id)
         try:
-            self._tail = await self._acquire()
+            tail = await self._fetcher.acquire(self.run_id)
+            try:
+                await self._look_up(tail)
+            except BaseException:
+                self._fetcher.release(tail)
+                raise
         except BaseException:
             self._readers.go(self.run_id)
             raise
+        self._tail = tail
         return self
-
-    async def _acquire(self) -> Tail:
-        tail = await self._fetcher.acquire(self.run_id)
-        try:
-            await self._look_up(tail)
-        except BaseException:
-            self._fetcher.release(tail)
-            raise
-        return tail
 
     async def _look_up(self, tail: Tail) -> None:
         page = await self._fetcher.log.read(self.run_id, self.cursor)
@@ -175,15 +156,11 @@ class Follower:
         if self._next >= len(self._page):
             raise StopAsyncIteration
         entry = self._page[self._next]
-        self._hand_over(1, len(entry.wire))
+        self._next += 1
+        self.cursor = entry.seq
+        self._readers.entries += 1
+        self._readers.bytes += len(entry.wire)
         return entry
-
-    def _hand_over(self, entries: int, size: int) -> None:
-        """Move the cursor past the next entries of the page, and count them."""
-        self._next += entries
-        self.cursor = self._page[self._next - 1].seq
-        self._readers.entries += entries
-        self._readers.bytes += size
 
     async def next_body(self, limit: int = BODY_BYTES) -> bytes:
         """The entries that are ready, joined as they go on the wire. A checkpoint at least once in every page.
@@ -197,9 +174,12 @@ class Follower:
         if self._next >= len(self._page):
             await self._fill(limit)
         if len(self._page) == self._next + 1:  # one event at a time is the common case of a live reader
-            wire = self._page[self._next].wire
-            self._hand_over(1, len(wire))
-            return wire
+            entry = self._page[self._next]
+            self._next += 1
+            self.cursor = entry.seq
+            self._readers.entries += 1
+            self._readers.bytes += len(entry.wire)
+            return entry.wire
         taken: list[bytes] = []
         size = 0
         index = self._next
@@ -212,7 +192,10 @@ class Follower:
             index += 1
         body = b"".join(taken)
         if taken:
-            self._hand_over(len(taken), len(body))
+            self.cursor = self._page[index - 1].seq
+            self._next = index
+            self._readers.entries += len(taken)
+            self._readers.bytes += len(body)
         return body
 
     async def _fill(self, max_bytes: int = PAGE_BYTES) -> None:

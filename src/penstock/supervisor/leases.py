@@ -1,14 +1,8 @@
 """What a supervisor does by the clock: renew leases, reap runs whose lease has expired, notice outages, find cancels.
 
-    LeaseKeeper     cancel requests for this supervisor: when notified, and every `cancel_check_interval`
-    ShardLeases     one for each shard, with three tasks:
-      renewals      three times in the length of a lease, and after every outage
-      reaper        once a second
-      outages       when the shard has been out of reach for `outage_limit`, and when it is back
-
-No failure here harms a run: while a shard cannot be reached, each task warns, backs off and tries again. A look for
-cancel requests that fails cancels nothing. A reaper that was itself out of contact reaps nothing until it has been in
-contact for one lease. Only when a shard has been out of reach for `outage_limit` are its runs given up.
+No failure here harms a run: while a shard cannot be reached, each task warns, backs off and tries again. A reaper that
+was itself out of contact reaps nothing until it has been in contact for one lease. Only when a shard has been out of
+reach for `outage_limit` are its runs given up.
 """
 
 from __future__ import annotations
@@ -44,7 +38,7 @@ RENEWALS_PER_CALL: Final = 100
 
 
 class ShardLeases(ShardWorker):
-    """Renews, reaps and notices outages on one shard."""
+    """One shard: renews three times in a lease and after every outage, reaps once a second, notices outages."""
 
     def __init__(self, shard: str, keeper: LeaseKeeper, *, late: bool) -> None:
         super().__init__(shard)
@@ -77,12 +71,8 @@ class ShardLeases(ShardWorker):
 
     def _unsettled(self) -> list[Execution]:
         """The runs of this process on this shard that are not settled."""
-        shard_of = self._keeper.log.shard
-        return [
-            each
-            for each in self._keeper.runs.by_id.values()
-            if not each.settled.is_set() and shard_of(each.run.id) == self.shard
-        ]
+        shard_of, runs = self._keeper.log.shard, self._keeper.runs.by_id.values()
+        return [each for each in runs if not each.settled.is_set() and shard_of(each.run.id) == self.shard]
 
     @trio.lowlevel.enable_ki_protection
     async def _renewals(self) -> None:
@@ -111,7 +101,7 @@ class ShardLeases(ShardWorker):
 
     @trio.lowlevel.enable_ki_protection
     async def _reaper(self) -> None:
-        lease = self._settings.lease
+        keeper, lease = self._keeper, self._settings.lease
         while True:
             due = trio.current_time() + REAP_INTERVAL
             await trio.sleep_until(due)
@@ -123,14 +113,17 @@ class ShardLeases(ShardWorker):
             try:
                 # A log that takes longer stood still, and the renewals of live runs may wait behind this call.
                 with trio.fail_after(max(lease / 3, REAP_INTERVAL / 2)):
-                    await self._reap_or_check(reap=reap)
+                    if not reap:
+                        await self._check()
+                    elif lost := await keeper.log.reap(keeper.lost_ending, shard=self.shard, ready=keeper.may_reap):
+                        notify(keeper.observer.runs_lost, lost)
             except (LogUnavailable, trio.TooSlowError) as error:
                 if self._in_contact_since < began:
-                    self._keeper.warn(f"cannot reap: {str(error) or 'the log is slow'}; trying again")
+                    keeper.warn(f"cannot reap: {str(error) or 'the log is slow'}; trying again")
                 self._in_contact_since = inf
                 if not self._away:
                     self._away = True
-                    self._keeper.note_away(self.shard, began)
+                    keeper.note_away(self.shard, began)
             else:
                 self._reached = trio.current_time()
                 self._end_outage()
@@ -139,13 +132,6 @@ class ShardLeases(ShardWorker):
         if self._away:
             self._away = False
             self._keeper.note_back(self.shard)
-
-    async def _reap_or_check(self, *, reap: bool) -> None:
-        keeper = self._keeper
-        if not reap:
-            await self._check()
-        elif lost := await keeper.log.reap(keeper.lost_ending, shard=self.shard, ready=keeper.may_reap):
-            notify(keeper.observer.runs_lost, lost)
 
     async def _check(self) -> None:
         await self._keeper.log.check(self.shard)
@@ -175,17 +161,7 @@ class ShardLeases(ShardWorker):
 
 
 class LeaseKeeper:
-    """Keeps the leases of one supervisor.
-
-    Args:
-        log: the event log.
-        owner: the supervisor's name there.
-        runs: the live runs.
-        committer: ends or restores the runs that a renewal finds fenced or gone.
-        fetcher: releases the readers of a shard that is out of reach.
-        settings: the supervisor's settings.
-        observer: notified of outages and of runs that were lost.
-    """
+    """Keeps the leases of one supervisor, which is `owner` in the log."""
 
     def __init__(
         self,
@@ -204,18 +180,14 @@ class LeaseKeeper:
         self.fetcher = fetcher
         self.settings = settings
         self.observer = observer
-        self.shards: Shards[ShardLeases] = Shards(log, self._new_shard)
+        self.shards: Shards[ShardLeases] = Shards(log, lambda shard: ShardLeases(shard, self, late=self.shards.started))
         self._dialect = dialect_named(settings.dialect)
         self._away: dict[str, float] = {}
         """The shards that are out of reach, and since when."""
         self._away_since = 0.0
         self._check_cancels = trio.Event()
 
-    def _new_shard(self, shard: str) -> ShardLeases:
-        return ShardLeases(shard, self, late=self.shards.started)
-
     def check_cancels(self) -> None:
-        """Look for cancel requests now."""
         self._check_cancels.set()
 
     def renew_now(self) -> None:
@@ -224,7 +196,7 @@ class LeaseKeeper:
             worker.renew_now()
 
     async def deliver_cancels(self) -> None:
-        """Look for cancel requests and deliver them, until cancelled."""
+        """Look for cancel requests when notified, and every `cancel_check_interval`; deliver them."""
         look = partial(self.log.cancel_requests, self.owner)
         while True:
             with trio.move_on_after(self.settings.cancel_check_interval):
@@ -235,7 +207,6 @@ class LeaseKeeper:
                 self.runs.cancel(run_id, reason)
 
     def is_away(self, shard: str) -> bool:
-        """Whether this shard could not be reached at the last look."""
         return shard in self._away
 
     def may_reap(self, shard: str) -> bool:
@@ -251,13 +222,11 @@ class LeaseKeeper:
         self._away[shard] = since
 
     def note_back(self, shard: str) -> None:
-        """A shard is in reach again, or is gone."""
         del self._away[shard]
         if not self._away:
             notify(self.observer.outage_ended, trio.current_time() - self._away_since)
 
     def lost_ending(self) -> LostEnding:
-        """What a reaper stores for a run whose lease has expired."""
         blocks, ending = decide(RunFacts(cause=Cause.ABANDONED), self._dialect, error_id=new_error_id())
         return LostEnding(blocks, ending)
 

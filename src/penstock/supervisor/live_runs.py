@@ -3,10 +3,6 @@
 A run is live from the step in which its record is known to be there until it is settled and its producer is gone. A
 start that is under way counts as well: `drain` waits for it, and a cancel request that overtakes the reply to it is
 kept until the run is there.
-
-    SERVING ──▶ DRAINING ──▶ INTERRUPTED ──▶ DRAINED
-
-The phase only ever goes forward, and may skip phases.
 """
 
 from __future__ import annotations
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class DrainPhase(IntEnum):
-    """How far the end of a supervisor is."""
+    """How far the end of a supervisor is. It only goes forward, and may skip phases."""
 
     SERVING = 0
     DRAINING = 1
@@ -64,16 +60,7 @@ class StuckRun:
 
 
 class LiveRuns:
-    """The executions of a supervisor.
-
-    Args:
-        tails: the tails of this process.
-        committer: stores the runs' entries.
-        fetcher: follows the runs that are given up.
-        timers: calls back at the runs' deadlines.
-        settings: the supervisor's settings.
-        observer: the supervisor's observer.
-    """
+    """The executions of a supervisor."""
 
     def __init__(
         self,
@@ -125,11 +112,7 @@ class LiveRuns:
 
     @contextmanager
     def starting(self) -> Iterator[Callable[[Run, Lease], Execution]]:
-        """A start is under way while the block lasts.
-
-        Yields:
-            A function that makes the run's execution, called in the step in which its record is known to be there.
-        """
+        """A start is under way while the block lasts; what it yields admits the run once its record is there."""
         start = object()
         early = self._starts[start] = {}
         try:
@@ -165,22 +148,17 @@ class LiveRuns:
             execution.give_up()
 
     def on_services_died(self, error: BaseException) -> None:
-        """End every run, and every run that is about to start, with nothing stored any more."""
         self.failure = error
         for execution in [*self.by_id.values()]:
             execution.on_services_died()
 
     def interrupt(self) -> None:
-        """Cancel every run, as a shutdown does, and those whose start is under way."""
         self._reach(DrainPhase.INTERRUPTED)
         for execution in [*self.by_id.values()]:
             execution.stop(Cause.SHUTDOWN)
 
     async def drain(self, timeout: float) -> None:
-        """Let the runs end within `timeout` seconds, or until `interrupt` is called; then interrupt them.
-
-        A checkpoint, but for a drain that is over already.
-        """
+        """Let the runs end within `timeout` seconds, or until `interrupt` is called; then interrupt them."""
         self._reach(DrainPhase.DRAINING)
         if self.phase is DrainPhase.DRAINED:
             return
@@ -198,7 +176,7 @@ class LiveRuns:
             self._fetcher.evict_readers(ReaderReleased(away), everyone=True)
 
     async def end(self) -> None:
-        """Give the runs their time to be settled, unless `drain` has, under a shield; then drop what is not stored."""
+        """Give the runs their time to be settled, unless `drain` has; then drop what is not stored."""
         timeout = 0.0
         if self.phase < DrainPhase.DRAINED:
             timeout = self._settings.finalize_timeout

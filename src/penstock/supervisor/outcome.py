@@ -1,9 +1,8 @@
 """How a run ends: decided from recorded facts, in one pure function.
 
 Neither `cancelled_caught` nor an exception's type says how a producer's body ended: a body may swallow a cancellation,
-shield itself from it, or raise while it is being cancelled. So the cause is recorded before anything is cancelled, the
-run's task records what the producer does, and `decide` turns these facts into the run's last entries and its record's
-ending. The first rule that applies decides:
+shield itself from it, or raise while it is being cancelled. So the facts are recorded as they happen. The first rule
+that applies decides:
 
 1. the producer raised an exception other than `Cancelled` and `RunCancelled`: failed, and the record keeps the reason
    of the cause beside the error;
@@ -11,8 +10,6 @@ ending. The first rule that applies decides:
 3. the producer raised `RunCancelled`: cancelled;
 4. the producer yielded an error: failed;
 5. the producer gave a stop reason, or none: completed, cancelled or failed.
-
-The last entry is always `[DONE]`.
 """
 
 from __future__ import annotations
@@ -54,7 +51,6 @@ class RunFacts:
 def decide(
     facts: RunFacts, dialect: Dialect, *, error_id: str, expose_errors: bool = False
 ) -> tuple[list[bytes], Ending]:
-    """The run's last blocks, and its record's ending."""
     error = None if facts.error is None else single_error(facts.error)
     cause, reason = facts.cause, facts.reason
     if cause is None and facts.interrupted:

@@ -1,8 +1,4 @@
-"""The supervisor's settings: each with its name, default, unit and limits, in one table.
-
-`open_supervisor` takes them as keyword arguments, `create_app` passes them on, and the command line makes an option and
-an environment variable of each. An invalid value is refused by name, before anything starts.
-"""
+"""The supervisor's settings: each with its name, default, unit and limits, in one table."""
 
 from __future__ import annotations
 
@@ -87,11 +83,7 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
-        """The settings with these values, by name.
-
-        Raises:
-            ConfigurationError: there is no such setting, or it cannot have this value.
-        """
+        """The settings with these values, by name; `ConfigurationError` if there is no such setting."""
         known = [setting.name for setting in fields(cls)]
         for name in values:
             if name not in known:
@@ -100,11 +92,7 @@ class Settings:
 
 
 def check_duration(name: str, seconds: float | None, *, zero: bool = False) -> None:
-    """Check an optional duration that a caller gave.
-
-    Raises:
-        ConfigurationError: it is not a finite number of seconds above 0, or from 0 if that is allowed.
-    """
+    """Raise `ConfigurationError` if a caller's duration is not None or a finite number above 0 (or from `zero`)."""
     if seconds is None:
         return
     fits = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= sys.float_info.max

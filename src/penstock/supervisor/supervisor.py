@@ -1,21 +1,9 @@
 """The supervisor: owns the nursery in which runs live, longer than any request.
 
-It has two nurseries, one inside the other: the outer one holds the services, the inner one holds a task for each run.
-
-    committer.shards    pending entries → the log → tails
-    fetcher.shards      entries of runs that live elsewhere → tails
-    timers              timeouts, silence, grace
-    leases              cancel requests; renewals, reaping and outages of each shard
-    _dispatch           the log's notifications → leases, fetcher
-    _report_figures     figures → the observer, once a second
-
-Order of leaving, whatever the way out (return, exception, cancelled from outside): the runs end first, and the services
-store their terminal entries; the services end when the inner nursery is empty and every run is settled, or
-`finalize_timeout` after the last run has left. With one nursery a run's last entries would wait for a committer that is
-cancelled already.
-
-If a service dies the runs are cancelled, nothing is pretended about their ends, readers are released, and
-`open_supervisor` raises `SupervisorFailed`. No run's error ever escapes.
+The outer one of its two nurseries holds the services, the inner one a task for each run. Whatever the way out (return,
+exception, cancelled from outside), the runs end first, while the services are still there to store their last entries;
+the services end once every run is settled, or `finalize_timeout` after the last run has left. If a service dies the
+runs are cancelled, readers are released, and `open_supervisor` raises `SupervisorFailed`. No run's error ever escapes.
 """
 
 from __future__ import annotations
@@ -26,7 +14,6 @@ import secrets
 import time
 from collections.abc import AsyncIterable, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,21 +57,6 @@ ID_TRIES: Final = 20
 """The most ids that are made for a run, until one is on a shard of the log that is in reach."""
 
 
-@dataclass(frozen=True, slots=True)
-class StartOptions:
-    """What the ways to start a run have in common; see `Supervisor.start`."""
-
-    name: str
-    run_id: str | None
-    timeout: float | None
-    max_silence: float | None
-    metadata: Mapping[str, Any] | None
-
-    def __post_init__(self) -> None:
-        check_duration("timeout", self.timeout)
-        check_duration("max_silence", self.max_silence)
-
-
 class Supervisor:
     """Starts, follows, cancels and ends runs. Made by `open_supervisor`."""
 
@@ -93,7 +65,6 @@ class Supervisor:
         self.settings = settings
         self.observer = observer
         self._owner = f"{os.getpid()}-{secrets.token_hex(8)}"
-        """The supervisor's name in the log."""
         self._tails = Tails(
             max_entries=settings.tail_entries,
             max_bytes=settings.tail_bytes,
@@ -109,7 +80,7 @@ class Supervisor:
         self._services = trio.CancelScope()
         self._run_nursery: trio.Nursery | None = None
         self._reported = (0, 0)
-        """The readers' entries and bytes in the figures before."""
+        """The readers' entries and bytes in the last figures."""
 
     async def start(
         self,
@@ -125,10 +96,9 @@ class Supervisor:
         """Start a run, which lives in the supervisor and not in the caller. A checkpoint.
 
         Args:
-            producer: an async generator function, called with `args` in the run's own task; or any source that needs no
-                call.
+            producer: an async generator function, called with `args` in the run's own task; or a source.
             args: what the producer is called with.
-            run_id: the id, if the caller has one; see `check_run_id`.
+            run_id: the id, if the caller has one: 1 to 128 characters of `[A-Za-z0-9._:-]`.
             name: the record's `producer`; by default the producer's own name.
             timeout: the longest the run may take, in seconds; at most `max_duration`, which is the default.
             max_silence: the longest it may yield nothing, in seconds.
@@ -144,8 +114,8 @@ class Supervisor:
             Draining: the supervisor is shutting down.
             SupervisorFailed: a service of the supervisor died.
             LogUnavailable: the log cannot be reached.
-            TooManyRuns: this process has as many runs as it may.
-            ValueError: an argument is not what it must be, or over a limit (`MetadataTooLarge`, `DurationTooLong`).
+            TooManyRuns: this process has `max_runs` runs.
+            ValueError: an argument is invalid, or over a limit (`MetadataTooLarge`, `DurationTooLong`).
         """
         started = await self.start_once(
             producer,
@@ -170,38 +140,22 @@ class Supervisor:
         idempotency_key: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Started:
-        """Start a run, and say whether it is new or was found under its idempotency key. Otherwise as `start`.
+        """Start a run, and say whether it is new or was found under its idempotency key. A checkpoint.
 
-        Args:
-            producer: the source, or what makes it from `args`.
-            *args: the arguments of `producer`.
-            run_id: as for `start`.
-            name: as for `start`.
-            timeout: as for `start`, in seconds.
-            max_silence: as for `start`, in seconds.
-            idempotency_key: as for `start`.
-            metadata: as for `start`.
+        `producer`, `run_id`, `name`, `timeout`, `max_silence`, `idempotency_key`, `metadata` and the errors are those
+        of `start`.
 
         Returns:
             The record, and whether this call created the run.
-
-        Raises:
-            PenstockError: as for `start`.
         """
         # What `asynccontextmanager` makes can be called too, as a decorator; but it is a source.
         call = callable(producer) and not isinstance(producer, AbstractAsyncContextManager | AsyncIterable | Awaitable)
         if args and not call:
             raise ValueError("arguments are for a producer that can be called, and this one cannot")
-        options = StartOptions(
-            name or str(getattr(producer, "__qualname__", type(producer).__name__)),
-            run_id,
-            timeout,
-            max_silence,
-            metadata,
-        )
-        request = (options.name, args, metadata, run_id, timeout, max_silence)
+        name = name or str(getattr(producer, "__qualname__", type(producer).__name__))
+        request = (name, args, metadata, run_id, timeout, max_silence)
         idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
-        started, execution = await self._begin(options, idempotency)
+        started, execution = await self._begin(run_id, name, timeout, max_silence, metadata, idempotency)
         if execution is not None:
             make_source = partial(producer, *args) if call else lambda: producer
             assert self._run_nursery is not None  # noqa: S101  (or _begin would have refused)
@@ -221,14 +175,9 @@ class Supervisor:
         """A run that is written by hand: the body of the block is its producer.
 
         Leaving the block ends the run, and waits until that is stored; an exception fails it, and goes on. The body is
-        cancelled when the run is: it is a cancel scope, so it is entered and left in one task.
+        cancelled when the run is: the block is a cancel scope, so it is entered and left in one task.
 
-        Args:
-            run_id: the id, if the caller has one.
-            name: the record's `producer`.
-            timeout: the longest the run may take, in seconds; at most `max_duration`, which is the default.
-            max_silence: the longest nothing may be written, in seconds.
-            metadata: a JSON object of the caller's own.
+        `run_id`, `name`, `timeout`, `max_silence`, `metadata` and the errors on entering are those of `start`.
 
         Yields:
             What the run is written with.
@@ -236,26 +185,22 @@ class Supervisor:
         Raises:
             RunCancelled: the run was cancelled, and that cut the body short.
             RunEnded: something else ended it, such as its timeout, and that cut the body short.
-            RunExists, Draining, SupervisorFailed, LogUnavailable, TooManyRuns, ValueError: see `start`.
         """
-        _, execution = await self._begin(StartOptions(name, run_id, timeout, max_silence, metadata))
+        _, execution = await self._begin(run_id, name, timeout, max_silence, metadata)
         assert execution is not None  # noqa: S101  (there was no idempotency key)
         async with writing(execution, self._committer) as writer:
             yield writer
 
     def follow(self, run_id: str, after: int = 0, *, last: int | None = None) -> Follower:
-        """A reader of a run, wherever that lives. Not entered yet, and no checkpoint.
+        """A reader of the run `run_id`, in whatever process that lives. Synchronous.
 
         Args:
             run_id: the run.
             after: the cursor: the seq of the last entry that the reader has seen; 0 = from the beginning.
             last: begin with the last so many entries, if that is later than the cursor.
 
-        Returns:
-            A `Follower`, which is entered with `async with` and then iterated.
-
         Raises:
-            ValueError: the cursor is not a whole number from 0.
+            ValueError: `after` or `last` is not a whole number from 0.
         """
         return Follower(self._fetcher, run_id, readers=self._readers, after=after, last=last, clock=self._timers)
 
@@ -264,7 +209,7 @@ class Supervisor:
 
         Args:
             run_id: the run.
-            reason: words for the record, the producer and the readers.
+            reason: a text for the record, the producer and the readers.
 
         Returns:
             What the request met (`CancelStatus`), and the record. A run whose cancel was `REQUESTED` never ends
@@ -273,7 +218,7 @@ class Supervisor:
         Raises:
             RunNotFound: there is no such run.
             LogUnavailable: the log cannot be reached.
-            ValueError: the reason holds half of a surrogate pair, and cannot be written.
+            ValueError: the reason is no text that UTF-8 can hold.
         """
         if reason is not None:
             if not isinstance(reason, str):
@@ -285,11 +230,9 @@ class Supervisor:
         return reply
 
     async def wait(self, run_id: str) -> Run:
-        """Wait until a run has ended; its terminal record. A checkpoint; cancelling it does nothing to the run.
+        """Wait until a run has ended, and return its terminal record. A checkpoint; cancelled, the run goes on.
 
-        Raises:
-            RunNotFound: there is no such run.
-            ReaderReleased, SupervisorFailed, LogUnavailable: as for a `Follower`.
+        Raises `RunNotFound`, and as a `Follower` `ReaderReleased`, `SupervisorFailed` and `LogUnavailable`.
         """
         async with self._fetcher.reading(run_id) as tail:
             run = await self.log.get(run_id)
@@ -306,36 +249,22 @@ class Supervisor:
             return run
 
     async def get(self, run_id: str) -> Run:
-        """A run's record. A checkpoint.
-
-        Raises:
-            RunNotFound: there is no such run.
-            LogUnavailable: the log cannot be reached.
-        """
+        """A run's record. A checkpoint. Raises `RunNotFound`, or `LogUnavailable` if the log cannot be reached."""
         return await self.log.get(run_id)
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """Read the newest records, newest first. A checkpoint.
+        """The newest `limit` records, newest first; only those with this `status`, if one is given. A checkpoint.
 
-        Args:
-            limit: the most records.
-            status: only runs with this status.
-
-        Raises:
-            LogUnavailable: the log cannot be reached.
+        Raises `LogUnavailable` if the log cannot be reached.
         """
         return await self.log.list(limit=limit, status=status)
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  (it interrupts runs, not this call)
-        """Start no more runs, and let those of this process end: by themselves at first, then interrupted.
+        """Start no more runs; let those of this process end for `timeout` seconds, then interrupt them. A checkpoint.
 
         Returns when every run is settled, and at the latest `cancel_grace` + `finalize_timeout` after the interruption;
-        a second time it returns at once. Readers of runs that live elsewhere are released at once; readers of runs of
-        this process stay to the end, or until it is clear that the log does not take it. A checkpoint; cancelled, it
-        leaves the supervisor draining.
-
-        Args:
-            timeout: how long runs may go on, in seconds; by default `drain_timeout`.
+        a second time it returns at once. Readers of runs that live elsewhere are released at once, the others when
+        their run has ended. Cancelled, it leaves the supervisor draining. The default `timeout` is `drain_timeout`.
         """
         check_duration("timeout", timeout, zero=True)
         await self._runs.drain(self.settings.drain_timeout if timeout is None else timeout)
@@ -356,7 +285,7 @@ class Supervisor:
 
     @property
     def stuck(self) -> Sequence[StuckRun]:
-        """The runs that have ended, as far as this process knows, although their producers have not let go."""
+        """The runs that have ended although their producers still hold on to their tasks."""
         return self._runs.stuck
 
     async def let_go(self) -> None:
@@ -369,11 +298,7 @@ class Supervisor:
         return self._runs.unstored
 
     async def check(self) -> None:
-        """Return if runs can be started. A checkpoint.
-
-        Raises:
-            Draining, SupervisorFailed, LogUnavailable: they cannot.
-        """
+        """Raise `Draining`, `SupervisorFailed` or `LogUnavailable` if runs cannot be started. A checkpoint."""
         self._refuse()
         await self.log.check()
 
@@ -397,18 +322,23 @@ class Supervisor:
             raise Draining("this server is shutting down and starts no more runs")
 
     async def _begin(
-        self, options: StartOptions, idempotency: Idempotency | None = None
+        self,
+        run_id: str | None,
+        name: str,
+        timeout: float | None,
+        max_silence: float | None,
+        metadata: Mapping[str, Any] | None,
+        idempotency: Idempotency | None = None,
     ) -> tuple[Started, Execution | None]:
-        """Create the record and the execution; no checkpoint comes between them.
-
-        If all runs have been interrupted by then, or a service has died, the run ends before it has begun.
-        """
+        """Create the record and the execution; no checkpoint comes between them."""
+        check_duration("timeout", timeout)
+        check_duration("max_silence", max_silence)
         self._refuse()
-        settings, runs, timeout = self.settings, self._runs, options.timeout
+        settings, runs = self.settings, self._runs
         if settings.max_duration and (timeout or 0) > settings.max_duration:
             raise DurationTooLong(f"a run takes at most {settings.max_duration:g} s (max_duration), not {timeout:g} s")
-        run_id = self._new_id() if options.run_id is None else options.run_id
-        run = new_run(run_id, options.name, options.metadata, max_metadata_bytes=settings.max_metadata_bytes)
+        run_id = self._new_id() if run_id is None else run_id
+        run = new_run(run_id, name, metadata, max_metadata_bytes=settings.max_metadata_bytes)
         if runs.present >= settings.max_runs:
             raise TooManyRuns(f"this process has {settings.max_runs} runs, as many as max_runs allows")
         # The log may have dropped the run whose producer is still here. Under an idempotency key that run is returned.
@@ -420,21 +350,21 @@ class Supervisor:
             if not started.created:
                 return started, None
             execution = admit(started.run, lease)
-        execution.limit(timeout=timeout or settings.max_duration or None, max_silence=options.max_silence)
+        execution.limit(timeout=timeout or settings.max_duration or None, max_silence=max_silence)
         notify(self.observer.run_started, started.run)
-        if runs.phase >= DrainPhase.INTERRUPTED or runs.failure is not None:
+        if runs.phase >= DrainPhase.INTERRUPTED or runs.failure is not None:  # the run ends before it has begun
             await execution.leave(None)
             self._refuse()
         return started, execution
 
     def _new_id(self) -> str:
-        """An id for a new run, on a shard of the log that is in reach, if there is one."""
+        """An id on a shard of the log that is in reach, if there is one."""
         ids = (new_run_id() for _ in range(ID_TRIES))
         return next((each for each in ids if not self._leases.is_away(self.log.shard(each))), new_run_id())
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Run the services, and take runs, for as long as the block lasts. Used once, by `open_supervisor`."""
+        """Run the services, and take runs, while the block lasts. Used once, by `open_supervisor`."""
         async with open_nursery() as outer:
             await outer.start(self._run_services, outer.cancel_scope)
             try:
@@ -451,13 +381,10 @@ class Supervisor:
             raise SupervisorFailed("a service of the supervisor died") from failure
 
     async def _run_services(self, runs: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
-        """Run the services until `_end`; if one dies, record it and cancel the scope of the runs.
-
-        The services' scope is shielded without a deadline, the only one of its kind: a cancellation from outside must
-        reach the runs while the services are still there to store their ends. It ends in three ways: `_end` cancels it,
-        which every way out of `serving` calls, and which waits under a deadline; a service dies; or the services are
-        cancelled before they have started, when there is no shield yet.
-        """
+        """Run the services until `_end`; if one dies, record it and cancel the scope of the runs."""
+        # Their scope is shielded without a deadline, the only one of its kind: a cancellation from outside must reach
+        # the runs while the services are there to store their ends. It ends when `_end` cancels it, which every way out
+        # of `serving` calls, and which waits under a deadline; or when a service dies.
         services = (
             self._committer.shards.run,
             self._timers.run,
@@ -506,7 +433,7 @@ class Supervisor:
         self._runs.on_services_died(failure)
 
     async def _end(self) -> None:
-        """The nursery of the runs is empty: wait until the runs are settled, within a deadline; end the services."""
+        """Wait until the runs are settled, within a deadline; end the services."""
         await self._runs.end()
         released = ReaderReleased("the supervisor has ended; come back with the cursor")
         self._fetcher.evict_readers(released, everyone=True)
@@ -516,7 +443,7 @@ class Supervisor:
 
 @trio.lowlevel.enable_ki_protection
 async def _run_service(service: Callable[[], Awaitable[None]]) -> None:
-    """Run a service. Ctrl-C goes to the program's own code, which then ends the services in good order."""
+    # Ctrl-C goes to the program's own code, which then ends the services in good order.
     await service()
 
 
@@ -524,7 +451,7 @@ async def _run_service(service: Callable[[], Awaitable[None]]) -> None:
 async def open_supervisor(
     log: EventLog, *, observer: Observer | None = None, **options: Any
 ) -> AsyncIterator[Supervisor]:
-    """A supervisor, for as long as the block lasts.
+    """Run a supervisor while the block lasts.
 
     Leaving the block by its end drains: runs may go on for `drain_timeout`, then they are interrupted. Leaving it by an
     exception or a cancellation interrupts them at once. Either way each run gets its terminal entry before this
@@ -532,11 +459,8 @@ async def open_supervisor(
 
     Args:
         log: the event log, from `open_log`.
-        observer: notified of what happens; by default the logger `penstock` writes it down.
+        observer: notified of what happens; by default a `LoggingObserver`.
         options: see `Settings`, which lists them with their units and defaults.
-
-    Yields:
-        The supervisor.
 
     Raises:
         ConfigurationError: a setting is unknown, or has a value that it cannot have.
@@ -550,12 +474,7 @@ async def open_supervisor(
 
 
 def new_run(run_id: str, producer: str, metadata: Mapping[str, Any] | None, *, max_metadata_bytes: int) -> Run:
-    """The record of a run that is about to start.
-
-    Raises:
-        MetadataTooLarge: the metadata is larger, as JSON, than `max_metadata_bytes`.
-        ValueError: the id is none, or the name is no str, or the metadata no JSON object.
-    """
+    """The record of a run that is about to start; a `ValueError` if its name, id or metadata cannot be."""
     try:
         written = json.dumps(dict(metadata or {}), ensure_ascii=False, allow_nan=False).encode()
         (producer + "").encode()

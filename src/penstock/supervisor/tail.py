@@ -2,13 +2,7 @@
 
 A reader is a cursor into a tail: it waits until the tail's last seq has passed its cursor, with no checkpoint between
 looking and parking, and then takes all that is there. So there is no queue for a reader to fill, and no reader can slow
-down another.
-
-A tail also knows that the run has *ended* (nothing follows `last`), that its readers are *released* (with the error
-that says why this process serves them no longer), and how far it reaches back: a reader whose cursor is older reads
-from the log again. Only what the log has acknowledged is ever added to a tail.
-
-`Tails` holds the tails of one process, counts their users, and divides the memory between them.
+down another. Only what the log has acknowledged is ever added to a tail.
 """
 
 from __future__ import annotations
@@ -47,11 +41,9 @@ class Tail:
 
     @property
     def last(self) -> int:
-        """The highest seq that the log is known to have."""
         return self._ring.last
 
     def extend(self, entries: Sequence[Entry]) -> None:
-        """Add acknowledged entries, and wake the readers."""
         ring = self._ring
         before = ring.size
         ring.extend(entries)
@@ -62,7 +54,6 @@ class Tail:
         self._lot.unpark_all()
 
     def trim(self, max_bytes: int) -> None:
-        """Drop the oldest entries beyond `max_bytes`."""
         self._tails.size -= self._ring.trim(self._tails.max_entries, max_bytes)
 
     def advance(self, last: int, *, ended: bool) -> None:
@@ -90,7 +81,6 @@ class Tail:
         return self._ring.after(cursor, max_entries=max_entries, max_bytes=max_bytes)
 
     def recent(self) -> list[Entry]:
-        """All entries that the tail holds."""
         return self._ring.after(self._ring.first - 1, max_entries=len(self._ring), max_bytes=self._ring.size)
 
     async def wait(self) -> None:
@@ -104,24 +94,16 @@ class Tail:
 
 
 class Tails:
-    """The tails of one process.
-
-    Args:
-        max_entries: the entries of one tail.
-        max_bytes: the bytes of one tail.
-        max_process_bytes: the bytes of all tails: each has an equal share of them, if that is less than `max_bytes`.
-    """
+    """The tails of one process, which share `max_process_bytes` equally."""
 
     def __init__(self, *, max_entries: int, max_bytes: int, max_process_bytes: int) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.max_process_bytes = max_process_bytes
         self.size = 0
-        """The bytes of all tails."""
         self._tails: dict[str, Tail] = {}
 
     def share(self) -> int:
-        """The bytes that one tail may have now."""
         return min(self.max_bytes, self.max_process_bytes // max(len(self._tails), 1))
 
     def keep_to_limit(self) -> None:
@@ -133,24 +115,16 @@ class Tails:
                 tail.trim(share)
 
     def get(self, run_id: str) -> Tail | None:
-        """The tail of a run, if it has users."""
         return self._tails.get(run_id)
 
     def all(self) -> list[Tail]:
-        """All tails that have users."""
         return list(self._tails.values())
 
     def acquire(self, run_id: str, *, new: bool = False) -> Tail:
-        """The tail of a run, for one more user; see `release`.
-
-        Args:
-            run_id: the run.
-            new: the run has just been started. A tail that has entries already is that of an expired run, whose id is
-                used again; its readers are released.
-        """
+        """The tail of a run, which is `new` if it has just been started, for one more user; see `release`."""
         tail = self._tails.get(run_id)
         if tail is not None and new and (tail.last or tail.ended or tail.released is not None):
-            tail.evict_readers(RunNotFound(run_id))  # it is not fed any more
+            tail.evict_readers(RunNotFound(run_id))  # it is that of an expired run, whose id is used again
             tail = None
         if tail is None:
             tail = self._tails[run_id] = Tail(run_id, self)

@@ -1,10 +1,8 @@
 """Callbacks at a time: one task for all deadlines of all runs, and for the pings of their readers (`asgi/sender.py`).
 
-A run's timeout, its limit of silence and the grace after a cancel each need something to happen *at a time*, and first
-a cause to be recorded. A deadline of a cancel scope cannot do that, and a sleeping task for each would double the
-number of tasks; so there is one heap, and one task that sleeps until its top. A timer that is cancelled lets go of its
-callback at once, and the heap is swept when more than half of it is cancelled, so that nothing of an ended run stays
-here for long.
+A run's deadlines each record a cause before they cancel, which the deadline of a cancel scope cannot do, and a sleeping
+task for each would double the number of tasks. A timer that is cancelled lets go of its callback at once, and the heap
+is swept when more than half of it is cancelled, so that nothing of an ended run stays here for long.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ class Timers:
         self._sooner = trio.Event()
 
     def at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Call `callback` at `when`."""
         timer = Timer(when, callback, self)
         heapq.heappush(self._heap, timer)
         if self._heap[0] is timer:
@@ -63,7 +60,6 @@ class Timers:
             self._cancelled = 0
 
     async def run(self) -> None:
-        """Call back until cancelled."""
         while True:
             self._sooner = trio.Event()
             with trio.move_on_at(self._heap[0].when if self._heap else inf):

@@ -1,10 +1,8 @@
 """The write buffer: the entries of one run that the log has not acknowledged yet.
 
 A buffer guarantees order; that nothing follows the run's ending; that the entries of an ending are stored in one step
-with the last entries before them; and that a batch which has no reply yet is sent again unchanged. All of it is
-synchronous. When entries are sent is the committer's decision.
-
-A buffer is attached to the `ShardCommitter` of its run's shard, and keeps that one's count of pending bytes.
+with the last entries before them; and that a batch which has no reply yet is sent again unchanged. It keeps the count
+of pending bytes of the `ShardCommitter` that commits its entries.
 
     OPEN ──finish──▶ FINISHED ──acknowledge──▶ STORED
       ▲                 │
@@ -14,6 +12,7 @@ A buffer is attached to the `ShardCommitter` of its run's shard, and keeps that 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -38,7 +37,7 @@ BATCHES: Final = 5
 
 
 class CommitListener(Protocol):
-    """Learns what becomes of a buffer's entries. All methods are synchronous."""
+    """Is notified, synchronously, of what becomes of a buffer's entries."""
 
     def on_cancel_recorded(self, reason: str | None) -> None:
         """The log has a cancel request for the run."""
@@ -60,64 +59,47 @@ class CommitListener(Protocol):
 
 
 class BufferState(Enum):
-    """What a buffer still takes, and what the log still takes from it."""
+    """What a buffer still takes, and what is stored of it."""
 
     OPEN = auto()
     """Entries can be added."""
     FINISHED = auto()
-    """The run's ending is pending; nothing can be added."""
+    """The run's ending is pending."""
     STORED = auto()
     """The ending is stored."""
     ABANDONED = auto()
     """Nothing from here is stored any more."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class WriteBuffer:
     """The entries of one run that the log has not acknowledged yet."""
 
-    __slots__ = (
-        "_ending_entries",
-        "committer",
-        "ending",
-        "entries",
-        "epoch",
-        "lease",
-        "listener",
-        "run",
-        "run_id",
-        "seq",
-        "size",
-        "state",
-        "stored",
-        "stored_at",
-        "tail",
-        "vacancy",
-    )
+    run: Run
+    """The record as it was when the run started."""
+    lease: Lease
+    tail: Tail
+    listener: CommitListener
+    committer: ShardCommitter | None = None
+    """The worker that commits these entries, from the first use on."""
+    seq: int = 0
+    """The seq of the last entry that was added."""
+    entries: list[Entry] = field(default_factory=list)
+    size: int = 0
+    ending: Ending | None = None
+    state: BufferState = BufferState.OPEN
+    stored: int = 0
+    """The highest seq that the log has acknowledged."""
+    stored_at: float = 0.0
+    """When the log last acknowledged entries, in seconds since the Unix epoch."""
+    vacancy: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    """Where the run's producer waits for room."""
+    run_id: str = field(init=False)
+    epoch: str = field(init=False)
+    _ending_entries: int = 0
 
-    def __init__(self, run: Run, lease: Lease, tail: Tail, listener: CommitListener) -> None:
-        self.run = run
-        """The record as it was when the run started."""
-        self.lease = lease
-        self.run_id = run.id
-        self.epoch = lease.epoch
-        self.tail = tail
-        self.listener = listener
-        self.committer: ShardCommitter | None = None
-        """The worker that commits these entries, from the first use on; see `attach`."""
-        self.seq = 0
-        """The seq of the last entry that was added."""
-        self.entries: list[Entry] = []
-        self.size = 0
-        """The bytes of `entries`."""
-        self.ending: Ending | None = None
-        self.state = BufferState.OPEN
-        self.stored = 0
-        """The highest seq that the log has acknowledged."""
-        self.stored_at = 0.0
-        """When the log last acknowledged entries, in seconds since the Unix epoch."""
-        self._ending_entries = 0
-        self.vacancy = trio.lowlevel.ParkingLot()
-        """Where the run's producer waits for room."""
+    def __post_init__(self) -> None:
+        self.run_id, self.epoch = self.run.id, self.lease.epoch
 
     @property
     def over(self) -> bool:
@@ -125,19 +107,18 @@ class WriteBuffer:
         return self.state is BufferState.STORED or self.state is BufferState.ABANDONED
 
     def attach(self, committer: ShardCommitter) -> None:
-        """Let this worker commit the entries, and count their bytes; the worker before it counts them no longer."""
+        """Let this worker commit the entries, and count their bytes, in place of the worker before it."""
         if self.committer is not None:
             self.committer.size -= self.size
         committer.size += self.size
         self.committer = committer
 
     def _resize(self, delta: int) -> None:
+        assert self.committer is not None, "the committer attaches a worker before its first call"  # noqa: S101
         self.size += delta
-        if self.committer is not None:
-            self.committer.size += delta
+        self.committer.size += delta
 
     def append(self, blocks: Sequence[bytes]) -> None:
-        """Give each encoded block its seq, and add it."""
         # The run drops what its producer yields too late.
         assert self.state is BufferState.OPEN, "nothing follows a run's ending"  # noqa: S101
         stamp = round(time.time() * 1000)
@@ -147,10 +128,11 @@ class WriteBuffer:
             entry = Entry.of(self.seq, block, stamp)
             self.entries.append(entry)
             added += len(entry.wire)
-        self._resize(added)
+        self.size += added
+        assert self.committer is not None  # noqa: S101
+        self.committer.size += added
 
     def finish(self, blocks: Sequence[bytes], ending: Ending) -> None:
-        """Add the last blocks, with the run's ending."""
         self.append(blocks)
         last = self.entries[-1]
         self.entries[-1] = Entry(last.seq, last.wire, last.timestamp, terminal=True)
@@ -165,7 +147,6 @@ class WriteBuffer:
         self.ending, self.state = None, BufferState.OPEN
 
     def abandon(self) -> None:
-        """Drop the pending entries for good."""
         self._resize(-self.size)
         self.entries.clear()
         self.state = BufferState.ABANDONED
@@ -173,7 +154,7 @@ class WriteBuffer:
 
     def batches(self) -> list[Batch]:
         """What the next append stores of this run, in order."""
-        final = self.state is BufferState.FINISHED
+        final = self.ending is not None
         batches: list[Batch] = []
         start = 0
         while start < len(self.entries) and len(batches) < BATCHES:
@@ -195,10 +176,6 @@ class WriteBuffer:
             return len(self.entries)
         return cut
 
-    def acknowledged(self) -> list[Entry]:
-        """The entries that the log has acknowledged and the run's tail still holds."""
-        return self.tail.recent()
-
     def rewind(self, seq: int, acknowledged: Sequence[Entry]) -> None:
         """Make the entries after `seq` pending again: the log has lost them."""
         if seq >= self.stored:
@@ -212,7 +189,9 @@ class WriteBuffer:
         """Show these first entries to readers, now that the log has them; their size in bytes."""
         del self.entries[: len(entries)]
         removed = sum(len(entry.wire) for entry in entries)
-        self._resize(-removed)
+        self.size -= removed
+        assert self.committer is not None  # noqa: S101  (it is a worker that calls)
+        self.committer.size -= removed
         self.stored = entries[-1].seq
         if entries[-1].terminal:
             self.state = BufferState.STORED

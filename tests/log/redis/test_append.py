@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from penstock.log import PAGE_ENTRIES, Appended, AppendStatus, Batch, Entry
+from penstock.log import Appended, AppendStatus, Batch, Entry
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
 from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
 from penstock.runs import RunStatus
-from penstock.supervisor.write_buffer import BATCH_ENTRIES, BATCHES
 from tests.support.clustered import on_a_cluster
-from tests.support.committing import committing, shown
-from tests.support.logs import COMPLETED, DONE, FAILED, LEASE, batch, entries, record, seqs
+from tests.support.logs import COMPLETED, FAILED, LEASE, batch, entries, record
 from tests.support.proxy import Reply, proxy
-from tests.support.redis_servers import Endpoint, redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from tests.support.redis_servers import Endpoint
 
 KEYS = Keys()
 MIB = 1024 * 1024
@@ -101,18 +100,18 @@ def text(size: int, alphabet: bytes) -> bytes:
     return (alphabet * (size // len(alphabet) + 1))[:size]
 
 
-@pytest.mark.parametrize("alphabet", [bytes(range(256)), "\N{SNOWMAN}\U0001f6b0\u00e9a".encode()])
-async def test_data_of_many_sizes_in_one_batch_are_each_kept_to_the_byte(log: RedisLog, alphabet: bytes) -> None:
-    await log.start(record(), LEASE)
-    made = of_data(1, [text(size, alphabet) for size in [*SIZES, *SIZES[::-1]]], terminal=True)
-    assert await append(log, *made) == Appended(OK, 2 * len(SIZES))
-    await is_stored(log, made)
+ALPHABETS = (bytes(range(256)), "\N{SNOWMAN}\U0001f6b0\u00e9a".encode())
 
 
-async def test_odd_data_in_one_batch_are_each_kept_to_the_byte(log: RedisLog) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [[text(size, each) for each in ALPHABETS for size in [*SIZES, *SIZES[::-1]]], [*ODD[1:], *ODD, ODD[0]]],
+    ids=["sizes", "odd"],
+)
+async def test_data_of_many_kinds_in_one_batch_are_each_kept_to_the_byte(log: RedisLog, data: list[bytes]) -> None:
     await log.start(record(), LEASE)
-    made = of_data(1, [*ODD[1:], *ODD, ODD[0]])
-    assert await append(log, *made) == Appended(OK, 2 * len(ODD))
+    made = of_data(1, data, terminal=True)
+    assert await append(log, *made) == Appended(OK, len(data))
     await is_stored(log, made)
 
 
@@ -126,13 +125,6 @@ async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(log: R
     page = await log.read("r", first - 1)
     assert list(page.entries) == made
     assert page.run.seq == first + 7
-
-
-async def test_a_batch_of_a_thousand_and_more_is_kept_to_the_byte(log: RedisLog) -> None:
-    await log.start(record(), LEASE)
-    made = of_data(1, [text(seq % 37, b"abcdefghijk") for seq in range(1, 1102)], terminal=True)
-    assert await append(log, *made) == Appended(OK, 1101)
-    await is_stored(log, made)
 
 
 @pytest.mark.parametrize("first, stored", [(1, 2), (3, 9), (1, 10), (3, 13)])
@@ -177,32 +169,6 @@ async def test_each_entry_of_a_batch_keeps_its_own_time(log: RedisLog, times: li
     await append(log, made[0])
     assert await append(log, *made) == Appended(OK, len(times))
     await is_stored(log, made)
-
-
-@pytest.mark.parametrize("place", [0, 4])
-async def test_an_entry_of_a_mebibyte_among_small_ones_is_kept_to_the_byte(log: RedisLog, place: int) -> None:
-    await log.start(record(), LEASE)
-    data = [b"data: %d\n\n" % number for number in range(5)]
-    data[place] = text(MIB, bytes(range(251)))
-    made = of_data(1, data)
-    assert await append(log, *made) == Appended(OK, 5)
-    await is_stored(log, made)
-
-
-@pytest.mark.parametrize("ending", [None, FAILED])
-async def test_nothing_but_these_fields_lies_in_redis(log: RedisLog, ending: Any) -> None:
-    await log.start(record(), LEASE)
-    await log.append([batch(1, 2), batch(3, 4, ending)])
-    lies = [
-        [
-            b"%d-0" % seq,
-            [b"seq_id", b"%d" % seq, b"data", b"data: entry %d\n\n" % seq, b"timestamp", b"%d" % (1000 + seq)],
-        ]
-        for seq in range(1, 5)
-    ]
-    if ending is not None:
-        lies[-1][1] += [b"complete", b"true"]  # type: ignore[operator]
-    assert await in_redis(log) == lies
 
 
 @on_a_cluster
@@ -278,44 +244,6 @@ async def test_after_a_missing_batch_those_that_follow_are_not_stored(log: Redis
     await is_stored(log, entries(1, 50, terminal=True))
 
 
-@on_a_cluster
-async def test_every_batch_of_a_run_that_is_anothers_over_or_gone_is_refused(server: Endpoint, log: RedisLog) -> None:
-    await log.start(record(), LEASE)
-    refused = [batch(1, 10, epoch="yours"), batch(11, 20, epoch="yours")]
-    assert [each.status for each in await log.append(refused)] == [AppendStatus.FENCED] * 2
-    assert await log.append([batch(1, 2, FAILED), batch(3, 4), batch(5, 6)]) == [
-        Appended(OK, 2),
-        Appended(AppendStatus.ENDED, 2),
-        Appended(AppendStatus.ENDED, 2),
-    ]
-    await is_stored(log, entries(1, 2, terminal=True))
-    server.flushall()
-    assert [each.status for each in await log.append([batch(1, 2), batch(3, 4)])] == [AppendStatus.GONE] * 2
-    assert await in_redis(log) == []
-
-
-async def test_a_cancel_on_record_comes_with_the_reply_to_the_first_and_refuses_the_completion_alone(
-    log: RedisLog,
-) -> None:
-    await log.start(record(), LEASE)
-    await log.request_cancel("r", "stop")
-    replies = await log.append([batch(1, 10), batch(11, 20), batch(21, 22, COMPLETED)])
-    assert [(each.status, each.seq) for each in replies] == [(OK, 10), (OK, 20), (AppendStatus.CANCELLED, 20)]
-    assert {(each.cancelled, each.cancel) for each in replies} == {(True, "stop")}
-    await is_stored(log, entries(1, 20))
-
-
-@on_a_cluster
-async def test_several_batches_for_a_server_that_has_forgotten_the_script_are_stored_in_order(
-    server: Endpoint, log: RedisLog
-) -> None:
-    await log.start(record(), LEASE)
-    await server.command("SCRIPT", "FLUSH")
-    batches = [batch(10 * n - 9, 10 * n, COMPLETED if n == 5 else None) for n in range(1, 6)]
-    assert await log.append(batches) == [Appended(OK, 10 * n) for n in range(1, 6)]
-    await is_stored(log, entries(1, 50, terminal=True))
-
-
 @pytest.mark.parametrize("kth", [2, 5])
 async def test_several_batches_of_which_the_nth_reply_is_lost_are_stored_once(server: Endpoint, kth: int) -> None:
     async with proxy(server.port) as between, open_log(between.url) as log:
@@ -330,105 +258,3 @@ async def test_several_batches_of_which_the_nth_reply_is_lost_are_stored_once(se
         assert between.lost == 1
         assert [each.status for each in replied] == [OK] * 5
         await is_stored(log, entries(1, 50, terminal=True))
-
-
-async def test_of_several_batches_a_full_server_takes_none_but_those_that_end_a_run() -> None:
-    async with redis_server(maxmemory_policy="noeviction") as server, open_log(server.url) as log:
-        assert isinstance(log, RedisLog)
-        for run_id in ("goes-on", "ends"):
-            await log.start(record(run_id), LEASE)
-        await log.append([batch(1, 3, run_id="goes-on"), batch(1, 3, run_id="ends")])
-        await server.command("CONFIG SET", "maxmemory", 1)
-        replies = await log.append([batch(n, n, run_id="goes-on") for n in (4, 5, 6)])
-        assert [each.status for each in replies] == [AppendStatus.FULL] + [replies[1].status] * 2
-        assert replies[1].status in {AppendStatus.FULL, HOLE}
-        parts = [Batch("ends", "epoch", entries(n, n), final=True) for n in (4, 5)]
-        replies = await log.append([*parts, batch(6, 6, COMPLETED, run_id="ends")])
-        assert replies == [Appended(OK, 4), Appended(OK, 5), Appended(OK, 6)]
-        assert await in_redis(log, "goes-on") == as_it_lies(entries(1, 3))
-        assert await in_redis(log, "ends") == as_it_lies(entries(1, 6, terminal=True))
-
-
-# --- the committer on top of it -------------------------------------------------------------------------------------
-
-
-def to_redis(log: RedisLog) -> Any:
-    """A committer at work on it, as long as the block lasts."""
-    return committing(cast("Any", log), max_pending_bytes=100 * MIB)
-
-
-async def is_the_runs(log: RedisLog, tail: Sequence[Entry], run_id: str = "r") -> None:
-    """What readers here can see is what lies in Redis."""
-    assert seqs(tail) == list(range(1, len(tail) + 1))
-    assert await in_redis(log, run_id) == as_it_lies(tail)
-
-
-@on_a_cluster
-async def test_what_the_committer_is_given_at_once_lies_in_redis_whole_and_in_order(log: RedisLog) -> None:
-    count = 2 * BATCHES * BATCH_ENTRIES + 1
-    async with to_redis(log) as works:
-        boxes = [await works.run(run_id) for run_id in ("r", "other")]
-        for buffer in boxes:
-            works.put(buffer, count)
-            works.committer.close(buffer, [DONE], COMPLETED)
-        for buffer in boxes:
-            await works.settled(buffer.run_id)
-            assert len(shown(buffer.tail)) == count + 1
-            await is_the_runs(log, list(shown(buffer.tail)), buffer.run_id)
-        assert works.committer.pending_bytes == 0
-        assert works.warnings == []
-
-
-async def test_what_the_committer_sends_is_stored_once_although_replies_are_lost(server: Endpoint) -> None:
-    every = 3
-    async with proxy(server.port) as between, open_log(between.url) as there, open_log(server.url) as log:
-        assert isinstance(there, RedisLog)
-        assert isinstance(log, RedisLog)
-        async with to_redis(there) as works:
-            buffer = await works.run()
-            losses = iter([every] * 4)
-            appends, seen, goal = scripts.APPEND.digest.encode(), 0, next(losses)
-
-            def lost(reply: Reply) -> bool:
-                nonlocal seen, goal
-                seen += reply.arguments[:1] == (appends,)
-                if seen == goal:
-                    goal += next(losses, 10**9)
-                    return True
-                return False
-
-            between.drop_reply_when(lost)
-            works.put(buffer, 3 * BATCHES * BATCH_ENTRIES)
-            works.committer.close(buffer, [DONE], COMPLETED)
-            await works.settled()
-            assert between.lost >= 2
-            assert len(shown(buffer.tail)) == 3 * BATCHES * BATCH_ENTRIES + 1
-            await is_the_runs(log, list(shown(buffer.tail)))
-
-
-@on_a_cluster
-async def test_what_redis_loses_of_a_run_with_many_batches_is_given_again_whole(
-    server: Endpoint, log: RedisLog
-) -> None:
-    async with to_redis(log) as works:
-        buffer = await works.run()
-        works.put(buffer, 2 * BATCHES * BATCH_ENTRIES)
-        await works.committer.flush(buffer)
-        server.flushall()
-        works.put(buffer, 2 * BATCHES * BATCH_ENTRIES)
-        works.committer.close(buffer, [DONE], COMPLETED)
-        await works.settled()
-        assert works.owners["r"].told == ["settled"]
-        assert len(shown(buffer.tail)) == 4 * BATCHES * BATCH_ENTRIES + 1
-        await is_the_runs(log, list(shown(buffer.tail)))
-
-
-async def test_a_page_begins_where_the_one_before_it_ended_also_within_a_batch(log: RedisLog) -> None:
-    async with to_redis(log) as works:
-        buffer = await works.run()
-        works.put(buffer, BATCHES * BATCH_ENTRIES)
-        await works.committer.flush(buffer)
-        read: list[Entry] = []
-        while page := (await log.read("r", len(read), max_entries=PAGE_ENTRIES - 1)).entries:
-            read += page
-        assert read == list(shown(buffer.tail))

@@ -59,36 +59,20 @@ async def test_a_cancel_through_another_supervisor_stops_a_silent_run_at_once(se
 
 
 @on_a_cluster
-async def test_fifty_silent_runs_are_cancelled_at_once_each_for_its_own_reason(server: Endpoint) -> None:
-    witnesses = [Witness() for _ in range(50)]
+async def test_many_silent_runs_are_cancelled_at_once_each_for_its_own_reason(server: Endpoint) -> None:
+    witnesses = [Witness() for _ in range(20)]
     async with supervisors(server.url, server.url, cancel_check_interval=NEVER) as (owner, other):
         runs = [await owner.start(witness.waits) for witness in witnesses]
         async with trio.open_nursery() as nursery:
             for number, run in enumerate(runs):
                 nursery.start_soon(other.cancel, run.id, str(number))
         await until(lambda: all(witness.left for witness in witnesses), 5)
-        assert [witness.saw for witness in witnesses] == [f"run cancelled: {number}" for number in range(50)]
+        assert [witness.saw for witness in witnesses] == [f"run cancelled: {number}" for number in range(20)]
         for run in runs:
             await other.wait(run.id)
             assert (await whole(server, run.id))["status"] == "cancelled"
 
 
-async def test_a_cancel_whose_wake_up_is_lost_comes_with_the_next_look(server: Endpoint, between: Proxy) -> None:
-    witness = Witness()
-    async with supervisors(between.url, server.url, cancel_check_interval=0.3) as (owner, other):
-        run = await owner.start(witness.waits)
-        async with readers((other, run.id)) as (reader,):
-            await until(lambda: last_seq(reader) == 1)
-            between.drop_messages = True
-            asked = trio.current_time()
-            await other.cancel(run.id)
-            await until(lambda: witness.left)
-        assert between.swallowed
-        assert witness.saw_at - asked < 5  # long before the next renewal would bring it
-        assert gists(reader.entries) == CANCELLED
-
-
-@on_a_cluster
 async def test_a_cancel_that_was_not_read_from_the_inbox_comes_with_an_append_or_a_renewal(server: Endpoint) -> None:
     """The inbox is a short cut: what is on record reaches the owner by every other way, too."""
     silent, ticks = Witness(), Ticks()
@@ -107,13 +91,13 @@ async def test_a_cancel_that_was_not_read_from_the_inbox_comes_with_an_append_or
 
 @pytest.mark.parametrize("wakeups", [True, False])
 async def test_a_cancel_that_was_accepted_never_ends_completed(server: Endpoint, between: Proxy, wakeups: bool) -> None:
-    """Fifty runs that end by themselves about when they are cancelled; the first before, the last never."""
+    """Thirty runs that end by themselves about when they are cancelled; the first before, the last never."""
     replies: dict[str, CancelStatus] = {}
 
     async def producer(number: int) -> AsyncIterator[Event]:
         yield FIRST
         if number:
-            await trio.sleep(number * 0.002 if number < 49 else NEVER)
+            await trio.sleep(number * 0.003 if number < 29 else NEVER)
 
     async def cancel(supervisor: Supervisor, run_id: str, number: int) -> None:
         if not number:
@@ -124,7 +108,7 @@ async def test_a_cancel_that_was_accepted_never_ends_completed(server: Endpoint,
     async with supervisors(between.url, server.url, cancel_check_interval=0.2) as (owner, other):
         between.drop_messages = not wakeups
         async with trio.open_nursery() as nursery:
-            for number in range(50):
+            for number in range(30):
                 run = await owner.start(producer, number)
                 nursery.start_soon(cancel, other, run.id, number)
         for run_id, status in replies.items():
@@ -156,7 +140,6 @@ async def test_a_cancel_while_the_owner_is_cut_off_is_kept_for_it(server: Endpoi
         assert gists(reader.entries) == CANCELLED
 
 
-@on_a_cluster
 async def test_a_body_that_writes_its_run_by_hand_is_cut_short_by_another_supervisor(server: Endpoint) -> None:
     async with supervisors(server.url, server.url) as (owner, other):
         with pytest.raises(RunCancelled, match="enough"):  # noqa: PT012

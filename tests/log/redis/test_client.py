@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import traceback
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -94,21 +93,10 @@ async def received(server: Endpoint) -> int:
 # Replies
 
 
-async def test_replies_come_in_the_order_of_the_commands(client: Client) -> None:
-    numbers = [b"%d" % n for n in range(1_234)]
-    assert await client.execute([("ECHO", n) for n in numbers]) == numbers
-
-
-async def test_nothing_to_send_is_nothing_sent(client: Client, between: Proxy) -> None:
-    assert await client.execute([]) == []
-    assert not between.requests
-
-
 @pytest.mark.parametrize(
     "commands, pieces",
     [
         (COMMANDS_PER_ROUND_TRIP, [COMMANDS_PER_ROUND_TRIP]),
-        (COMMANDS_PER_ROUND_TRIP + 1, [COMMANDS_PER_ROUND_TRIP, 1]),
         (2 * COMMANDS_PER_ROUND_TRIP + 5, [COMMANDS_PER_ROUND_TRIP, COMMANDS_PER_ROUND_TRIP, 5]),
     ],
 )
@@ -130,12 +118,12 @@ async def test_a_round_trip_is_full_with_so_many_bytes(client: Client, sent: lis
 
 async def test_while_one_sends_much_others_are_served_between_the_pieces(client: Client) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.execute, [("RPUSH", "list", n) for n in range(20 * COMMANDS_PER_ROUND_TRIP)])
+        nursery.start_soon(client.execute, [("RPUSH", "list", n) for n in range(6 * COMMANDS_PER_ROUND_TRIP)])
         lengths: list[int] = []
         with trio.fail_after(GUARD):
-            while not lengths or lengths[-1] < 20 * COMMANDS_PER_ROUND_TRIP:
+            while not lengths or lengths[-1] < 6 * COMMANDS_PER_ROUND_TRIP:
                 lengths.append(await client.ask("LLEN", "list"))
-    assert any(0 < length < 20 * COMMANDS_PER_ROUND_TRIP for length in lengths)
+    assert any(0 < length < 6 * COMMANDS_PER_ROUND_TRIP for length in lengths)
 
 
 # Refusals
@@ -192,17 +180,6 @@ async def test_a_script_that_was_never_sent_is_sent_once(client: Client, between
     assert (between.requests["SCRIPT"], between.requests["EVALSHA"]) == (1, 2)
     await client.ask(*DUE)
     assert (between.requests["SCRIPT"], between.requests["EVALSHA"]) == (1, 3)
-
-
-async def test_a_script_that_is_forgotten_between_two_calls_is_sent_again(
-    client: Client, between: Proxy, server: Endpoint
-) -> None:
-    await client.ask(*ENLIST)
-    for n in range(2, 5):
-        await server.command("SCRIPT", "FLUSH")
-        assert (await client.ask(*DUE))[1] == []
-        assert between.requests["SCRIPT"] == n
-    assert await server.command("ZCARD", "live") == 1
 
 
 async def test_of_a_pipeline_only_the_forgotten_ones_are_sent_again(
@@ -286,13 +263,6 @@ async def test_of_many_pieces_only_the_broken_one_is_sent_again(client: Client, 
     assert between.requests["ECHO"] == 4 * COMMANDS_PER_ROUND_TRIP
 
 
-async def test_a_port_where_nobody_listens_is_out_of_reach_at_once() -> None:
-    port = _free_port()
-    async with open_client(f"redis://127.0.0.1:{port}") as client:
-        with trio.fail_after(2), pytest.raises(LogUnavailable, match=f"cannot reach Redis at 127.0.0.1:{port}: "):
-            await client.ask("PING")
-
-
 @pytest.mark.usefixtures("impatient")
 async def test_a_host_that_is_none_is_out_of_reach() -> None:
     async with open_client("redis://nobody.invalid:1") as client:
@@ -360,29 +330,20 @@ async def test_a_network_that_stalls_is_out_of_reach_and_answers_nobody_else_lat
         await right_answers(client, n + 100)
 
 
-async def test_answers_that_come_too_late_are_nobody_elses(client: Client, between: Proxy) -> None:
-    await right_answers(client, 100)
-    between.delay(2 * SHORT)
-    await no_answers(client, 200)
-    between.delay(0)
-    await right_answers(client, 300)
-
-
 # Cancelling
 
 
-@pytest.mark.parametrize("seed", range(2))
 async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of_another(
-    monkeypatch: pytest.MonkeyPatch, server: Endpoint, between: Proxy, seed: int
+    monkeypatch: pytest.MonkeyPatch, server: Endpoint, between: Proxy
 ) -> None:
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", GUARD)
-    chance = random.Random(seed)
+    chance = random.Random(1)
     numbers = iter(range(1_000_000))
     cancelled = answered = 0
 
     async def ask(client: Client) -> None:
         nonlocal cancelled, answered
-        commands: list[Command] = [("ECHO", next(numbers)) for _ in range(chance.choice([1, 1, 3, 150]))]
+        commands: list[Command] = [("ECHO", next(numbers)) for _ in range(chance.choice([1, 1, 3, 120]))]
         seconds = chance.choice([0, chance.uniform(0, 0.01)]) if chance.random() < 1 / 3 else math.inf
         with trio.move_on_after(seconds) as scope:
             assert await client.execute(commands) == [b"%d" % n for _, n in commands]
@@ -390,7 +351,7 @@ async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of
         cancelled += scope.cancelled_caught
 
     async def go_on_asking(client: Client) -> None:
-        for _ in range(20):
+        for _ in range(10):
             await ask(client)
 
     async with open_client(between.url) as client:
@@ -398,8 +359,8 @@ async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of
             async with trio.open_nursery() as nursery:
                 for _ in range(20):
                     nursery.start_soon(go_on_asking, client)
-        assert cancelled > 50
-        assert answered >= 200
+        assert cancelled > 20
+        assert answered >= 100
         assert between.connections <= 20
         await right_answers(client, 1_000_000)
     await nobody_is_connected(server)
@@ -421,7 +382,7 @@ async def test_cancelling_while_it_connects_leaves_no_connection() -> None:
     async with redis_server() as server:
         async with open_client(server.url) as client:
             chance = random.Random(1)
-            for _ in range(100):
+            for _ in range(40):
                 server_side = {each["id"] for each in await server.clients()}
                 with trio.move_on_after(chance.uniform(0, 0.003)):
                     await client.execute([("CLIENT KILL", "ID", own) for own in server_side] or [("PING",)])
@@ -433,83 +394,28 @@ async def test_cancelling_while_it_connects_leaves_no_connection() -> None:
 # The connections of a log
 
 
-async def test_a_thousand_readers_at_once_share_a_few_connections(server: Endpoint) -> None:
+@pytest.mark.parametrize("go_away", [False, True], ids=["to the end", "and go away"])
+async def test_d42_readers_that_come_at_once_share_a_few_connections(server: Endpoint, *, go_away: bool) -> None:
     async with open_log(server.url) as log:
         await log.start(record(), LEASE)
         await log.append([batch(1, 3)])
-        before = await received(server)
-        most = 0
-        pages = 0
+        chance, before, pages = random.Random(1), await received(server), 0
 
         async def read() -> None:
             nonlocal pages
-            assert seqs((await log.read("r", 0)).entries) == [1, 2, 3]
-            pages += 1
-
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                for _ in range(1_000):
-                    nursery.start_soon(read)
-                while pages < 1_000:
-                    most = max(most, len(await server.clients()))
-        made = await received(server) - before - 2  # the two that ask
-        assert most <= REQUESTS_AT_ONCE + 2
-        assert len(await server.clients()) <= REQUESTS_AT_ONCE + 2
-        assert made >= REQUESTS_AT_ONCE - 1
-
-
-async def test_a_thousand_readers_who_go_away_at_once_leave_a_few_connections(server: Endpoint) -> None:
-    async with open_log(server.url) as log:
-        await log.start(record(), LEASE)
-        await log.append([batch(1, 3)])
-        chance = random.Random(1)
-
-        async def read() -> None:
-            with trio.move_on_after(chance.uniform(0, 0.3)):
+            with trio.move_on_after(chance.uniform(0, 0.1) if go_away else GUARD):
                 assert seqs((await log.read("r", 0)).entries) == [1, 2, 3]
+                pages += 1
 
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
-                for _ in range(1_000):
+                for _ in range(300):
                     nursery.start_soon(read)
         assert len(await server.clients()) <= REQUESTS_AT_ONCE + 2
+        if not go_away:
+            assert pages == 300
+            assert REQUESTS_AT_ONCE - 1 <= await received(server) - before - 2 <= REQUESTS_AT_ONCE + 2
         assert (await log.get("r")).status is RunStatus.RUNNING
-
-
-async def test_three_hundred_starts_that_are_cancelled_at_once_share_a_few_connections(
-    server: Endpoint, between: Proxy
-) -> None:
-    async with open_log(between.url) as log:
-        await log.check()
-        most = 0
-
-        async def look() -> None:
-            nonlocal most
-            while True:
-                most = max(most, between.connections)
-                await trio.lowlevel.checkpoint()
-
-        started: set[str] = set()
-
-        async def start(run_id: str) -> None:
-            await log.start(record(run_id), LEASE)
-            started.add(f"{{sse:run:{run_id}}}:meta")
-
-        async with trio.open_nursery() as watching:
-            watching.start_soon(look)
-            with trio.fail_after(60):
-                async with trio.open_nursery() as nursery:
-                    for n in range(300):
-                        nursery.start_soon(start, f"r{n}")
-                    await until(partial(one_has_started, server))
-                    nursery.cancel_scope.cancel()
-            watching.cancel_scope.cancel()
-        assert most <= 2 * REQUESTS_AT_ONCE + 2
-        assert set(await server.command("KEYS", "*:meta")) == started
-
-
-async def one_has_started(server: Endpoint) -> bool:
-    return bool(await server.command("EXISTS", "sse:runs"))
 
 
 # What a body raises
@@ -519,11 +425,9 @@ async def one_has_started(server: Endpoint) -> bool:
     "error",
     [
         ValueError("its own"),
-        LogUnavailable("its own"),
         ExceptionGroup("its own", [ValueError("only")]),
         ExceptionGroup("its own", [ExceptionGroup("inner", [ValueError("only")])]),
         KeyboardInterrupt("its own"),
-        BaseExceptionGroup("its own", [KeyboardInterrupt(), ValueError()]),
     ],
     ids=repr,
 )
@@ -541,22 +445,6 @@ async def test_what_a_body_raises_leaves_as_it_is(server: Endpoint, error: BaseE
     await nobody_is_connected(server)
 
 
-async def test_what_a_nursery_in_a_body_raises_leaves_as_the_nursery_raised_it(server: Endpoint) -> None:
-    error = ValueError("its own")
-
-    async def fail() -> None:
-        raise error
-
-    async def body() -> None:
-        async with open_log(server.url) as log, trio.open_nursery() as nursery:
-            await log.check()
-            nursery.start_soon(fail)
-            nursery.start_soon(trio.sleep_forever)
-
-    with pytest.RaisesGroup(pytest.RaisesExc(ValueError, check=lambda each: each is error)):
-        await body()
-
-
 async def test_a_cancellation_from_outside_ends_the_block_and_nothing_else(server: Endpoint) -> None:
     with trio.CancelScope() as scope:
         async with open_log(server.url) as log:
@@ -564,15 +452,6 @@ async def test_a_cancellation_from_outside_ends_the_block_and_nothing_else(serve
             scope.cancel()
             await log.check()
     assert scope.cancelled_caught
-    await nobody_is_connected(server)
-
-
-async def test_a_block_that_is_cancelled_without_noticing_ends_as_if_it_were_not(server: Endpoint) -> None:
-    with trio.CancelScope() as scope:
-        async with open_log(server.url) as log:
-            await log.check()
-            scope.cancel()
-    assert not scope.cancelled_caught
     await nobody_is_connected(server)
 
 
@@ -594,23 +473,7 @@ async def test_an_error_beside_a_cancellation_leaves(server: Endpoint) -> None:
     assert raised.value is error
 
 
-async def test_a_scope_inside_of_the_block_is_left_inside(server: Endpoint) -> None:
-    async with open_log(server.url) as log:
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await log.check()
-        assert scope.cancelled_caught
-        await log.check()
-
-
 # Leaving
-
-
-async def test_leaving_closes_every_connection(server: Endpoint) -> None:
-    async with open_client(server.url) as client:
-        await right_answers(client, 1)
-        assert await server.clients()
-    await nobody_is_connected(server)
 
 
 @pytest.mark.parametrize("asking", [False, True])
@@ -653,22 +516,6 @@ async def test_a_shielded_task_uses_the_log_to_its_end_while_all_around_it_is_ca
     await nobody_is_connected(server)
 
 
-async def test_a_shielded_finally_uses_the_log_after_the_cancellation(server: Endpoint) -> None:
-    with trio.CancelScope() as scope:
-        async with open_log(server.url) as log:
-            try:
-                scope.cancel()
-                await trio.sleep_forever()
-            finally:
-                with trio.move_on_after(GUARD, shield=True):
-                    await log.start(record(), LEASE)
-                    (appended,) = await log.append([batch(1, 2)])
-                    page = await log.read("r", 0)
-    assert scope.cancelled_caught
-    assert appended.seq == 2
-    assert seqs(page.entries) == [1, 2]
-
-
 # Passwords
 
 SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
@@ -682,25 +529,6 @@ def words_of(error: BaseException) -> str:
         words += list(said.format_exception_only())
         said = said.__cause__ or (None if said.__suppress_context__ else said.__context__)  # type: ignore[assignment]
     return "".join(words)
-
-
-@pytest.mark.parametrize("user", ["", "nobody"])
-async def test_a_wrong_password_is_refused_and_not_repeated(user: str) -> None:
-    async with (
-        redis_server(requirepass="another") as server,
-        open_client(f"redis://{user}:{SECRET}@127.0.0.1:{server.port}") as client,
-    ):
-        for commands in ([("ECHO", 1)], [("ECHO", 1), ("ECHO", 2)]):
-            with pytest.raises(LogUnavailable, match="it refuses the user or the password in the URL") as raised:
-                await client.execute(commands)
-            assert SECRET not in words_of(raised.value)
-            assert f"127.0.0.1:{server.port}" in str(raised.value)
-
-
-async def test_a_missing_password_is_asked_for() -> None:
-    async with redis_server(requirepass=SECRET) as server, open_client(f"redis://127.0.0.1:{server.port}") as client:
-        with pytest.raises(LogUnavailable, match="it wants a password; name it in the URL"):
-            await client.execute([("ECHO", 1)])
 
 
 @pytest.mark.usefixtures("impatient")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import ResponseError
 
 from penstock.errors import LogUnavailable
 from penstock.log.redis import scripts
 from penstock.log.redis.cluster import Cluster, open_cluster
 from penstock.log.redis.slots import call
-from tests.support.clustered import shares_a_cluster
+from tests.support.clustered import node_of, shares_a_cluster
 from tests.support.redis_clusters import Cluster as Nodes
 from tests.support.redis_clusters import redis_cluster, shared_cluster
 from tests.support.redis_runs import until_it_is
@@ -31,15 +32,8 @@ GUARD = 30
 until = partial(until_it_is, wanted=True, seconds=GUARD)
 
 
-def keys_on(master: int, count: int = 1, masters: int = 3) -> list[str]:
-    """Keys that are on this one of the masters of a cluster that has just been formed."""
-    numbers = iter(range(10_000))
-    names = (f"key-{number}" for number in numbers)
-    return [name for name in names if key_slot(name.encode()) * masters // REDIS_CLUSTER_HASH_SLOTS == master][:count]
-
-
-ONE, TWO, THREE = (keys_on(master)[0] for master in range(3))
-"""A key on each of three masters."""
+ONE, TWO, THREE = (next(key for key in map("key-{}".format, count()) if node_of(key) == master) for master in range(3))
+"""A key on each of three masters whose slots have not moved."""
 TAG = "{" + ONE + "}"
 
 
@@ -112,12 +106,6 @@ async def test_each_node_has_its_commands_in_their_order(cluster: Cluster) -> No
         assert await cluster.ask("LRANGE", key, 0, -1) == [b"%d" % n for n in range(300)]
 
 
-async def test_nothing_to_send_is_nothing_sent(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
-    assert await cluster.execute([]) == []
-    assert await cluster.in_stages([], []) == []
-    assert not any(["cluster|slots" in await node.stats() for node in shared.nodes])
-
-
 async def test_the_slots_are_asked_for_once_however_many_want_to_know(
     cluster: Cluster, shared: Nodes[Endpoint]
 ) -> None:
@@ -156,29 +144,6 @@ async def test_a_script_that_one_node_does_not_know_is_loaded_there(cluster: Clu
 async def test_stages_are_done_one_after_the_other(cluster: Cluster) -> None:
     stages: list[list[Command]] = [[("SET", ONE, 1), ("SET", TWO, 2)], [("GET", TWO), ("GET", ONE)], [("GET", THREE)]]
     assert await cluster.in_stages(*stages) == [b"OK", b"OK", b"2", b"1", None]
-
-
-async def test_leaving_closes_every_connection(shared: Nodes[Endpoint]) -> None:
-    async with open_cluster(shared.url) as cluster:
-        await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)])
-        async with cluster.subscription(cluster.topology.shard(ONE)) as subscription:
-            await subscription.subscribe([ONE])
-            assert [len(await ours(node)) for node in shared.nodes] == [1, 1, 1]
-    await nobody_is_connected(*shared.nodes)
-
-
-async def test_what_a_body_raises_leaves_as_it_is(shared: Nodes[Endpoint]) -> None:
-    error = ValueError("its own")
-
-    async def body() -> None:
-        async with open_cluster(shared.url) as cluster:
-            await cluster.ask("GET", ONE)
-            raise error
-
-    with pytest.raises(ValueError, match="its own") as raised:
-        await body()
-    assert raised.value is error
-    await nobody_is_connected(*shared.nodes)
 
 
 async def test_a_node_that_is_left_just_before_it_is_sent_something_is_not_connected_to_again(
@@ -253,79 +218,7 @@ async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
         assert cluster.topology.shards() == ("",)
 
 
-async def test_any_of_the_nodes_in_the_url_will_do(shared: Nodes[Endpoint]) -> None:
-    for node in shared.nodes:
-        url = f"redis+cluster://127.0.0.1:{_free_port()},{at(node)},127.0.0.1:{_free_port()}"
-        async with open_cluster(url) as cluster:
-            assert await cluster.execute([("GET", key) for key in (ONE, TWO, THREE)]) == [None] * 3
-
-
 # Slots that move
-
-
-async def test_slots_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with redis_cluster() as own, open_cluster(own.url) as cluster:
-        first, second, _ = own.nodes
-        told: list[str] = []
-        cluster.topology.watch(lambda: told.append(cluster.topology.shard(ONE)))
-        here, there, missing = f"{TAG}here", f"{TAG}there", f"{TAG}missing"
-        await cluster.execute([("SET", key, "value") for key in (here, there, TWO)])
-        assert told == [at(first)]
-
-        # A key that is not there any more, or not yet, is asked for where its slot will be.
-        slot = own.slot(ONE)
-        await own.begin_move(slot, second)
-        assert await cluster.execute([("SET", missing, "new"), ("GET", here), ("GET", TWO), ("GET", missing)]) == [
-            *[b"OK", b"value", b"value", b"new"]
-        ]
-        enlist = call(scripts.ENLIST, [f"{TAG}list"], 60_000, "1", "r")
-        assert [await cluster.ask(*enlist), await cluster.ask("ZCARD", f"{TAG}list")] == [None, 1]
-        many: list[Command] = [("RPUSH", f"{TAG}queue", n) for n in range(250)]
-        assert await cluster.execute(many) == [*range(1, 251)]
-        assert cluster.topology.shard(ONE) == at(first)
-        assert told == [at(first)]
-
-        # Two keys, one here and one there, are tried again if somebody waits for them; nobody is refused with them.
-        both = ("MGET", here, missing)
-        refusal, got = await cluster.execute([both, ("GET", TWO)])
-        assert isinstance(refusal, LogUnavailable)
-        assert "is moving the keys of a command" in str(refusal)
-        assert got == b"value"
-        assert await rejected(first, "mget") == 1
-        monkeypatch.setattr("penstock.log.redis.cluster.MIGRATION_LIMIT", 0.5)
-        with pytest.raises(LogUnavailable, match="is moving the keys of a command"):
-            await cluster.ask(*both)
-        assert await rejected(first, "mget") > 2
-
-        # Whoever is patient has an answer when the slot has moved, and from then on all is sent to where it is.
-        monkeypatch.setattr("penstock.log.redis.cluster.MIGRATION_LIMIT", GUARD)
-        async with trio.open_nursery() as nursery:
-            replies: list[Any] = []
-
-            async def ask() -> None:
-                replies.extend(await cluster.in_stages([both, ("GET", TWO)]))
-
-            tried = await rejected(first, "mget")
-            nursery.start_soon(ask)
-            await until(lambda: more_rejected(first, "mget", tried))
-            await own.finish_move(slot, second)
-        assert replies == [[b"value", b"new"], b"value"]
-        assert await cluster.ask("GET", here) == b"value"
-        assert told == [at(first), at(second)]
-        assert cluster.topology.shard(ONE) == at(second)
-        before = (await first.stats())["get"], (await second.stats())["get"]
-        assert await cluster.execute([("GET", here)] * 5) == [b"value"] * 5
-        assert ((await first.stats())["get"], (await second.stats())["get"]) == (before[0], before[1] + 5)
-        assert await cluster.ask("LRANGE", f"{TAG}queue", 0, -1) == [b"%d" % n for n in range(250)]
-
-
-async def rejected(node: Endpoint, command: str) -> int:
-    """How often a node has refused to run this."""
-    return int((await node.command("INFO", "commandstats")).get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
-
-
-async def more_rejected(node: Endpoint, command: str, times: int) -> bool:
-    return await rejected(node, command) > times
 
 
 @pytest.mark.parametrize("kind", ["unknown-endpoint", "hostname"])
@@ -424,27 +317,6 @@ async def asked(cluster: Cluster, *commands: Command) -> list[Any]:
         return await cluster.execute(commands)
     except LogUnavailable as error:
         return [error] * len(commands)
-
-
-async def test_a_cluster_that_wants_all_slots_served_is_away_with_one_master_and_comes_back() -> None:
-    async with (
-        redis_cluster(cluster_require_full_coverage="yes", node_timeout=1.0) as own,
-        open_cluster(own.url) as cluster,
-    ):
-        commands: list[Command] = [("SET", key, "value") for key in (ONE, TWO, THREE)]
-        assert await cluster.execute(commands) == [b"OK"] * 3
-        await own.nodes[0].kill()
-
-        async def down() -> bool:
-            replies = [(await asked(cluster, command))[0] for command in commands[1:]]
-            return all("its cluster is down" in str(reply) for reply in replies)
-
-        await until(down)
-        assert await refused(cluster, *commands)
-        assert "its cluster is down" in await refused(cluster, ("GET", TWO))
-        await own.nodes[0].restart(empty=True)
-        await own.settled()
-        assert await cluster.execute(commands) == [b"OK"] * 3
 
 
 async def test_a_replica_that_takes_over_is_found_from_a_url_that_names_the_dead_and_its_attempts_are_rerouted(

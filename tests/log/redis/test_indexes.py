@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -89,18 +88,7 @@ def test_one_server_has_two_indexes_whatever_the_run() -> None:
     assert lists.probe("") == "sse:live"
 
 
-def test_indexes_are_named_after_the_prefix() -> None:
-    lists = RunIndexes(Keys("my:run:"), SingleServer())
-    assert (lists.runs_of("r"), lists.live_of("r"), lists.probe("")) == ("my:runs", "my:live", "my:live")
-
-
 # A cluster
-
-
-def test_a_cluster_has_lists_with_numbers() -> None:
-    lists = lists_of(Nodes(3))
-    assert len({*lists.runs()}) == len(NUMBERS)
-    assert all(re.fullmatch(r"sse:runs:\{[0-9]+\}", key) for key in lists.runs())
 
 
 @pytest.mark.parametrize("masters", [1, 3, 7, len(NUMBERS)])
@@ -140,15 +128,6 @@ def test_with_more_masters_than_lists_a_run_whose_node_has_none_stands_in_some(m
         assert bool(lists.live(shard)) is (shard in with_lists)
 
 
-def test_runs_are_gathered_by_the_list_in_which_they_stand() -> None:
-    lists = lists_of(Nodes(3))
-    gathered = lists.by_live(RUNS)
-    assert sorted(run_id for runs in gathered.values() for run_id in runs) == sorted(RUNS)
-    for key, runs in gathered.items():
-        assert runs == [run_id for run_id in RUNS if lists.live_of(run_id) == key]
-    assert lists.by_live([]) == {}
-
-
 def test_after_slots_have_moved_runs_stand_in_lists_of_their_new_node() -> None:
     nodes = Nodes(3)
     lists = lists_of(nodes)
@@ -158,16 +137,6 @@ def test_after_slots_have_moved_runs_stand_in_lists_of_their_new_node() -> None:
     assert before != {run_id: lists.live_of(run_id) for run_id in RUNS}
     assert lists.live("node-1:1") == []
     assert sorted(key for shard in nodes.shards() for key in lists.live(shard)) == by_lease(lists)
-
-
-def test_a_run_stays_where_it_is_if_slots_move_that_are_not_its_own() -> None:
-    nodes = Nodes(2)
-    lists = lists_of(nodes)
-    run_id = next(each for each in RUNS if nodes.shard(KEYS.record(each)) == "node-0:1")
-    before = lists.live_of(run_id)
-    nodes.slots.moved(SLOTS - 1, "node-2", 1)
-    nodes.tell()
-    assert lists.live_of(run_id) == before
 
 
 def test_a_node_that_has_got_one_list_with_one_slot_has_that_for_its_runs() -> None:
@@ -206,16 +175,6 @@ def test_the_probe_of_a_node_is_a_key_of_its_own_and_a_list_if_it_has_any(master
         assert nodes.shard(probe) == shard
         assert probe == lists.probe(shard)
         assert not lists.live(shard) or probe == lists.live(shard)[0]
-
-
-def test_the_probe_of_a_node_moves_with_the_slots() -> None:
-    nodes = Nodes(2)
-    lists = lists_of(nodes)
-    before = [lists.probe(shard) for shard in nodes.shards()]
-    nodes.share(["node-1", "node-0"])
-    assert [lists.probe(shard) for shard in nodes.shards()] == before
-    assert {nodes.shard(lists.probe(shard)) for shard in nodes.shards()} == {*nodes.shards()}
-    assert lists.probe("node-0:1") == before[1]
 
 
 def test_a_node_that_is_none_has_no_lists_and_its_probe_is_a_list_all_the_same() -> None:

@@ -90,8 +90,8 @@ class ClusterLogMachine(RedisLogMachine):
     prefix = PREFIXES[0]
 
 
-SETTINGS = settings(max_examples=10, stateful_step_count=30, deadline=None, phases=PHASES)
+SETTINGS = settings(max_examples=8, stateful_step_count=30, deadline=None, phases=PHASES)
 RedisLogMachine.TestCase.settings = SETTINGS
-ClusterLogMachine.TestCase.settings = settings(SETTINGS, max_examples=5)  # each takes twice as long
+ClusterLogMachine.TestCase.settings = settings(SETTINGS, max_examples=3)  # each takes twice as long
 TestRedisLog = RedisLogMachine.TestCase
 TestClusterLog = shares_a_cluster(ClusterLogMachine.TestCase)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.support.proxy import Proxy
 
 GUARD = 60
-PING = 0.6
+PING = 0.4
 """Seconds between two pings where a test waits for some."""
 KEYS = Keys()
 LONG = 3600.0
@@ -190,13 +190,13 @@ async def test_what_is_appended_right_after_subscribing_is_told(
         assert listener.reconnections == listener.cancels == 0
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("late", [0, 0.002])
 async def test_what_is_appended_after_any_flicker_of_subscriptions_is_told(
-    between: Proxy, log: EventLog, pace: Callable[[float, float], None], seed: int
+    between: Proxy, log: EventLog, pace: Callable[[float, float], None], late: float
 ) -> None:
     pace(LONG, LONG)
-    chance = random.Random(seed)
-    runs = [f"r{n}" for n in range(25)]
+    chance = random.Random(1)
+    runs = [f"r{n}" for n in range(10)]
     await started(log, *runs)
 
     async def moment() -> None:
@@ -208,7 +208,7 @@ async def test_what_is_appended_after_any_flicker_of_subscriptions_is_told(
                 await trio.lowlevel.checkpoint()
 
     async def flicker(listener: Listener, run_id: str) -> None:
-        for seq in range(1, 21):
+        for seq in range(1, 11):
             for _ in range(chance.randrange(1, 4)):
                 with trio.move_on_after(chance.choice([0.0, 0.0005, 0.003])):
                     await listener.wakeups.subscribe(run_id)
@@ -221,24 +221,11 @@ async def test_what_is_appended_after_any_flicker_of_subscriptions_is_told(
             listener.wakeups.unsubscribe(run_id)
 
     async with listening(between.url) as listener:
-        if seed % 2:
-            between.delay(0.002)
+        between.delay(late)
         async with trio.open_nursery() as nursery:
             for run_id in runs:
                 nursery.start_soon(flicker, listener, run_id)
         assert listener.reconnections == 0
-
-
-async def test_a_run_that_is_not_subscribed_to_is_not_told_of(server: Endpoint, log: EventLog) -> None:
-    await started(log, "r", "s")
-    async with listening(server.url, "r", "s") as listener:
-        listener.wakeups.unsubscribe("s")
-        listener.wakeups.unsubscribe("s")
-        listener.wakeups.unsubscribe("never subscribed")
-        await move(log, 1, "s")
-        await move(log, 1, "r")
-        await listener.hears_of("r", 1)
-        assert listener.moved == {"r": 1}
 
 
 async def test_news_of_a_run_that_nobody_has_taken_yet_go_with_its_subscription(
@@ -269,34 +256,25 @@ async def test_only_the_last_seq_is_told_of_many(server: Endpoint, log: EventLog
         assert waiting.cancelled_caught
 
 
-async def test_a_thousand_subscriptions_take_few_commands_one_connection_and_no_task(server: Endpoint) -> None:
-    runs = [f"r{n}" for n in range(1_000)]
+async def test_many_subscriptions_take_few_commands_one_connection_and_no_task(server: Endpoint) -> None:
+    runs = [f"r{n}" for n in range(600)]
     async with listening(server.url) as listener:
         tasks = trio.lowlevel.current_statistics().tasks_living
         await subscribe(listener.wakeups, *runs)
-        assert len(await channels(server)) == 1_001
+        assert len(await channels(server)) == 601
         (subscriber,) = await subscribers(server)
-        assert subscriber["sub"] == "1001"
+        assert subscriber["sub"] == "601"
         assert len(await server.clients()) <= 2
-        assert (await server.stats())["subscribe"] <= 1 + 2 + 1_000 // CHANNELS_PER_COMMAND
+        assert (await server.stats())["subscribe"] <= 1 + 2 + 600 // CHANNELS_PER_COMMAND
         assert trio.lowlevel.current_statistics().tasks_living <= tasks + 1  # a thread of this test's
         for run_id in runs:
             listener.wakeups.unsubscribe(run_id)
         await listened_to(server, KEYS.process("me"))
-        assert (await server.stats())["unsubscribe"] <= 2 + 1_000 // CHANNELS_PER_COMMAND
+        assert (await server.stats())["unsubscribe"] <= 2 + 600 // CHANNELS_PER_COMMAND
         (subscriber,) = await subscribers(server)
         assert subscriber["sub"] == "1"
         assert trio.lowlevel.current_statistics().tasks_living <= tasks + 1
     await nobody_is_connected(server)
-
-
-async def test_subscribing_twice_is_subscribing_once(server: Endpoint, log: EventLog) -> None:
-    await started(log, "r")
-    async with listening(server.url, "r", "r") as listener:
-        await listener.wakeups.subscribe("r")
-        assert (await server.stats())["subscribe"] == 2  # the process, the run
-        listener.wakeups.unsubscribe("r")
-        await listened_to(server, KEYS.process("me"))
 
 
 async def test_a_subscription_that_is_cancelled_and_given_up_leaves_nothing(between: Proxy, server: Endpoint) -> None:
@@ -360,20 +338,6 @@ async def test_the_late_confirmation_of_a_subscription_given_up_confirms_no_late
         assert KEYS.wake("r") in await channels(server)
 
 
-async def test_cancels_are_told_to_the_owner_alone(server: Endpoint, log: EventLog) -> None:
-    await started(log, "r")
-    async with (
-        listening(server.url, owner=LEASE.owner) as owner,
-        listening(server.url, "r", owner="other") as other,
-    ):
-        await log.request_cancel("r", "stop")
-        await owner.hears(lambda: owner.cancels == 1)
-        await move(log, 1)
-        await other.hears_of("r", 1)
-        assert other.cancels == 0
-        assert owner.moved == {}
-
-
 # Broken connections
 
 
@@ -381,10 +345,10 @@ async def test_a_killed_connection_is_replaced_and_that_is_told(
     server: Endpoint, log: EventLog, pace: Callable[[float, float], None]
 ) -> None:
     pace(LONG, LONG)
-    runs = [f"r{n}" for n in range(50)]
+    runs = [f"r{n}" for n in range(20)]
     await started(log, *runs)
     async with listening(server.url, *runs) as listener:
-        for n in range(1, 6):
+        for n in range(1, 4):
             assert await server.command("CLIENT", "KILL", "TYPE", "pubsub") >= 1
             await listener.hears_of_reconnection(n)
             for run_id in runs:
@@ -411,7 +375,7 @@ async def test_a_connection_killed_while_more_is_asked_for_over_it_is_replaced_b
     async with listening(server.url) as listener, trio.open_nursery() as nursery:
         for n in range(5):
             nursery.start_soon(flicker, listener, f"r{n}")
-        for n in range(1, 41):
+        for n in range(1, 11):
             await server.command("CLIENT", "KILL", "TYPE", "pubsub")
             await listener.hears_of_reconnection(n)
         nursery.cancel_scope.cancel()
@@ -450,22 +414,6 @@ async def test_a_run_that_is_gone_is_told_as_far_beyond(
         assert listener.moved == {"gone": sys.maxsize, "never": sys.maxsize, "there": 1}
 
 
-async def test_a_server_that_comes_back_with_its_data_is_listened_to_again() -> None:
-    async with redis_server(persistent=True) as server, open_log(server.url) as log:
-        await started(log, "r")
-        async with listening(server.url, "r") as listener:
-            await move(log, 1)
-            await listener.hears_of("r", 1)
-            listener.forget()
-            await server.restart(empty=False)
-            await listener.hears_of_reconnection()
-            await listener.hears_of("r", 1)
-            assert listener.moved == {"r": 1}
-            await move(log, 2)
-            await listener.hears_of("r", 2)
-            assert await channels(server) == {KEYS.process("me"), KEYS.wake("r")}
-
-
 async def test_a_server_that_comes_back_empty_is_listened_to_again() -> None:
     async with redis_server() as server, open_log(server.url) as log:
         await started(log, "r")
@@ -488,14 +436,22 @@ async def test_a_connection_that_breaks_before_its_channels_are_confirmed_is_rep
 ) -> None:
     await started(log, "r")
     async with listening(between.url, "r") as listener:
-        async with black_hole(between) as hole:
-            for n in range(1, 4):
-                await hole.got_subscriptions(n)
-                hole.close()
+        between.drop_confirmations = True
+        for _ in range(3):
+            asked = between.requests["SUBSCRIBE"]
+            between.cut()
+            await until(lambda asked=asked: asked_for_more(between, asked))  # type: ignore[misc]
+        between.drop_confirmations = False
+        between.cut()
         await listener.hears_of_reconnection()
         await move(log, 1)
         await listener.hears_of("r", 1)
         assert len(await subscribers(server)) == 1
+
+
+async def asked_for_more(between: Proxy, before: int) -> bool:
+    await trio.lowlevel.checkpoint()
+    return between.requests["SUBSCRIBE"] > before
 
 
 @pytest.mark.usefixtures("impatient")
@@ -509,86 +465,14 @@ async def test_a_connection_whose_channels_are_never_confirmed_is_given_up(
     pace(PING, LONG)
     await started(log, "r")
     async with listening(between.url, "r") as listener:
-        async with black_hole(between) as hole:
-            await warned_of(caplog, "the subscription to Redis broke")
-            await until(hole.keeps_a_subscription)
-            await hole.leave_the_port()
-            await listener.hears_of_reconnection()
+        between.drop_confirmations = True
+        between.cut()
+        await warned_of(caplog, "cannot listen to Redis", "has not confirmed the subscriptions")
+        between.drop_confirmations = False
+        await listener.hears_of_reconnection()
         await move(log, 1)
         await listener.hears_of("r", 1)
         assert len(await subscribers(server)) == 1
-
-
-class BlackHole:
-    """A server that lets clients introduce themselves, and answers nothing else."""
-
-    def __init__(self, between: Proxy) -> None:
-        self._between = between
-        self._accepting = trio.CancelScope()
-        self._left = trio.Event()
-        self._streams: list[trio.SocketStream] = []
-        self._subscribed: set[trio.SocketStream] = set()
-        self._subscriptions = 0
-        self._more = trio.Event()
-
-    async def run(self, port: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        (listener,) = await trio.open_tcp_listeners(port, host="127.0.0.1")
-        task_status.started()
-        async with trio.open_nursery() as nursery:
-            with self._accepting:
-                await trio.serve_listeners(self._serve, [listener], handler_nursery=nursery)
-            listener.socket.close()
-            self._left.set()
-
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        self._streams.append(stream)
-        try:
-            async for piece in stream:
-                if b"SUBSCRIBE" in piece:
-                    self._subscriptions += 1
-                    self._subscribed.add(stream)
-                    self._more.set()
-                    self._more = trio.Event()
-                else:
-                    await stream.send_all(b"+OK\r\n" * piece.count(b"CLIENT\r\n"))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
-        finally:
-            self._subscribed.discard(stream)
-
-    async def keeps_a_subscription(self) -> bool:
-        """Whether a client has asked for channels, and still waits for them."""
-        await trio.testing.wait_all_tasks_blocked(0.02)
-        return bool(self._subscribed)
-
-    async def got_subscriptions(self, times: int) -> None:
-        with trio.fail_after(GUARD):
-            while self._subscriptions < times:
-                await self._more.wait()
-
-    def close(self) -> None:
-        """Break all connections."""
-        for stream in self._streams:
-            stream.socket.close()
-        self._streams.clear()
-
-    async def leave_the_port(self) -> None:
-        """Keep the connections, and let the proxy have those to come."""
-        self._accepting.cancel()
-        await self._left.wait()
-        await self._between.accept()
-
-
-@asynccontextmanager
-async def black_hole(between: Proxy) -> AsyncIterator[BlackHole]:
-    """Stands in the place of the proxy, which has closed its connections."""
-    async with trio.open_nursery() as nursery:
-        between.refuse()
-        hole = BlackHole(between)
-        await nursery.start(hole.run, between.port)
-        yield hole
-        await hole.leave_the_port()
-        nursery.cancel_scope.cancel()
 
 
 # Silence
@@ -648,12 +532,7 @@ async def test_a_ping_that_is_answered_keeps_the_connection(
     pace(PING, LONG)
     async with listening(between.url, "r") as listener:
         (before,) = await subscribers(server)
-
-        async def five() -> bool:
-            await trio.lowlevel.checkpoint()
-            return between.requests["PING"] > 5
-
-        await until(five)
+        await until(lambda: pings_of(between, 4))
         (after,) = await subscribers(server)
         assert after["id"] == before["id"]
         assert listener.reconnections == 0
@@ -663,8 +542,8 @@ async def test_a_run_whose_messages_are_swallowed_from_some_moment_on_is_looked_
     between: Proxy, log: EventLog, pace: Callable[[float, float], None]
 ) -> None:
     pace(PING, LONG)
-    runs = [f"r{n:03}" for n in range(300)]  # one of them in turn with each ping
-    active = runs[200:205]
+    runs = [f"r{n:03}" for n in range(100)]  # one of them in turn with each ping
+    active = runs[60:65]
     await started(log, *active)
     async with listening(between.url, *runs) as listener:
         for run_id in active:
@@ -684,7 +563,7 @@ async def test_a_run_of_which_no_message_ever_came_is_looked_up_within_the_inter
     between: Proxy, log: EventLog, pace: Callable[[float, float], None]
 ) -> None:
     pace(PING, 4 * PING)
-    runs = [f"r{n}" for n in range(37)]
+    runs = [f"r{n}" for n in range(17)]
     await started(log, *runs)
     between.drop_messages = True
     async with listening(between.url, *runs) as listener:
@@ -695,42 +574,28 @@ async def test_a_run_of_which_no_message_ever_came_is_looked_up_within_the_inter
             for run_id in runs:
                 await listener.hears_of(run_id, seq)
             assert trio.current_time() - began < 4 * 4 * PING
-        assert between.swallowed == 2 * 37
+        assert between.swallowed == 2 * 17
         assert listener.reconnections == 0
 
 
-async def test_a_run_that_expires_silently_is_told_as_far_beyond(
-    between: Proxy, log: EventLog, server: Endpoint, pace: Callable[[float, float], None]
-) -> None:
-    pace(PING, 5 * PING)
-    await started(log, "r")
-    async with listening(between.url, "r") as listener:
-        await server.command("DEL", KEYS.record("r"), KEYS.stream("r"))
-        await listener.hears_of("r", sys.maxsize)
+async def test_idle_runs_cost_few_commands(between: Proxy, pace: Callable[[float, float], None]) -> None:
+    pace(PING, 12 * PING)
+    async with listening(between.url, *[f"r{n}" for n in range(240)]) as listener:
+        between.requests.clear()
+        await until(lambda: pings_of(between, 3))
+        pings = between.requests["PING"]
+        assert between.requests["HGET"] <= 20 * (pings + 1)
+        assert between.requests.total() <= 21 * (pings + 1) + 10 * listener.reconnections
 
 
-async def test_a_thousand_idle_runs_cost_few_commands(between: Proxy, pace: Callable[[float, float], None]) -> None:
-    scale = 2.5  # 2 s for 5 s, 24 s for 60 s
-    pace(5 / scale, 60 / scale)
-    async with listening(between.url, *[f"r{n}" for n in range(1_000)]) as listener:
-
-        async def some_pings() -> bool:
-            await trio.lowlevel.checkpoint()
-            return between.requests["PING"] >= 2
-
-        before, began = -1, trio.current_time()
-        while listener.reconnections != before:  # a busy machine may answer a ping too late
-            before = listener.reconnections
-            between.requests.clear()
-            began = trio.current_time()
-            await until(some_pings)
-        seconds = (trio.current_time() - began) * scale  # a busy machine pings late, and checks no more often
-        assert between.requests.total() <= 20 * (seconds + 5)
+async def pings_of(between: Proxy, count: int) -> bool:
+    await trio.lowlevel.checkpoint()
+    return between.requests["PING"] >= count
 
 
 # Garbage
 
-GARBAGE = [b"", b"garbage", b"\xff\xfe", b"-1", b"1.5", b"+7", b" 1", b"nan", b"\xc2\xb2", b"x" * 100_000]
+GARBAGE = [b"", b"garbage", b"\xff\xfe", b"-1", b"1.5", b"+7", b" 1", b"nan", b"\xc2\xb2", b"x" * 100_000, b"9" * 5_000]
 
 
 async def test_garbage_on_the_channel_of_a_run_harms_nobody(
@@ -749,18 +614,6 @@ async def test_garbage_on_the_channel_of_a_run_harms_nobody(
         assert listener.reconnections == listener.cancels == 0
 
 
-@pytest.mark.parametrize("digits", [5_000])
-async def test_a_number_too_large_on_the_channel_of_a_run_harms_nobody(
-    server: Endpoint, log: EventLog, pace: Callable[[float, float], None], digits: int
-) -> None:
-    pace(LONG, LONG)
-    await started(log, "r", "s")
-    async with listening(server.url, "r", "s") as listener:
-        await server.command("PUBLISH", KEYS.wake("r"), "9" * digits)
-        await move(log, 1, "s")
-        await listener.hears_of("s", 1)
-
-
 async def test_garbage_on_the_channel_of_a_process_is_no_more_than_a_look_at_its_inbox(
     server: Endpoint, log: EventLog, pace: Callable[[float, float], None]
 ) -> None:
@@ -775,7 +628,7 @@ async def test_garbage_on_the_channel_of_a_process_is_no_more_than_a_look_at_its
         assert listener.moved == {"r": 1}
 
 
-@pytest.mark.parametrize("words", [("SET", "x"), ("HSET", "seq", "garbage"), ("HSET", "seq", "")], ids=str)
+@pytest.mark.parametrize("words", [("SET", "x"), ("HSET", "seq", "garbage")], ids=str)
 async def test_garbage_in_the_place_of_a_record_harms_nobody(
     server: Endpoint, log: EventLog, pace: Callable[[float, float], None], words: tuple[str, ...]
 ) -> None:
@@ -835,7 +688,7 @@ async def test_while_the_server_is_away_waiting_waits_and_subscribing_gives_up_i
         await wakeups.subscribe("r")
         getattr(between, how)()
         await move(log, 1)
-        for _ in range(3):
+        for _ in range(2):
             began = trio.current_time()
             with pytest.raises(LogUnavailable, match=f"Redis at 127.0.0.1:{between.port} has not confirmed"):
                 await wakeups.subscribe("s")
@@ -854,20 +707,6 @@ async def test_while_the_server_is_away_waiting_waits_and_subscribing_gives_up_i
             await move(log, 1, "s")
             await listener.hears_of("s", 1)
             nursery.cancel_scope.cancel()
-
-
-async def test_a_subscription_that_is_asked_for_while_the_server_is_away_holds_when_it_is_back(
-    between: Proxy, log: EventLog
-) -> None:
-    await started(log, "r")
-    async with listening(between.url) as listener:
-        between.refuse()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(listener.wakeups.subscribe, "r")
-            await trio.testing.wait_all_tasks_blocked()
-            await between.accept()
-        await move(log, 1)
-        await listener.hears_of("r", 1)
 
 
 async def test_a_server_that_is_away_is_warned_of_in_words_that_say_what_is_wrong(
@@ -896,12 +735,9 @@ async def test_a_server_that_confirms_and_then_refuses_is_not_besieged(pace: Cal
 # Leaving
 
 
-@pytest.mark.parametrize("seed", range(2))
-async def test_leaving_at_any_moment_leaves_nothing(
-    server: Endpoint, pace: Callable[[float, float], None], seed: int
-) -> None:
+async def test_leaving_at_any_moment_leaves_nothing(server: Endpoint, pace: Callable[[float, float], None]) -> None:
     pace(0.005, 0.02)
-    chance = random.Random(seed)
+    chance = random.Random(1)
     runs = [f"r{n}" for n in range(30)]
     tasks = trio.lowlevel.current_statistics().tasks_living
 
@@ -914,7 +750,7 @@ async def test_leaving_at_any_moment_leaves_nothing(
 
     async with open_client(server.url) as killer, open_log(server.url) as log:
         await started(log, *runs)
-        for _ in range(60):
+        for _ in range(40):
             with trio.fail_after(GUARD), trio.move_on_after(chance.uniform(0, 0.04)) as scope:
                 async with log.wakeups("me") as wakeups, trio.open_nursery() as nursery:
                     nursery.start_soon(Listener(wakeups).run)
@@ -931,54 +767,3 @@ async def test_leaving_at_any_moment_leaves_nothing(
         await until(no_subscribers)
     await nobody_is_connected(server)
     assert trio.lowlevel.current_statistics().tasks_living <= tasks + 1
-
-
-async def test_leaving_while_the_server_does_not_answer_takes_no_longer() -> None:
-    async with redis_server() as server:
-        async with listening(server.url, "r"):
-            server.pause()
-            began = trio.current_time()
-        assert trio.current_time() - began < 2.5
-        server.resume()
-        await nobody_is_connected(server)
-
-
-@pytest.mark.parametrize("error", [ValueError("its own"), KeyboardInterrupt()], ids=repr)
-async def test_what_a_body_raises_leaves_as_it_is(server: Endpoint, error: BaseException) -> None:
-    async def body() -> None:
-        async with open_log(server.url) as log, log.wakeups("me"):
-            raise error
-
-    with pytest.raises(type(error)) as raised:
-        await body()
-    assert raised.value is error
-    await nobody_is_connected(server)
-
-
-async def test_a_group_that_a_body_raises_stays_a_group(server: Endpoint) -> None:
-    async def body() -> None:
-        async with open_log(server.url) as log, log.wakeups("me"):
-            raise ExceptionGroup("its own", [ValueError("only")])
-
-    with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="only"), match="its own"):
-        await body()
-    await nobody_is_connected(server)
-
-
-async def test_two_supervisors_of_one_log_have_a_connection_each_and_do_not_meet(
-    server: Endpoint, log: EventLog
-) -> None:
-    await started(log, "r", "s")
-    async with (
-        open_log(server.url) as near,
-        near.wakeups("one") as one,
-        near.wakeups("two") as two,
-    ):
-        await one.subscribe("r")
-        await two.subscribe("s")
-        assert len(await subscribers(server)) == 2
-        await move(log, 1, "r")
-        await move(log, 1, "s")
-        with trio.fail_after(GUARD):
-            assert await one.wait() == Notification({"r": 1})
-            assert await two.wait() == Notification({"s": 1})

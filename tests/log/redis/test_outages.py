@@ -13,6 +13,7 @@ import trio
 
 from penstock.errors import CursorExpired, LogFull, LogUnavailable, ReaderReleased
 from penstock.runs import RunStatus
+from penstock.sse import Event
 from tests.support.command_line import penstock
 from tests.support.proxy import Proxy, proxy
 from tests.support.redis_runs import (
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "agent.py"
-RESTARTS = 4
+RESTARTS = 3
 BIG = 16 * 1024 * 1024
 
 
@@ -82,8 +83,8 @@ async def test_a_server_that_is_killed_again_and_again_costs_no_run_an_entry(emp
         redis_server(persistent=not empty) as server,
         supervisors(server.url, server.url, tail_entries=100_000) as (one, other),
     ):
-        busy, silent = [Ticks(), Ticks(0.02), Ticks(), Ticks(0.05)], Witness()
-        runs = [await supervisor.start(ticks) for supervisor, ticks in zip([one, one, other, other], busy, strict=True)]
+        busy, silent = [Ticks(), Ticks(0.05)], Witness()
+        runs = [await supervisor.start(ticks) for supervisor, ticks in zip([one, other], busy, strict=True)]
         runs.append(await one.start(silent.waits))
         async with readers(*((each, run.id) for run in runs for each in (one, other))) as following:
             lively = following[: 2 * len(busy)]
@@ -150,7 +151,7 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
         ticks, witness = Ticks(), Witness()
         run, silent = await owner.start(ticks), await owner.start(witness.waits)
         async with readers((owner, run.id), (other, run.id), (owner, silent.id), (other, silent.id)) as following:
-            await until(lambda: min(map(last_seq, following[:2])) >= 50 and min(map(last_seq, following[2:])) == 1)
+            await until(lambda: min(map(last_seq, following[:2])) >= 10 and min(map(last_seq, following[2:])) == 1)
             await server.kill()
             ticks.enough.set()
             await until(lambda: ticks.left)
@@ -166,7 +167,7 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
 
 
 async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.7)
+    monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
     lease, notes = 1.0, Notes()
     async with (
         redis_server() as server,
@@ -211,21 +212,6 @@ async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_
         assert (await same_everywhere(shared, run_id, [reader]))["status"] == "lost"
         assert gists(reader.entries).count("error RUN_LOST") == 1
         assert gists(reader.entries)[-2:] == ["error RUN_LOST", "[DONE]"]
-
-
-async def test_an_owner_that_is_killed_loses_its_run_within_a_lease_and_a_little(shared: Endpoint) -> None:
-    lease = 1.0
-    async with supervisors(shared.url, lease=lease) as (other,), owner_process(shared.url, lease) as owner:
-        run_id = (await owner.until(r"owns (\S+)"))[1]
-        async with readers((other, run_id)) as (reader,):
-            await until(lambda: last_seq(reader) >= 10)
-            await all_may_reap(shared, 1)
-            killed = trio.current_time()
-            owner.process.kill()
-            await until(lambda: reader.ended_at)
-        assert (reader.ended_at or 0) - killed < lease + 2
-        assert gists(reader.entries)[-2:] == ["error RUN_LOST", "[DONE]"]
-        assert (await same_everywhere(shared, run_id, [reader]))["status"] == "lost"
 
 
 # Full
@@ -287,6 +273,35 @@ async def test_on_a_full_server_what_runs_can_end_and_be_read_and_goes_on_when_t
 # Out of reach
 
 
+@pytest.mark.usefixtures("brisk")
+async def test_a_stall_below_the_limit_holds_a_producer_back_with_what_may_be_pending_and_costs_nothing(
+    shared: Endpoint, between: Proxy
+) -> None:
+    said, stalled, notes, room = 0, trio.Event(), Notes(), 20_000
+
+    async def producer() -> AsyncIterator[Event]:
+        nonlocal said
+        await stalled.wait()
+        for said in range(1, 61):
+            yield Event(data=str(said) + "." * 1_000)
+
+    async with supervisors(between.url, max_pending_bytes=room, observer=notes) as (owner,):
+        async with supervisor_at(shared.url) as other, trio.open_nursery() as nursery:
+            run = await owner.start(producer)
+            following = [Reader(each, run.id) for each in (owner, other)]
+            for reader in following:
+                await nursery.start(reader.run)
+            between.stall()
+            stalled.set()
+            await until(lambda: owner._committer.pending_bytes >= room)
+            assert owner._committer.pending_bytes < room + 2_000
+            assert 10 < said < 30  # it felt nothing until there was no more room
+            between.go_on()
+            await until(lambda: all(reader.ended_at for reader in following))
+        assert (await same_everywhere(shared, run.id, following))["seq"] == "61"
+        assert (notes.fenced, notes.errors) == ([], [])
+
+
 @pytest.mark.usefixtures("impatient", "brisk")
 async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_it_and_nothing_else(
     shared: Endpoint, between: Proxy
@@ -294,7 +309,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
     notes, silent, ticks, kept = Notes(), Witness(), Ticks(), Ticks()
     async with (
         supervisors(shared.url, lease=1.5) as (other,),
-        supervisor_at(between.url, lease=1.5, outage_limit=1.5, observer=notes) as owner,
+        supervisor_at(between.url, lease=1.5, outage_limit=1.2, observer=notes) as owner,
     ):
         runs = [await owner.start(silent.waits), await owner.start(ticks)]
         elsewhere = await other.start(kept)
@@ -328,7 +343,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
         await until_it_is(again, True)
         run = await owner.start(fresh)
         async with readers((owner, run.id), (other, run.id)) as both:
-            await until(lambda: min(map(last_seq, both)) >= 20)
+            await until(lambda: min(map(last_seq, both)) >= 5)
             fresh.enough.set()
         counted(await same_everywhere(shared, run.id, both), fresh)
         for lost, was, reader in zip(runs, at_the_end, there, strict=True):
@@ -345,7 +360,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
 
 @pytest.mark.usefixtures("impatient", "brisk")
 async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: Endpoint, between: Proxy) -> None:
-    async with supervisors(between.url, lease=0.6, outage_limit=1.0) as (owner,):
+    async with supervisors(between.url, lease=0.6, outage_limit=0.7) as (owner,):
         witness = Witness()
         run = await owner.start(witness.waits)
         async with readers((owner, run.id)) as (reader,):
@@ -401,19 +416,6 @@ async def test_a_wrong_password_is_refused_and_shown_nowhere() -> None:
         words = await serve_refuses(wrong)
         assert f"Redis at 127.0.0.1:{server.port} cannot serve: it refuses the user or the password" in words
         assert "hunter2" not in words
-        assert "it wants a password" in await serve_refuses(f"redis://127.0.0.1:{server.port}")
-
-
-async def test_a_server_that_is_not_there_is_refused_and_no_password_shown() -> None:
-    async with redis_server() as server:
-        pass
-    url = server.url.replace("redis://", "redis://:hunter2@")
-    with pytest.raises(LogUnavailable, match=r"cannot reach Redis at 127\.0\.0\.1"):
-        async with supervisor_at(url):
-            raise AssertionError("it opened")
-    words = await serve_refuses(url)
-    assert "not started" in words
-    assert "hunter2" not in words
 
 
 async def test_serve_and_its_runs_over_a_password_show_it_nowhere() -> None:

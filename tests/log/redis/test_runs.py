@@ -14,6 +14,7 @@ from penstock.log import Batch, Entry
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
 from penstock.runs import Ending, RunStatus
+from penstock.sse import Event
 from penstock.supervisor.tail import Tail
 from tests.support.clustered import on_a_cluster
 from tests.support.redis_runs import (
@@ -72,7 +73,7 @@ async def test_replies_that_are_lost_make_neither_a_gap_nor_a_repetition(
                 between.drop_reply_when(first_of_each_append())
             else:
                 between.lose_every(n, "EVALSHA")
-            await until(lambda: between.lost >= 30 and min(map(last_seq, following)) >= 100)
+            await until(lambda: between.lost >= 15 and min(map(last_seq, following)) >= 50)
             ticks.enough.set()
         counted(await same_everywhere(server, run.id, following), ticks)
         between.lose_nothing()
@@ -80,28 +81,38 @@ async def test_replies_that_are_lost_make_neither_a_gap_nor_a_repetition(
         await nothing_is_left(other)
 
 
-async def test_many_runs_whose_replies_are_lost_are_stored_once_each(server: Endpoint, between: Proxy) -> None:
-    async with supervisors(between.url, server.url) as (owner, other):
-        several = [Ticks(0.01) for _ in range(10)]
-        runs = [await owner.start(ticks) for ticks in several]
-        async with readers(*((each, run.id) for run in runs for each in (owner, other))) as following:
-            between.lose_every(13, "EVALSHA")
-            await until(lambda: between.lost >= 20 and min(map(last_seq, following)) >= 50)
-            for ticks in several:
-                ticks.enough.set()
-        for number, (run, ticks) in enumerate(zip(runs, several, strict=True)):
-            counted(await same_everywhere(server, run.id, following[2 * number : 2 * number + 2]), ticks)
+async def test_d28_what_many_tasks_write_and_flush_at_once_keeps_its_order(server: Endpoint, between: Proxy) -> None:
+    written: dict[int, str] = {}
+    async with supervisors(between.url, server.url) as (owner, other), owner.open_run("run") as writer:
+
+        async def write(task: int) -> None:
+            for number in range(10):
+                text = f"{task}.{number}"
+                written[await writer.write(Event(data=text))] = text
+                await writer.flush()
+
+        between.delay(0.002)
+        between.lose_every(7, "EVALSHA")
+        async with trio.open_nursery() as nursery:
+            for task in range(8):
+                nursery.start_soon(write, task)
+        async with other.follow("run") as entries:
+            assert [gists([await anext(entries)])[0] for _ in range(80)] == [written[seq] for seq in range(1, 81)]
+        assert between.lost
+    for task in range(8):
+        mine = [text for _, text in sorted(written.items()) if text.startswith(f"{task}.")]
+        assert mine == [f"{task}.{number}" for number in range(10)]
 
 
-# Connections that are dropped, scripts that are forgotten
+# Connections that are dropped
 
 
-async def test_connections_that_keep_breaking_cost_a_run_of_thousands_of_events_nothing(
+async def test_connections_that_keep_breaking_cost_a_run_of_many_events_nothing(
     server: Endpoint, between: Proxy
 ) -> None:
     async def cut_now_and_then() -> None:
         while True:
-            await trio.sleep(0.25)
+            await trio.sleep(0.1)
             between.cut()
 
     notes = Notes()
@@ -114,41 +125,11 @@ async def test_connections_that_keep_breaking_cost_a_run_of_thousands_of_events_
         run = await owner.start(ticks)
         async with readers((owner, run.id), (other, run.id), (other, run.id), (near, run.id)) as following:
             nursery.start_soon(cut_now_and_then)
-            await until(lambda: min(map(last_seq, following)) >= 2_500)
+            await until(lambda: min(map(last_seq, following)) >= 600)
             ticks.enough.set()
         nursery.cancel_scope.cancel()
         counted(await same_everywhere(server, run.id, following), ticks)
         assert (notes.fenced, notes.errors) == ([], [])
-
-
-async def test_what_was_written_while_a_reader_was_cut_off_is_there_as_soon_as_it_is_back(
-    server: Endpoint, between: Proxy
-) -> None:
-    async with supervisors(server.url, between.url) as (owner, there), owner.open_run("run") as writer:
-        await writer.write("data: first\n\n")
-        async with readers((there, "run")) as (reader,):
-            await until(lambda: last_seq(reader) == 1)
-            between.refuse()
-            await writer.write("data: second\n\n")
-            await writer.flush()
-            await between.accept()
-            await until(lambda: last_seq(reader) == 2, 4)  # and nothing more is written that would tell
-            reader.leave()
-
-
-async def test_a_server_that_forgets_its_scripts_in_the_middle_of_it_is_given_them_again(server: Endpoint) -> None:
-    async with supervisors(server.url, server.url) as (owner, other):
-        several = [Ticks(0.002) for _ in range(5)]
-        runs = [await owner.start(ticks) for ticks in several]
-        async with readers(*((other, run.id) for run in runs)) as following:
-            for _ in range(20):
-                await server.command("SCRIPT", "FLUSH", "SYNC")
-                seen = min(map(last_seq, following))
-                await until(lambda: min(map(last_seq, following)) > seen + 5)  # noqa: B023  (it is done with in this round)
-            for ticks in several:
-                ticks.enough.set()
-        for run, ticks, reader in zip(runs, several, following, strict=True):
-            counted(await same_everywhere(server, run.id, [reader]), ticks)
 
 
 # Two owners
@@ -219,7 +200,8 @@ async def test_of_two_owners_the_one_whose_epoch_is_on_record_goes_on(server: En
 # What readers cost
 
 
-AT_ONCE = 100
+READERS = 100
+AT_ONCE = 50
 """Readers come, and runs are started, so many at a time, lest the last wait for too long on a busy machine."""
 
 
@@ -243,11 +225,10 @@ def commands(stats: dict[str, int]) -> int:
     return sum(stats.values())
 
 
-@pytest.mark.parametrize("runs, most", [(1_000, 30)])
-async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_connection(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch, runs: int, most: int
+async def test_d42_idle_readers_cost_a_few_commands_a_second_and_no_connection(
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window = 3.0
+    runs, most, window = 200, 30, 2.0
     monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", 1.0)  # what else comes in a lump every 5 s
     named = f"{server.url}?client_name=readers"
     async with supervisors(server.url, named, lease=3_600.0) as (owner, there):
@@ -263,7 +244,7 @@ async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_c
                     starting.start_soon(partial(owner.start, producer, run_id=f"run-{number}"))
         before = len(all_tasks())
         async with trio.open_nursery() as nursery:
-            following = await follow_all(nursery, there, [f"run-{number % runs}" for number in range(1_000)])
+            following = await follow_all(nursery, there, [f"run-{number}" for number in range(runs)])
             await until(lambda: min(map(last_seq, following)) == 1)
             assert len(await server.command("PUBSUB", "CHANNELS")) == runs + 2
             stats, began = await server.stats(), trio.current_time()
@@ -272,7 +253,7 @@ async def test_d42_a_thousand_idle_readers_cost_a_few_commands_a_second_and_no_c
             assert spent / (trio.current_time() - began) < most
             assert len([each for each in await server.clients() if each["name"] == "readers"]) <= 12
             assert len(there._tails.all()) == runs
-            for reader in following[:500]:
+            for reader in following[: runs // 2]:
                 reader.leave()
             let_go.set()  # for the others it goes on, however long they were idle
         assert {tuple(gists(reader.entries)) for reader in following} == {("first",), ("first", "[DONE]")}
@@ -304,10 +285,12 @@ async def test_a_reader_that_comes_wakes_none_of_those_that_are_there(
     async with supervisors(server.url, server.url) as (owner, there):
         run = await owner.start(Witness().waits)
         async with trio.open_nursery() as nursery:
-            following = await follow_all(nursery, there, [run.id] * 200)
+            before = (await server.stats())["evalsha"]
+            following = await follow_all(nursery, there, [run.id] * READERS)
             await until(lambda: min(map(last_seq, following)) == 1)
             await wait_all_tasks_blocked(0.01)
-            assert waited <= 3 * 200  # and not as many as there are pairs of readers
+            assert waited <= 3 * READERS  # and not as many as there are pairs of readers
+            assert (await server.stats())["evalsha"] - before <= 3 * READERS
             for reader in following:
                 reader.leave()
 

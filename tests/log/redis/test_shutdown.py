@@ -100,20 +100,6 @@ async def with_readers(server: Served, stack: AsyncExitStack, producer: str, run
 # With runs
 
 
-async def test_a_server_that_is_shut_down_with_its_redis_there_says_that_every_run_has_its_last_entry(
-    serve: Sequence[object],
-) -> None:
-    async with redis_server() as redis, served(*serve, redis.url) as server, AsyncExitStack() as stack:
-        reading = await with_readers(server, stack, "silent", 2)
-        assert await server.shut_down(SOON) == 0
-        assert server.program.lines[-1] == STORED
-        for number, reader in enumerate(reading):
-            error, done = await reader.rest()
-            assert (error.json["code"], done.data) == ("INTERRUPTED", DONE)
-            assert (await whole(redis, f"run-{number}"))["status"] == "failed"
-        assert "Traceback" not in server.program.words
-
-
 @pytest.mark.parametrize(
     "how,runs,words", [("dead", 1, "1 run could not"), ("stands still", 2, "2 runs could not")], ids=["dead", "still"]
 )
@@ -147,8 +133,11 @@ async def test_a_redis_that_goes_on_during_the_shutdown_is_given_the_last_entrie
             redis.resume()
         assert codes == [0]
         assert server.program.lines[-1] == STORED
-        assert [block.data for block in await reader.rest()][-1] == DONE
-        assert (await whole(redis, "run-0"))["stop_reason"] == "interrupted"
+        error, done = await reader.rest()
+        assert (error.json["code"], done.data) == ("INTERRUPTED", DONE)
+        record = await whole(redis, "run-0")
+        assert (record["status"], record["stop_reason"]) == ("failed", "interrupted")
+        assert "Traceback" not in server.program.words
 
 
 async def test_a_second_signal_while_the_redis_is_dead_ends_the_wait_for_the_runs(serve: Sequence[object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from penstock.log import AppendStatus, CancelStatus, Idempotency
 from penstock.log.open import open_log
 from penstock.log.redis import scripts
 from penstock.log.redis.cluster import Cluster
+from penstock.log.redis.indexes import _number_of_each_slot
 from penstock.log.redis.log import RedisLog
 from penstock.log.redis.schema import Keys
 from penstock.log.redis.slots import NO_SHARD, Slots, call, key_of
@@ -35,20 +37,13 @@ IDS = ["r", "run-1", "a:b", "a b", "\N{EURO SIGN}", "r}", "{r", "{r}", "r}x{y", 
 
 def by_slot(slots: Slots) -> list[str]:
     """The owner of every slot."""
-    return [slots.owner(KEYS_BY_SLOT[slot]) for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
+    return [slots.owner(key) for key in key_of_each_slot()]
 
 
-def _keys_by_slot() -> dict[int, str]:
-    keys: dict[int, str] = {}
-    number = 0
-    while len(keys) < REDIS_CLUSTER_HASH_SLOTS:
-        keys.setdefault(key_slot(b"%d" % number), str(number))
-        number += 1
-    return keys
-
-
-KEYS_BY_SLOT = _keys_by_slot()
-"""A key of each slot."""
+@cache
+def key_of_each_slot() -> list[str]:
+    keys = {key_slot(b"{%d}" % number): f"{{{number}}}" for number in _number_of_each_slot()}
+    return [keys[slot] for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
 
 
 def slots_of(*ranges: Any) -> Slots:
@@ -75,18 +70,6 @@ def test_each_range_is_of_its_first_node_with_both_ends() -> None:
         B_ADDRESS: ("10.0.0.2", 7002),
         C_ADDRESS: ("10.0.0.3", 7003),
     }
-
-
-def test_a_node_may_have_many_ranges_and_others_none() -> None:
-    slots = slots_of([0, 0, A], [2, 2, A], [LAST, LAST, A])
-    assert [slot for slot, owner in enumerate(by_slot(slots)) if owner] == [0, 2, LAST]
-    assert list(slots.primaries) == [A_ADDRESS]
-
-
-def test_the_other_nodes_of_a_range_are_replicas() -> None:
-    slots = slots_of([0, 9, A, B, C], [10, 19, C])
-    assert slots.replicas == [("10.0.0.2", 7002), ("10.0.0.3", 7003)]
-    assert B_ADDRESS not in slots.primaries
 
 
 @pytest.mark.parametrize("host", [None, b"", b"?"])
@@ -203,27 +186,6 @@ def test_all_keys_of_a_run_and_its_channel_are_on_one_slot(run_id: str) -> None:
 def test_the_inbox_and_the_channel_of_a_process_are_on_one_slot(owner: str) -> None:
     keys = Keys()
     assert slot_of(keys.inbox(owner)) == slot_of(keys.process(owner))
-
-
-def test_both_indexes_of_a_number_are_on_one_slot_and_those_of_sixteen_numbers_on_sixteen() -> None:
-    keys = Keys()
-    slots = [slot_of(keys.runs(number)) for number in range(16)]
-    assert slots == [slot_of(keys.live(number)) for number in range(16)]
-    assert len({*slots}) == 16
-
-
-@pytest.mark.parametrize("script", scripts.BY_DIGEST.values(), ids=lambda script: script.source[3:40])
-def test_the_key_of_a_script_is_its_first_one(script: scripts.Script) -> None:
-    assert key_of(call(script, ["one"], "argument")) == "one"
-    assert key_of(call(script, ["one", "two"], 7, b"argument")) == "one"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [("GET", "key"), ("SET", "key", "value", "NX", "PX", 7), ("PERSIST", "key"), ("ZREVRANGE", "key", 0, 1)],
-)
-def test_the_key_of_any_other_command_is_its_first_word(command: Command) -> None:
-    assert key_of(command) == "key"
 
 
 async def beside_is_sent(log: RedisLog, sent: Sequence[Command]) -> None:

@@ -60,17 +60,14 @@ async def refused(url: str) -> str:
     "rest, hosts, label",
     [
         ("host", [("host", 6379)], "host:6379"),
-        ("host/", [("host", 6379)], "host:6379"),
         ("host/0", [("host", 6379)], "host:6379"),
         ("host:7000", [("host", 7000)], "host:7000"),
-        ("host:1", [("host", 1)], "host:1"),
         ("host:65535", [("host", 65535)], "host:65535"),
         ("host:", [("host", 6379)], "host:6379"),
         ("HOST.Example:7000", [("host.example", 7000)], "host.example:7000"),
         ("10.0.0.1:7000", [("10.0.0.1", 7000)], "10.0.0.1:7000"),
         ("[::1]:7000", [("::1", 7000)], "[::1]:7000"),
         ("[2001:db8::7]", [("2001:db8::7", 6379)], "[2001:db8::7]:6379"),
-        ("a,b", [("a", 6379), ("b", 6379)], "a:6379,b:6379"),
         ("a:1,b,c:3", [("a", 1), ("b", 6379), ("c", 3)], "a:1,b:6379,c:3"),
         ("a:1,[::2]:2,[::3]/0", [("a", 1), ("::2", 2), ("::3", 6379)], "a:1,[::2]:2,[::3]:6379"),
     ],
@@ -137,12 +134,10 @@ def test_an_option_does_not_say_where_a_cluster_is(option: str) -> None:
     [
         ("a/runs", [("a", 26379)], "runs", 0),
         ("a/runs/", [("a", 26379)], "runs", 0),
-        ("a/runs/0", [("a", 26379)], "runs", 0),
         ("a/runs/7", [("a", 26379)], "runs", 7),
         ("a:1,b,[::1]:3,[::2]/runs/15", [("a", 1), ("b", 26379), ("::1", 3), ("::2", 26379)], "runs", 15),
         ("a/my-runs.eu", [("a", 26379)], "my-runs.eu", 0),
         ("a/my%20runs%2F1/2", [("a", 26379)], "my runs/1", 2),
-        ("a/Runs", [("a", 26379)], "Runs", 0),
     ],
 )
 @pytest.mark.parametrize("user", ["", f"user:{SECRET}@"])
@@ -162,11 +157,6 @@ def test_user_and_password_of_the_sentinels_are_options_of_their_own() -> None:
     same = {"connection_class": SSLConnection, "ssl_ca_certs": "/ca.pem"}
     assert there.options == {"username": "user", "password": SECRET, "db": 3, **same}
     assert there.sentinel_options == {"username": "guard", "password": "ot/her", **same}
-
-
-def test_sentinels_without_a_password_get_none_of_the_servers() -> None:
-    there = urls.parse_sentinel(f"redis+sentinel://user:{SECRET}@a/runs/3")
-    assert there.sentinel_options == {"username": None, "password": None}
 
 
 # What is none
@@ -193,13 +183,11 @@ async def test_hosts_that_are_none_are_refused_and_the_shape_is_said(scheme: str
     [
         ("redis+cluster://a/1", NO_DATABASE),
         ("redis+sentinel://a", NO_SERVICE),
-        ("redis+sentinel://a/", NO_SERVICE),
         ("redis+sentinel://a/runs/x", NO_SERVICE),
         ("redis+cluster://a?socket_read_size=x", NO_URL),
         ("redis+sentinel://a/runs?socket_read_size=x", NO_URL),
         ("redis+cluster://a?db=x", NO_URL),
         ("redis+cluster://a?db=1", NO_DATABASE),
-        ("redis+cluster://a?nonsense=1", NO_URL),
         ("rediss+sentinel://a/runs?nonsense=1", NO_URL),
         ("redis+cluster://a?ssl_ca_certs=x", NO_URL),
         ("redis+cluster://a?maint_notifications_config=1", NO_URL),
@@ -240,13 +228,6 @@ async def test_each_scheme_opens_a_log_and_sends_nothing(scheme: str) -> None:
     assert log._topology.is_cluster is (scheme in CLUSTERS)
     assert SECRET not in servers.address
     assert servers.address.startswith("/nowhere" if scheme == "unix" else "nobody.invalid:")
-
-
-@pytest.mark.parametrize("scheme", ["redis+clusters", "+cluster", "REDIS+CLUSTER"])
-async def test_a_scheme_that_is_none_is_refused_with_those_that_there_are(scheme: str) -> None:
-    said = await refused(f"{scheme}://user:{SECRET}@host/runs")
-    for there in ("memory://", "redis://", "rediss://", "unix:///PATH", "redis+sentinel://", "redis+cluster://"):
-        assert there in said
 
 
 async def test_a_number_of_replicas_that_is_none_is_refused() -> None:
@@ -382,10 +363,3 @@ def test_whatever_stands_around_a_password_it_is_in_no_message_and_no_label(
         assert SECRET not in (there.service or "")
     assert SECRET not in said
     assert not said or re.search(r"; write redis(\+\w+)?://\[\[USER\]:PASSWORD@\]HOST", said)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(REDIS)), ANYTHING)
-def test_anything_after_a_scheme_opens_a_log_or_is_refused(scheme: str, rest: str) -> None:
-    with suppress(ConfigurationError):
-        trio.run(opened, f"{scheme}://{rest}")

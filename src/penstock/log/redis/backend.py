@@ -3,8 +3,6 @@
 `Backend` sends commands; it is a `Client` (one server) or a `Cluster`. `Topology` says where keys are; it is
 `SingleServer` or a `ClusterTopology`. A *shard* is what may be unreachable alone: a node of a cluster, named by its
 address; the shard of a single server is named "".
-
-`RequestLimiter` lets thousands of readers and callers share a few connections to each shard.
 """
 
 from __future__ import annotations
@@ -45,13 +43,8 @@ class Backend(Protocol):
 
         Each shard's commands reach it in their order. The reply to a refused command is an exception: `LogFull`, or a
         `redis.exceptions.ResponseError`. In a cluster it may be `LogUnavailable`: its node is unreachable while others
-        are not, or its keys are being moved to another node.
-
-        Args:
-            commands: what to send.
-            replicated: return when as many replicas have it as `open_log` was asked to wait for.
-            wait_for_migration: in a cluster, wait for keys that are being moved from one node to another. Without it
-                the reply to their command is `LogUnavailable` sooner, so that no other command waits for it.
+        are not, or its keys are being moved to another node; with `wait_for_migration` that is waited for, which
+        holds up the other commands. With `replicated` it returns when the replicas have it that `open_log` wants.
 
         Raises:
             LogUnavailable: no shard concerned could be reached, answered in time, or could serve.
@@ -60,23 +53,14 @@ class Backend(Protocol):
     async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
         """`execute` with `replicated` and `wait_for_migration`; each stage begins when the one before is done.
 
-        Raises:
-            LogUnavailable: as for `execute`, and if a command of an earlier stage met an unreachable shard.
+        A command of an earlier stage that met an unreachable shard raises `LogUnavailable`.
         """
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
-        """Send one command; its reply.
-
-        Raises:
-            LogUnavailable: as for `execute`, and also if the command was refused.
-        """
+        """`execute` for one command; its reply. A refusal raises `LogUnavailable`, too."""
 
     async def best_effort(self, commands: Sequence[Command]) -> None:
-        """Send commands whose effect the log can do without; an unreachable shard does not hold up the caller.
-
-        Raises:
-            LogUnavailable: there is a single server, and it cannot be reached.
-        """
+        """Send commands whose effect the log can do without; an unreachable node does not hold up the caller."""
 
     def subscription(self, shard: str) -> AbstractAsyncContextManager[Subscription]:
         """Open a connection to this shard that listens to channels."""
@@ -104,11 +88,7 @@ class Topology(Protocol):
         """All shards; at least one."""
 
     async def learn(self) -> None:
-        """Find out which shards there are, unless that is known.
-
-        Raises:
-            LogUnavailable: no node says so.
-        """
+        """Find out which shards there are, unless that is known; `LogUnavailable` if no node says so."""
 
     def is_moving(self, key: str) -> bool:
         """Whether this key may be on its way to another shard."""
@@ -157,14 +137,10 @@ _SEVERAL: Final = "several"
 
 
 class RequestLimiter:
-    """A limit on the requests of readers and callers that are under way to each shard at once.
+    """At most `at_once` requests of readers and callers are under way to each shard, over as many connections.
 
-    Each shard has slots of its own, so that no request waits behind those to an unreachable shard.
-
-    Args:
-        backend: sends the commands.
-        topology: says to which shard a request goes.
-        at_once: the most requests under way to one shard.
+    Each shard has slots of its own, so that no request waits behind those to an unreachable shard. A request for which
+    no slot is free within `ANSWER_TIMEOUT` raises `LogUnavailable`.
     """
 
     def __init__(self, backend: Backend, topology: Topology, at_once: int) -> None:
@@ -174,30 +150,18 @@ class RequestLimiter:
         self._slots: dict[str, trio.CapacityLimiter] = {}
 
     async def execute(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
-        """`Backend.execute`, in a slot.
-
-        Raises:
-            LogUnavailable: as there, and also if no slot is free within `ANSWER_TIMEOUT`.
-        """
+        """`Backend.execute`, in a slot."""
         async with self.slot(*map(key_of, commands)):
             return await self._backend.execute(commands, replicated=replicated, wait_for_migration=True)
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
-        """`Backend.ask`, in a slot.
-
-        Raises:
-            LogUnavailable: as there, and also if no slot is free within `ANSWER_TIMEOUT`.
-        """
+        """`Backend.ask`, in a slot."""
         async with self.slot(key_of(command)):
             return await self._backend.ask(*command, replicated=replicated)
 
     @asynccontextmanager
     async def slot(self, *keys: str) -> AsyncIterator[None]:
-        """Hold a slot of the shard that has the keys. Requests to several shards have slots of their own.
-
-        Raises:
-            LogUnavailable: no slot is free within `ANSWER_TIMEOUT`.
-        """
+        """Hold a slot of the shard that has the keys. Requests to several shards have slots of their own."""
         shards = {self._topology.shard(key) for key in keys}
         shard = shards.pop() if len(shards) == 1 else _SEVERAL
         if shard not in self._slots:
@@ -207,8 +171,7 @@ class RequestLimiter:
         with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
             await slots.acquire()
         if waiting.cancelled_caught:
-            message = f"has not come to a request for {ANSWER_TIMEOUT:g} s"
-            raise LogUnavailable(f"Redis at {self._backend.address} {message}")
+            raise LogUnavailable(f"Redis at {self._backend.address} has not come to a request for {ANSWER_TIMEOUT:g} s")
         try:
             yield
         finally:

@@ -1,14 +1,9 @@
 """One Redis server: redis-py's asyncio client, for Trio. The only file that knows asyncio.
 
-The client lives on one `trio_asyncio` loop, which is reached by its handle: the task of a request has no current loop.
-Every call crosses to the loop and back under a deadline of Trio's. A call that is cancelled there disconnects its own
-connection and no other, so that no reply is ever taken for another's.
-
-redis-py's own retries and timeouts are off. Every command that penstock sends may be sent twice, so a command whose
-connection breaks is sent again once, at once; a second failure is `LogUnavailable`.
-
-With Sentinels, each new connection asks them for the primary. So whenever a server says that it is a replica, the
-connections to it are dropped.
+Every call crosses to one `trio_asyncio` loop and back under a deadline of Trio's. A call that is cancelled there
+disconnects its own connection and no other, so that no reply is ever taken for another's. Every command that penstock
+sends may be sent twice, so one whose connection breaks is sent again once, at once. With Sentinels, each new connection
+asks them for the primary; so the connections to a server that says that it is a replica are dropped.
 """
 
 from __future__ import annotations
@@ -72,13 +67,7 @@ class OneConnection(PubSub):
 
 
 class Subscription:
-    """One connection that listens to channels. After any `LogUnavailable` that it raises it is of no more use.
-
-    Args:
-        client: its server's client.
-        pubsub: redis-py's connection.
-        sharded: its channels are sharded ones (`SSUBSCRIBE`), as those of a cluster's node.
-    """
+    """A connection that listens to channels, in a cluster to sharded ones; of no use after a `LogUnavailable`."""
 
     def __init__(self, client: Client, pubsub: OneConnection, *, sharded: bool) -> None:
         self._client = client
@@ -90,7 +79,6 @@ class Subscription:
         await self._send("subscribe", channels)
 
     async def unsubscribe(self, channels: Sequence[str]) -> None:
-        """Stop listening to channels."""
         await self._send("unsubscribe", channels)
 
     async def ping(self) -> None:
@@ -108,10 +96,7 @@ class Subscription:
         await self._client.run(send())
 
     async def pump(self, take: Callable[[str, str, bytes], None]) -> None:
-        """Pass every message (kind, channel, data) to `take`, until the connection breaks.
-
-        The kinds are those of ordinary channels (`message`, `subscribe`, `unsubscribe`, `pong`), sharded or not.
-        """
+        """Pass every message (kind, channel, data) to `take` until the connection breaks; no kind says "sharded"."""
 
         async def listen() -> None:
             while True:
@@ -135,15 +120,7 @@ async def call_redis_py(function: Callable[..., Awaitable[Any]], *args: Any, **k
 
 
 class Client:
-    """Commands to one Redis, on a few connections. Made by `open_client`. A `Backend`.
-
-    Args:
-        redis_py: redis-py's client, on `loop`.
-        loop: the loop on which it lives.
-        address: where the server is, without any password.
-        wait_replicas: how many replicas must have what is sent as `replicated`.
-        sharded: the server is a node of a cluster, whose channels are sharded ones.
-    """
+    """Commands to one Redis, on a few connections. Made by `open_client`. A `Backend`."""
 
     def __init__(
         self,
@@ -168,7 +145,6 @@ class Client:
         replicated: bool = False,
         wait_for_migration: bool = False,  # noqa: ARG002
     ) -> list[Any]:
-        """See `Backend.execute`."""
         replies: list[Any] = []
         for piece in _pieces(commands):
             replies += [
@@ -178,11 +154,7 @@ class Client:
         return replies
 
     async def replies(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
-        """`execute` for a caller that classifies refusals: each is returned as it came.
-
-        Raises:
-            LogUnavailable: Redis could not be reached, or did not answer in time.
-        """
+        """`execute` for a caller that classifies refusals: each is returned as it came."""
         return [reply for piece in _pieces(commands) for reply in await self._send(piece, replicated=replicated)]
 
     async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
@@ -190,7 +162,6 @@ class Client:
         return await self.execute([command for stage in stages for command in stage], replicated=True)
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
-        """See `Backend.ask`."""
         (reply,) = await self.execute([command], replicated=replicated)
         return accepted(reply, self.address)
 
@@ -253,14 +224,9 @@ class Client:
             return replies
 
     async def run(self, work: Coroutine[Any, Any, Any], *, timeout: float | None = None) -> Any:
-        """Run asyncio code on the loop.
+        """Run asyncio code on the loop, for so many seconds at most; None: `ANSWER_TIMEOUT`.
 
-        Args:
-            work: the code.
-            timeout: seconds that it may take; None: `ANSWER_TIMEOUT`.
-
-        Raises:
-            LogUnavailable: it took longer, or met an error of redis-py's or of the connection.
+        It raises `LogUnavailable` if that takes longer, or meets an error of redis-py's or of the connection.
         """
         seconds = backend.ANSWER_TIMEOUT if timeout is None else timeout
         try:
@@ -275,7 +241,6 @@ class Client:
 
     @asynccontextmanager
     async def subscription(self, shard: str = "") -> AsyncIterator[Subscription]:  # noqa: ARG002
-        """See `Backend.subscription`."""
         pubsub = OneConnection(self._redis_py.connection_pool)
         try:
             yield Subscription(self, pubsub, sharded=self._sharded)
@@ -290,11 +255,7 @@ class Client:
 
 
 def accepted(reply: Any, address: str) -> Any:
-    """A reply, unless it is a refusal.
-
-    Raises:
-        LogUnavailable: it is one.
-    """
+    """A reply; a refusal raises `LogUnavailable`."""
     if isinstance(reply, LogUnavailable):
         raise reply
     if isinstance(reply, Exception):
@@ -336,15 +297,7 @@ async def open_loop() -> AsyncIterator[trio_asyncio.TrioEventLoop]:
 
 @asynccontextmanager
 async def open_client(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Client]:
-    """A client for as long as the block lasts. It connects when it is first used.
-
-    Args:
-        url: `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `rediss+sentinel://`.
-        wait_replicas: how many replicas must have what is sent as `replicated`.
-
-    Raises:
-        ConfigurationError: the URL cannot be read.
-    """
+    """A client of the server, or the Sentinels, that a URL names. It connects when it is first used."""
     sentinels = None
     if url.partition("://")[0].endswith("+sentinel"):
         parsed = urls.parse_sentinel(url)
@@ -375,12 +328,9 @@ def client_of_node(
 
 
 def _run_more_callbacks(loop: trio_asyncio.TrioEventLoop) -> None:
-    """Make a loop run all callbacks that are ready, not one in each round of Trio's scheduler.
-
-    trio-asyncio (0.16) does the latter, and a command takes several callbacks: where rounds are long, because there are
-    many streams to serve, Redis would be asked a few times a second. trio-asyncio has no public way to change that; on
-    a version whose loop has no such step, this does nothing.
-    """
+    """Make a loop run all callbacks that are ready, not one in each round of Trio's scheduler."""
+    # trio-asyncio (0.16) does the latter, and a command takes several callbacks: where rounds are long, because there
+    # are many streams to serve, Redis would be asked a few times a second. There is no public way to change that.
     step: Callable[..., Awaitable[None]] | None = getattr(loop, "_main_loop_one", None)
     if step is None:
         return

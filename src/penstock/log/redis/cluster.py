@@ -1,17 +1,9 @@
 """A cluster of Redis: which node has which keys (`ClusterTopology`), and commands to the nodes (`Cluster`).
 
-redis-py's cluster client sends what it is given to all nodes at once and waits for the slowest. Here an unreachable
-node holds up what is on it, and nothing else: a caller that sends commands to one node waits for that node alone.
-
-| a node replies | and so |
-|---|---|
-| `MOVED` | another node has the slot: the command is sent there at once |
-| `ASK` | the slot is moving, and the key has moved already: the command is sent there, once |
-| `TRYAGAIN` | some keys have moved, some have not: it is sent again after a pause, if the caller waits for that |
-| `CLUSTERDOWN`, nothing, or no connection | the node is unreachable: the reply to its commands is `LogUnavailable` |
-
-When a node is unreachable, or has not answered for `SUSPECT_AFTER`, the others are asked which node has which slots.
-Commands under way to a node that is no primary any more are sent to the node that has taken its place.
+An unreachable node holds up what is on it, and nothing else (redis-py's cluster client waits for the slowest of all).
+After `MOVED` and `ASK` a command is sent to the node that is named; after `TRYAGAIN`, when some of its keys have moved,
+to the same one after a pause, if the caller waits for that. When a node is unreachable or slow, others are asked which
+node has which slots; commands under way to a node that is no primary any more are sent to the one in its place.
 """
 
 from __future__ import annotations
@@ -62,19 +54,15 @@ _REDIRECTIONS: Final = (exceptions.AskError, exceptions.TryAgainError)
 
 
 class Redirected(NamedTuple):
-    """Commands that must be sent again.
-
-    Attributes:
-        numbers: their numbers.
-        asks: the node for each that must be preceded by `ASKING`.
-        moved: slots that have moved to another node, for good.
-        wait: some of their keys are on their way.
-    """
+    """Commands that must be sent again, by their numbers."""
 
     numbers: list[int]
     asks: dict[int, Place]
+    """The node for each that must be preceded by `ASKING`."""
     moved: list[tuple[int, Place]]
+    """Slots that have moved to another node, for good."""
     wait: bool
+    """Some of their keys are on their way."""
 
 
 def classify_at(reply: Any, place: Place, address: str) -> Any:
@@ -92,10 +80,7 @@ def classify_at(reply: Any, place: Place, address: str) -> Any:
 
 
 def redirected(commands: Sequence[Command], numbers: Sequence[int], replies: Sequence[Any]) -> Redirected:
-    """Which of the commands with these numbers must be sent again.
-
-    A command that follows one of them on the same slot is sent again after it, since it may depend on it.
-    """
+    """Which of these commands must be sent again; also each that follows one on its slot, and so may depend on it."""
     found = Redirected([], {}, [], any(_is_in_migration(replies[n]) for n in numbers))
     slots: set[int] = set()
     for n in numbers:
@@ -121,14 +106,7 @@ def _has_left(reply: Any) -> bool:
 
 
 class Node:
-    """A primary: its client, and what is under way to it.
-
-    Attributes:
-        place: its host and port.
-        client: sends commands to it.
-        away: it was unreachable the last time.
-        under_way: the requests under way, and when each began.
-    """
+    """A primary: its client, whether it was unreachable the last time, and the requests under way since when."""
 
     def __init__(self, place: Place, client: Client) -> None:
         self.place = place
@@ -157,12 +135,7 @@ class Node:
 
 
 class ClusterTopology:
-    """The nodes of a cluster, and which of them has which keys. A `Topology`.
-
-    Args:
-        parsed: the URL, which names some nodes.
-        make: makes the client of a node.
-    """
+    """The nodes of a cluster, of which the URL names some, and which of them has which keys. A `Topology`."""
 
     is_cluster = True
     publish_command = "SPUBLISH"
@@ -194,12 +167,10 @@ class ClusterTopology:
         )
 
     def watch(self, moved: Callable[[], None]) -> Callable[[], None]:
-        """See `Topology.watch`."""
         self._on_moved.append(moved)
         return lambda: self._on_moved.remove(moved)
 
     def is_moving(self, key: str) -> bool:
-        """See `Topology.is_moving`."""
         at = self._asked_at.get(slot_of(key))
         if at is not None and trio.current_time() - at > MOVING_FOR:
             del self._asked_at[slot_of(key)]
@@ -207,15 +178,12 @@ class ClusterTopology:
         return at is not None
 
     def here_since(self, key: str) -> float:
-        """See `Topology.here_since`."""
         return self._slots.since[slot_of(key)]
 
     def doubt(self) -> None:
-        """See `Topology.doubt`."""
         self._doubt.set()
 
     async def learn(self) -> None:
-        """See `Topology.learn`."""
         if not self._slots.primaries:
             await self._ask_for_slots(self._learned)
 
@@ -272,11 +240,7 @@ class ClusterTopology:
         return since is not None and trio.current_time() - since >= SUSPECT_AFTER
 
     async def _ask_for_slots(self, learned: int) -> None:
-        """Ask which node has which slots, unless another task has done so since the `learned`th time.
-
-        Raises:
-            LogUnavailable: no known node says so.
-        """
+        """Ask which node has which slots, unless another task has done so since the `learned`th time."""
         async with self._learning:
             if self._learned != learned:
                 return
@@ -316,8 +280,7 @@ class ClusterTopology:
 
     async def _leave_old_nodes(self) -> None:
         """Notify the watchers, and leave the nodes that are no primaries any more."""
-        gone = [address for address in self._nodes if address not in self._slots.primaries]
-        old = [self._nodes.pop(address) for address in gone]
+        old = [self._nodes.pop(address) for address in {*self._nodes} - {*self._slots.primaries}]
         for node in old:
             for scope in node.under_way:
                 scope.cancel(reason="the node is no primary any more")
@@ -331,23 +294,14 @@ class ClusterTopology:
 
 
 class Cluster:
-    """Commands to the nodes of a cluster. Made by `open_cluster`. A `Backend`.
-
-    Attributes:
-        topology: says on which node each key is.
-        nursery: where best-effort commands are sent; None before the cluster is open.
-    """
+    """Commands to the nodes of a cluster. Made by `open_cluster`. A `Backend`."""
 
     def __init__(self, topology: ClusterTopology) -> None:
         self.topology = topology
+        self.address = topology.address
         self.nursery: trio.Nursery | None = None
         self._best_effort: dict[str, dict[Command, None]] = {}
         """What waits to be sent to each shard; a task of the nursery sends it."""
-
-    @property
-    def address(self) -> str:
-        """Where the cluster is, without any password."""
-        return self.topology.address
 
     async def execute(
         self, commands: Sequence[Command], *, replicated: bool = False, wait_for_migration: bool = False
@@ -380,7 +334,6 @@ class Cluster:
         return replies
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
-        """See `Backend.ask`."""
         (reply,) = await self.execute([command], replicated=replicated, wait_for_migration=True)
         return accepted(reply, self.address)
 
@@ -406,11 +359,6 @@ class Cluster:
 
     @asynccontextmanager
     async def subscription(self, shard: str) -> AsyncIterator[Subscription]:
-        """See `Backend.subscription`.
-
-        Raises:
-            LogUnavailable: the node is no primary any more.
-        """
         node = self.topology.node_of(shard)
         if node is None:
             self.topology.doubt()
@@ -430,11 +378,8 @@ class Cluster:
         """Send the commands with these numbers to their nodes, and store their replies; which must be sent again."""
         by_node: dict[tuple[Node | None, bool], list[int]] = {}
         for n in numbers:
-            node = (
-                self.topology.node_at(asks[n])
-                if n in asks
-                else self.topology.node_of(self.topology.shard(key_of(commands[n])))
-            )
+            shard = self.topology.shard(key_of(commands[n]))
+            node = self.topology.node_at(asks[n]) if n in asks else self.topology.node_of(shard)
             by_node.setdefault((node, n in asks), []).append(n)
 
         async def send(node: Node | None, asking: bool, ns: list[int]) -> None:
@@ -472,15 +417,7 @@ class Cluster:
 
 @asynccontextmanager
 async def open_cluster(url: str, *, wait_replicas: int = 0) -> AsyncIterator[Cluster]:
-    """A cluster for as long as the block lasts. It is connected to when it is first used.
-
-    Args:
-        url: `redis+cluster://` or `rediss+cluster://`.
-        wait_replicas: how many replicas of a node must have what is sent as `replicated`.
-
-    Raises:
-        ConfigurationError: the URL cannot be read.
-    """
+    """The cluster that a URL names. It is connected to when it is first used."""
     parsed = urls.parse_cluster(url)
     async with open_loop() as loop:
         # Not connected and not kept: unreadable options raise here, not at the first command.

@@ -40,8 +40,7 @@ def is_away(reply: object) -> bool:
 def classify(error: exceptions.ResponseError, address: str) -> Exception:
     """The reply to a command that was refused: `LogFull`, or the refusal as it came.
 
-    Raises:
-        LogUnavailable: the server would have refused any command.
+    It raises `LogUnavailable` if the server would have refused any command.
     """
     message = message_of(error)
     if "OOM" in message:

@@ -1,10 +1,9 @@
 """The indexes of runs: where `list` finds the newest runs, and where a reaper finds the live ones.
 
-One server has two: `sse:runs`, the runs by the time of their creation, and `sse:live`, by the end of their lease.
-
-In a cluster an index is a key like any other: with its node, the starts and renewals of all runs would be unreachable.
-So a cluster has sixteen of each, and a run is listed in one that is on its own node. A run's node may change. A run
-that is listed twice, or on another node, does no harm: its record decides, and a reaper looks through all indexes.
+One server has two: `sse:runs`, by creation, and `sse:live`, by the end of the lease. In a cluster an index is a key
+like any other, without whose node no run could be started or renewed. So a cluster has sixteen of each, and a run is
+listed in one on its own node. That may change; a run that is listed twice, or on another node, does no harm: its record
+decides, and a reaper looks through all indexes.
 """
 
 from __future__ import annotations
@@ -30,12 +29,7 @@ each of up to sixteen primaries with even slots has an index."""
 
 
 class RunIndexes:
-    """The indexes of one log.
-
-    Args:
-        keys: their names.
-        topology: where keys are.
-    """
+    """The indexes of one log."""
 
     def __init__(self, keys: Keys, topology: Topology) -> None:
         self._keys = keys
@@ -87,9 +81,8 @@ class RunIndexes:
 
     def _numbers_on(self, shard: str) -> list[int | None]:
         if shard not in self._on:
-            self._on[shard] = [
-                number for number in self._numbers if self._topology.shard(self._keys.live(number)) == shard
-            ]
+            shard_of, live = self._topology.shard, self._keys.live
+            self._on[shard] = [number for number in self._numbers if shard_of(live(number)) == shard]
         return self._on[shard]
 
 

@@ -2,8 +2,7 @@
 
 Each operation is a few commands in one round trip. Each command may be sent twice, and is one atomic step on one
 cluster slot. What belongs to other slots (indexes, inboxes, idempotency keys) is written beside it, in an order in
-which nothing is lost if the operation breaks off. Readers and callers share `REQUESTS_AT_ONCE` connections to each
-shard, however many they are; appends, fetches and lease rounds do not wait behind them.
+which nothing is lost if the operation breaks off. Appends, fetches and lease rounds do not wait behind readers.
 """
 
 from __future__ import annotations
@@ -20,27 +19,13 @@ import trio
 
 from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
-from penstock.log.redis import scripts
+from penstock.log.redis import schema, scripts
 from penstock.log.redis.backend import RequestLimiter
 from penstock.log.redis.errors import is_away
 from penstock.log.redis.indexes import RunIndexes
 from penstock.log.redis.notifications import open_notifications
 from penstock.log.redis.reap import Reaper
-from penstock.log.redis.schema import (
-    LOST,
-    Keys,
-    appended_of,
-    checked,
-    fields_of_ending,
-    found,
-    ms,
-    page_of,
-    reason_of,
-    record_of,
-    run_of,
-    text_of,
-    touch,
-)
+from penstock.log.redis.schema import LOST, Keys, checked, ms, record_of
 from penstock.log.redis.slots import call
 from penstock.log.redis.start import IdempotencyKeys, RunStarter
 
@@ -67,17 +52,10 @@ LIST_PAGE: Final = 100
 
 
 class RedisLog:
-    """An `EventLog` in Redis 6.2 or later, or in a cluster of Redis 7 or later. Opened by `open_log`.
+    """An `EventLog` in Redis 6.2 or later, or in a cluster of Redis 7 or later; see `open_log` for its arguments.
 
-    Args:
-        backend: sends commands.
-        topology: says on which shard each key is.
-        ttl: how long a run is kept after its end, in seconds.
-        max_entries: the entries that are kept of one run; Redis may keep some more.
-        prefix: see `Keys`.
-
-    Raises:
-        ConfigurationError: a limit is not above 0, or the prefix cannot be used.
+    An async method raises `LogUnavailable` if Redis cannot be reached, or takes no writes; what it writes beside one
+    atomic step may have been written then, and also if it was cancelled.
     """
 
     def __init__(
@@ -112,35 +90,21 @@ class RedisLog:
     # Writing
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
-        """Create the record, unless a start under the idempotency key has. A checkpoint; cancelled, it leaves none.
-
-        Raises:
-            RunExists: the id is in use.
-            IdempotencyConflict: the key belongs to another request.
-            LogFull: Redis has no room for another run.
-            LogUnavailable: Redis cannot be reached. The run may have been created; if so, it ends with its lease.
-        """
+        """See `EventLog.start`. Cancelled, it leaves no run; if it fails, one may be left until its lease ends."""
         return await self._starter.start(run, lease, idempotency)
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        """Put a run's record back, in one step or not at all. A checkpoint.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
         return await self._starter.restore(run, lease, oldest)
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
-        """Store every batch, each on its own. A checkpoint; cancelled, each of them is stored or not.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached, or takes no writes; some of the batches may be stored.
-        """
+        """See `EventLog.append`. If it fails or is cancelled, each of the batches is stored or not."""
         replies = await self._backend.execute([self._append(batch) for batch in batches], replicated=True)
-        appended = [appended_of(reply) for reply in replies]
+        appended = [schema.appended_of(reply) for reply in replies]
         stored = [pair for pair in zip(batches, appended, strict=True) if pair[1].status is AppendStatus.OK]
         if ended := [batch.run_id for batch, _ in stored if batch.ending is not None]:
-            await self._tidy_up_after(ended)
+            unlist = [("ZREM", live, *runs) for live, runs in self._indexes.by_live(ended).items()]
+            await self._backend.best_effort([*unlist, *self._idempotency_keys.renew(ended)])
+            self._idempotency_keys.drop(ended)
         # While a slot is moving, a message may have been published where no process listens any more.
         wakes = [
             (self._publish, self._keys.wake(batch.run_id), reply.seq)
@@ -154,60 +118,33 @@ class RedisLog:
         )
         return appended
 
-    async def _tidy_up_after(self, ended: Sequence[str]) -> None:
-        """Write what is beside the records of runs of this process that have ended."""
-        unlist = [("ZREM", live, *runs) for live, runs in self._indexes.by_live(ended).items()]
-        await self._backend.best_effort([*unlist, *self._idempotency_keys.renew(ended)])
-        self._idempotency_keys.drop(ended)
-
     def _append(self, batch: Batch) -> Command:
-        ending = fields_of_ending(batch.ending)
+        keys = [self._keys.stream(batch.run_id), self._keys.record(batch.run_id)]
+        limits = (batch.epoch, self._ttl, self._max_entries, batch.entries[0].seq)
+        ending = schema.fields_of_ending(batch.ending)
+        final = "1" if batch.final or ending else ""
         wires = [entry.wire for entry in batch.entries]
-        number = len(wires)
-        return call(
-            scripts.APPEND,
-            [self._keys.stream(batch.run_id), self._keys.record(batch.run_id)],
-            batch.epoch,
-            self._ttl,
-            self._max_entries,
-            batch.entries[0].seq,
-            "1" if batch.final or ending else "",
-            len(ending),
-            *ending,
-            b"".join(wires),
-            struct.pack(f"<{number}I", *map(len, wires)),
-            struct.pack(f"<{number}d", *[entry.timestamp for entry in batch.entries]),
-            self._keys.wake(batch.run_id),
-            self._publish,
-        )
+        lengths = struct.pack(f"<{len(wires)}I", *map(len, wires))
+        timestamps = struct.pack(f"<{len(wires)}d", *[entry.timestamp for entry in batch.entries])
+        what = (b"".join(wires), lengths, timestamps, self._keys.wake(batch.run_id), self._publish)
+        return call(scripts.APPEND, keys, *limits, final, len(ending), *ending, *what)
 
     # Reading
 
     async def read(
         self, run_id: str, after: int, *, max_entries: int = PAGE_ENTRIES, max_bytes: int = PAGE_BYTES
     ) -> Page:
-        """A page of what follows `after`. A checkpoint.
-
-        Raises:
-            RunNotFound: there is no such run.
-            LogUnavailable: Redis cannot be reached.
-        """
         (reply,) = await self._limiter.execute([self._read(run_id, after, max_entries, max_bytes)])
-        page = page_of(run_id, after, reply)
+        page = schema.page_of(run_id, after, reply)
         if page is None:
             raise RunNotFound(run_id)
         return page
 
     async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
-        """A page for each run. A checkpoint.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
         commands = [self._read(run_id, after, PAGE_ENTRIES, PAGE_BYTES) for run_id, after in positions.items()]
         replies = await self._backend.execute(commands)
         return {
-            run_id: page_of(run_id, after, reply)
+            run_id: schema.page_of(run_id, after, reply)
             for (run_id, after), reply in zip(positions.items(), replies, strict=True)
             if not is_away(reply)
         }
@@ -217,31 +154,21 @@ class RedisLog:
         return call(scripts.PAGE, keys, min(after, 2**53), max_entries, max_bytes)
 
     async def get(self, run_id: str) -> Run:
-        """The record. A checkpoint.
-
-        Raises:
-            RunNotFound: there is no such run.
-            LogUnavailable: Redis cannot be reached.
-        """
         (reply,) = await self._limiter.execute([("HGETALL", self._keys.record(run_id))])
-        run = found(run_id, reply)
+        run = schema.found(run_id, reply)
         if run is None:
             raise RunNotFound(run_id)
         return run
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """The newest records, newest first. A checkpoint. Runs without a record are taken off their index.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
+        """See `EventLog.list`. Runs without a record are taken off their index."""
         runs: dict[str, Run] = {}
         gone: list[Command] = []
         start, end = 0, LIST_PAGE
         while len(runs) < limit and (page := await self._newest(start, end)):
             replies = await self._limiter.execute([("HGETALL", self._keys.record(run_id)) for run_id, _, _ in page])
             for (run_id, created_at, index), reply in zip(page, replies, strict=True):
-                run = found(run_id, reply)
+                run = schema.found(run_id, reply)
                 if run is not None and status in {None, run.status}:
                     runs[run_id] = run
                 elif run is None and created_at < time.time() - UNLISTED_AFTER:
@@ -268,13 +195,9 @@ class RedisLog:
     # Cancelling
 
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
-        """Put a cancel request on record and into the owner's inbox, and notify the owner. A checkpoint.
+        """Put a cancel request on record and into the owner's inbox, and notify the owner.
 
         If only the inbox's node of a cluster is unreachable, the run's next append or renewal brings the request.
-
-        Raises:
-            RunNotFound: there is no such run.
-            LogUnavailable: Redis cannot be reached; the request may be on record.
         """
         reason_args = ("1", reason) if reason is not None else ("", "")
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
@@ -285,25 +208,14 @@ class RedisLog:
         record = record_of(flat)
         met = CancelStatus[status.decode()]
         if met is not CancelStatus.ENDED:  # a repeated request as well: the first may have broken off here
-            owner = record["owner"]
-            post = call(
-                scripts.POST,
-                [self._keys.inbox(owner)],
-                max(self._ttl, INBOX_TTL),
-                self._keys.process(owner),
-                self._publish,
-                run_id,
-                json.dumps(record.get("cancel_reason")),
-            )
+            inbox, channel = self._keys.inbox(record["owner"]), self._keys.process(record["owner"])
+            why = json.dumps(record.get("cancel_reason"))
+            post = call(scripts.POST, [inbox], max(self._ttl, INBOX_TTL), channel, self._publish, run_id, why)
             await self._backend.best_effort([post])
-        return CancelReply(met, run_of(run_id, record))
+        return CancelReply(met, schema.run_of(run_id, record))
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
-        """The requests in the owner's inbox. A checkpoint. The next call removes from it what this one returns.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
+        """The requests in the owner's inbox. The next call removes from it what this one returns."""
         if self._topology.is_cluster and owner in self._renewed_cancels:
             # The inbox may be on an unreachable node: the next call reads it.
             await trio.lowlevel.checkpoint()
@@ -312,7 +224,7 @@ class RedisLog:
         taken = self._taken.get(owner, [])
         commands: list[Command] = [("HDEL", inbox, *taken)] if taken else []
         flat = checked((await self._backend.execute([*commands, ("HGETALL", inbox)]))[-1])
-        requests: dict[str, str | None] = {run_id: reason_of(reason) for run_id, reason in record_of(flat).items()}
+        requests = {run_id: schema.reason_of(reason) for run_id, reason in record_of(flat).items()}
         self._taken.pop(owner, None)
         if requests:
             self._taken[owner] = [*requests]
@@ -321,11 +233,6 @@ class RedisLog:
     # Leases
 
     async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
-        """Renew the leases whose epoch is right. A checkpoint; cancelled, some may be renewed.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
         if not epochs:
             return {}
         runs, most = [*epochs], self._topology.renewal_batch
@@ -337,7 +244,7 @@ class RedisLog:
                 for run_id, (status, cancelled, reason) in zip(piece, checked(reply), strict=True):
                     replies[run_id] = AppendStatus[status.decode()]
                     if cancelled and replies[run_id] is AppendStatus.OK:
-                        self._renewed_cancels.setdefault(owner, {})[run_id] = text_of(reason)
+                        self._renewed_cancels.setdefault(owner, {})[run_id] = schema.text_of(reason)
         self._idempotency_keys.drop(run_id for run_id, status in replies.items() if status in LOST)
         alive = [run_id for run_id, status in replies.items() if status is AppendStatus.OK]
         enlist = [
@@ -363,40 +270,24 @@ class RedisLog:
         shard: str | None = None,
         ready: Callable[[str], bool] = lambda shard: True,  # noqa: ARG005
     ) -> Sequence[str]:
-        """End the runs whose lease has expired by Redis' clock, `REAPED_AT_ONCE` in one round trip. A checkpoint.
-
-        Raises:
-            LogUnavailable: a shard cannot be reached; some runs may have been ended.
-        """
         shards = self._topology.shards() if shard is None else [shard]
         return [run_id for each in shards for run_id in await self._reaper.reap(each, lost_ending, ready)]
 
     # The rest
 
     def wakeups(self, owner: str) -> AbstractAsyncContextManager[RedisNotifications]:
-        """The notifications of the supervisor named `owner`."""
         return open_notifications(self._backend, self._topology, self._keys, self.check, owner)
 
     def shard(self, run_id: str) -> str:
-        """The node of a cluster that has the run; "" without a cluster. Never blocks."""
         return self._topology.shard(self._keys.record(run_id))
 
     def shards(self) -> Collection[str]:
-        """The nodes of a cluster that have slots; "" alone without a cluster. Never blocks."""
         return self._topology.shards()
 
     async def check(self, shard: str | None = None) -> None:
-        """Return if Redis can be reached and takes writes: this shard, or any if `shard` is None. A checkpoint.
-
-        Raises:
-            LogUnavailable: it cannot be reached, or takes no writes.
-        """
         if shard is not None:
-            await self._backend.ask(*touch(self._indexes.probe(shard)), replicated=True)
-        else:
-            await self._check_any()
-
-    async def _check_any(self) -> None:
+            await self._backend.ask(*schema.touch(self._indexes.probe(shard)), replicated=True)
+            return
         await self._topology.learn()
         failure = LogUnavailable("there is no Redis")
         for each in self._topology.shards():

@@ -1,15 +1,9 @@
 """Notifications through Redis: one subscription connection per process and shard, each kept by a task of its own.
 
-    keep  ── SUBSCRIBE, UNSUBSCRIBE, PING ──▶ Redis
-    pump  ◀── messages, confirmations, pongs ── Redis
-
-Messages are lost only with their connection. So the connection is pinged every `PING_INTERVAL`, and given up if a ping
-has no answer by the next one. After each new connection the last seq of each run is looked up, and reported as if it
-had been a message. Besides, a run that falls silent is looked up once, and then about every `CHECK_INTERVAL` like all
-others, in case something between here and Redis swallows messages without breaking a connection.
-
-In a cluster a channel is on a slot, and only the node that has the slot sends its messages. When slots move to another
-node, their channels move to that node's subscription, and their runs are looked up once Redis has confirmed it.
+Messages are lost only with their connection. So it is pinged every `PING_INTERVAL`, and given up if a ping has no
+answer by the next one. After each new connection the last seq of each run is looked up, and reported like a message; so
+it is when a run falls silent, and about every `CHECK_INTERVAL`, in case something swallows messages. When the slot of a
+channel moves to another node of a cluster, the channel moves to that node's subscription.
 """
 
 from __future__ import annotations
@@ -61,7 +55,6 @@ class RedisNotifications:
         self._process = keys.process(owner)
         self._nursery = nursery
         self._subscriptions: dict[str, ShardSubscription] = {}
-        """The subscription of each shard."""
         self._channels: dict[str, ShardSubscription] = {}
         """The subscription of each channel that is wanted."""
         self._moved: dict[str, int] = {}
@@ -70,18 +63,13 @@ class RedisNotifications:
         self._lot = trio.lowlevel.ParkingLot()
 
     async def subscribe(self, run_id: str) -> None:
-        """From the return on, every append to the run is reported. A checkpoint.
-
-        Raises:
-            LogUnavailable: Redis has not confirmed it in time.
-        """
+        """From the return on, every append to the run is reported."""
         await self.listen(self._keys.wake(run_id))
 
     async def listen(self, channel: str) -> None:
-        """Wait until Redis has confirmed that it sends the messages of this channel. A checkpoint.
+        """Wait until Redis has confirmed that it sends the messages of this channel.
 
-        Raises:
-            LogUnavailable: Redis has not confirmed it in time. The subscription keeps trying.
+        If that takes too long it raises `LogUnavailable`, and the subscription keeps trying.
         """
         if channel not in self._channels:
             subscription = self._channels[channel] = self._subscription(self.topology.shard(channel))
@@ -89,7 +77,6 @@ class RedisNotifications:
         await self._channels[channel].confirmed(channel)
 
     def unsubscribe(self, run_id: str) -> None:
-        """Stop reporting the run. Never blocks."""
         channel = self._keys.wake(run_id)
         subscription = self._channels.pop(channel, None)
         if subscription is not None:
@@ -97,7 +84,6 @@ class RedisNotifications:
             self._moved.pop(run_id, None)
 
     async def wait(self) -> Notification:
-        """Everything that has happened since the last call, as soon as there is anything. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while not (self._moved or self._cancel or self._reconnected):
             await self._lot.park()
@@ -137,20 +123,14 @@ class RedisNotifications:
         return self.is_run(channel)
 
     def on_reconnect(self) -> None:
-        """Report that messages may have been lost."""
         self._reconnected = True
         self._lot.unpark_all()
 
     def is_run(self, channel: str) -> bool:
-        """Whether it is the channel of a run, which can be looked up."""
         return channel != self._process
 
     async def look_up(self, channels: Collection[str]) -> None:
-        """Report the runs of these channels as if each had sent a message.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached.
-        """
+        """Report the runs of these channels as if each had sent a message."""
         runs = [self._keys.run_of_channel(channel) for channel in channels if self.is_run(channel)]
         if runs:
             replies = await self.backend.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
@@ -165,19 +145,14 @@ class RedisNotifications:
 
 
 class ShardSubscription:
-    """The channels of one shard, over one connection at a time.
-
-    Args:
-        notifications: the owner, which reports what comes.
-        shard: the shard.
-    """
+    """The channels of one shard, over one connection at a time."""
 
     def __init__(self, notifications: RedisNotifications, shard: str) -> None:
         self.shard = shard
+        self.address = shard or notifications.backend.address
         self.channels: dict[str, trio.Event] = {}
         """The channels that are wanted; the event is set while Redis has confirmed that it sends their messages."""
         self.scope = trio.CancelScope()
-        """Cancelled when the shard is gone."""
         self._notifications = notifications
         self._topology = notifications.topology
         self._failing = False
@@ -197,31 +172,25 @@ class ShardSubscription:
         self._pong_due = False
         self._reconnecting = False
         self._active: set[str] = set()
-        """The channels with messages since the last ping ..."""
+        """The channels with messages since the last ping; those between the last two pings are in `_active_before`."""
         self._active_before: set[str] = set()
-        """... and between the last two pings."""
         self._next_check = 0
 
-    @property
-    def address(self) -> str:
-        return self.shard or self._notifications.backend.address
-
     def add(self, channel: str) -> None:
-        """Listen to this channel. Never blocks."""
         confirmed = self.channels[channel] = trio.Event()
         if channel in self._asked and channel not in self._unconfirmed:  # removed a moment ago; Redis does not know yet
             confirmed.set()
         self._changed.set()
 
     def take_over(self, channel: str, confirmed: trio.Event) -> None:
-        """Listen to a channel of another shard. Tasks that wait for its confirmation go on waiting. Never blocks."""
+        """Listen to a channel of another shard. Tasks that wait for its confirmation go on waiting."""
         self.channels[channel] = trio.Event() if confirmed.is_set() else confirmed
         self._asked.discard(channel)
         self._arrived.add(channel)
         self._changed.set()
 
     def remove(self, channel: str) -> trio.Event | None:
-        """Stop listening to this channel; its confirmation, if it was listened to. Never blocks."""
+        """Stop listening to this channel; its confirmation, if it was listened to."""
         confirmed = self.channels.pop(channel, None)
         if confirmed is not None:
             for channels in (self._active, self._active_before, self._arrived):
@@ -230,11 +199,6 @@ class ShardSubscription:
         return confirmed
 
     async def confirmed(self, channel: str) -> None:
-        """Wait until Redis has confirmed this channel.
-
-        Raises:
-            LogUnavailable: it has not confirmed it in time.
-        """
         seconds = FAILING_TIMEOUT if self._failing else redis_backend.ANSWER_TIMEOUT
         with trio.move_on_after(seconds):
             await self.channels[channel].wait()
@@ -365,10 +329,7 @@ class ShardSubscription:
                     self._changed.set()
 
     def _refused(self, slot: int | None) -> None:
-        """A request for a channel on this slot has been refused, because another node has the slot.
-
-        The refusal for a slot that no node has does not name it (None): it belongs to the oldest request.
-        """
+        """Another node has this slot of a channel. That no node has a slot names none: it is the oldest request's."""
         for channel in self._unconfirmed:
             if slot is None or slot_of(channel) == slot:
                 del self._unconfirmed[channel]
@@ -397,11 +358,7 @@ class ShardSubscription:
 async def open_notifications(
     backend: Backend, topology: Topology, keys: Keys, check: Callable[[], Awaitable[None]], owner: str
 ) -> AsyncIterator[RedisNotifications]:
-    """The notifications of the supervisor named `owner`, for as long as the block lasts.
-
-    Raises:
-        LogUnavailable: Redis cannot be reached to begin with, or takes no writes.
-    """
+    """The notifications of the supervisor named `owner`; `LogUnavailable` if `check` finds no log that takes writes."""
     await check()
     async with open_nursery() as nursery:
         notifications = RedisNotifications(backend, topology, keys, owner, nursery)

@@ -8,6 +8,7 @@ neither a clock that differs from another nor a server that stood still can end 
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -36,35 +37,18 @@ _LONG: Final = 1e9
 """More seconds than any lease has."""
 
 
+@dataclass(eq=False, slots=True)
 class Reaper:
-    """Ends the runs whose lease has expired.
+    """Ends the runs whose lease has expired; they are kept for `_ttl` milliseconds."""
 
-    Args:
-        backend: sends the commands.
-        topology: where keys are.
-        keys: the names of the keys.
-        indexes: the indexes of runs.
-        idempotency_keys: those of this process's live runs.
-        ttl: how long a run is kept after its end, in milliseconds.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        topology: Topology,
-        keys: Keys,
-        indexes: RunIndexes,
-        idempotency_keys: IdempotencyKeys,
-        ttl: int,
-    ) -> None:
-        self._backend = backend
-        self._topology = topology
-        self._keys = keys
-        self._indexes = indexes
-        self._idempotency_keys = idempotency_keys
-        self._ttl = ttl
-        self._clocks: dict[str, tuple[bytes, float]] = {}
-        """The clock of each shard (ms) and this process's at the last look there."""
+    _backend: Backend
+    _topology: Topology
+    _keys: Keys
+    _indexes: RunIndexes
+    _idempotency_keys: IdempotencyKeys
+    _ttl: int
+    _clocks: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    """The clock of each shard (ms) and this process's at the last look there."""
 
     async def reap(
         self, shard: str, make_ending: Callable[[], LostEnding], ready: Callable[[str], bool]
@@ -84,11 +68,7 @@ class Reaper:
         return reaped
 
     async def _due(self, shard: str, starts: dict[str, int]) -> dict[str, tuple[bytes, Sequence[str]]]:
-        """For each index, from its start on: the server's time, and the runs whose lease may have expired.
-
-        Raises:
-            LogUnavailable: Redis cannot be reached, or its clock has been set forward, which expires no lease.
-        """
+        """For each index, from its start on: the server's time, and the runs whose lease may have expired."""
         began = trio.current_time()
         looks = [call(scripts.DUE, [index], start, REAPED_AT_ONCE) for index, start in starts.items()]
         touched, *replies = await self._backend.execute([touch(self._indexes.probe(shard)), *looks], replicated=True)
@@ -99,10 +79,12 @@ class Reaper:
             now, ids = checked(reply)
             last, self._clocks[shard] = self._clocks.get(shard), (now, began)
             if last is not None and (int(now) - int(last[0])) / 1000 > trio.current_time() - last[1] + CLOCK_TOLERANCE:
+                # That expires no lease.
                 raise LogUnavailable("the clock of Redis has been set forward")
             due[index] = (now, [each.decode(errors="replace") for each in ids])
             no_ids = [each for each, run_id in zip(ids, due[index][1], strict=True) if run_id.encode() != each]
-            unreadable += [("ZREM", index, *no_ids)] if no_ids else []
+            if no_ids:
+                unreadable.append(("ZREM", index, *no_ids))
         if unreadable:
             await self._backend.execute(unreadable)
         return due
@@ -117,7 +99,8 @@ class Reaper:
         reaped: list[str],
     ) -> int:
         """End these runs if their records agree, and add them to `reaped`; how many stay on the index for now."""
-        nows = await self._clocks_of([run_id for run_id in due if ready(self._shard(run_id))], now)
+        shard_of, record_of = self._topology.shard, self._keys.record
+        nows = await self._clocks_of([run_id for run_id in due if ready(shard_of(record_of(run_id)))], now)
         reaps = [self._reap(run_id, nows[run_id], make_ending()) for run_id in nows]
         try:
             replies = await self._backend.execute(reaps)
@@ -153,22 +136,9 @@ class Reaper:
             return {run_id: reply for run_id, reply in zip(runs, replies, strict=True) if isinstance(reply, bytes)}
         return {}
 
-    def _shard(self, run_id: str) -> str:
-        return self._topology.shard(self._keys.record(run_id))
-
     def _reap(self, run_id: str, now: bytes, lost: LostEnding) -> Command:
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
         ending = fields_of_ending(lost.ending)
         here = min(trio.current_time() - self._topology.here_since(keys[1]), _LONG)
-        return call(
-            scripts.REAP,
-            keys,
-            now,
-            ms(here),
-            self._ttl,
-            self._keys.wake(run_id),
-            self._topology.publish_command,
-            len(ending),
-            *ending,
-            *lost.blocks,
-        )
+        wake = (self._keys.wake(run_id), self._topology.publish_command)
+        return call(scripts.REAP, keys, now, ms(here), self._ttl, *wake, len(ending), *ending, *lost.blocks)

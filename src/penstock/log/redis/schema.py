@@ -33,19 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The names of all keys and channels.
-
-    Args:
-        prefix: what the key of a run's entries begins with. It ends with `run:`; all other keys begin with what is
-            before that.
-
-    Raises:
-        ConfigurationError: the prefix does not end so, or contains braces, which decide over the slot in a cluster.
-    """
+    """The names of all keys and channels: those of entries begin with `prefix`, all others with it without `run:`."""
 
     prefix: str = "sse:run:"
 
     def __post_init__(self) -> None:
+        # Braces decide over the slot in a cluster.
         if not isinstance(self.prefix, str) or not self.prefix.endswith("run:") or {"{", "}"} & {*self.prefix}:
             raise ConfigurationError(f"prefix ends with 'run:' and has no braces in it, unlike {self.prefix!r}")
 
@@ -60,34 +53,25 @@ class Keys:
         return f"{{{self.prefix}{run_id}}}:meta"
 
     def wake(self, run_id: str) -> str:
-        """The channel of a run."""
         return f"{{{self.prefix}{run_id}}}:wake"
 
     def run_of_channel(self, channel: str) -> str:
         return channel[len(self.prefix) + 1 : -len("}:wake")]
 
     def runs(self, number: int | None = None) -> str:
-        """The index of runs by creation; in a cluster, the one with this number."""
-        return f"{self._base}runs" + _numbered(number)
+        return f"{self._base}runs" + ("" if number is None else f":{{{number}}}")
 
     def live(self, number: int | None = None) -> str:
-        """The index of runs by lease; in a cluster, the one with this number."""
-        return f"{self._base}live" + _numbered(number)
+        return f"{self._base}live" + ("" if number is None else f":{{{number}}}")
 
     def idempotency(self, key: str) -> str:
         return f"{self._base}idem:{key}"
 
     def process(self, owner: str) -> str:
-        """The channel of a process."""
         return f"{self._base}proc:{owner}"
 
     def inbox(self, owner: str) -> str:
-        """The cancel requests for the runs of a process; on the slot of its channel."""
         return f"{{{self._base}proc:{owner}}}:inbox"
-
-
-def _numbered(number: int | None) -> str:
-    return "" if number is None else f":{{{number}}}"
 
 
 def ms(seconds: float) -> int:
@@ -169,11 +153,7 @@ LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.R
 
 
 def checked(reply: Any) -> Any:
-    """A reply, unless it is a refusal.
-
-    Raises:
-        LogUnavailable: it is one.
-    """
+    """A reply; a refusal raises `LogUnavailable`."""
     if isinstance(reply, LogUnavailable):
         raise reply
     if isinstance(reply, Exception):

@@ -39,17 +39,12 @@ def slot_of(key: str) -> int:
 
 
 class Slots:
-    """The primaries of a cluster, and the slots that each has.
-
-    Attributes:
-        primaries: host and port of each primary, by its address.
-        replicas: host and port of each replica.
-        since: when each slot came to its node, if that was seen; else minus infinity.
-    """
+    """The primaries of a cluster by their addresses, the slots that each has, and the replicas."""
 
     def __init__(self) -> None:
         self._owners = [NO_SHARD] * REDIS_CLUSTER_HASH_SLOTS
         self.since = [-inf] * REDIS_CLUSTER_HASH_SLOTS
+        """When each slot came to its node, if that was seen."""
         self.primaries: dict[str, Place] = {}
         self.replicas: list[Place] = []
 
@@ -70,13 +65,8 @@ class Slots:
     def replace(self, ranges: Sequence[Any], asked: str, *, now: float = 0.0) -> bool:
         """Take over a reply to `CLUSTER SLOTS` of time `now`; whether any slot has changed its node.
 
-        Args:
-            ranges: the reply.
-            asked: the host that was asked, which stands for a host that the reply leaves out.
-            now: Trio's clock.
-
-        Raises:
-            ValueError: the reply cannot be read, or the node knows no slots.
+        `asked`, the host that was asked, stands for a host that the reply leaves out. A reply that cannot be read, or
+        names no slots, raises ValueError.
         """
         owners = [NO_SHARD] * REDIS_CLUSTER_HASH_SLOTS
         primaries: dict[str, Place] = {}

@@ -1,16 +1,15 @@
 """Starting runs in Redis, and putting back those that it has lost: records, indexes, idempotency keys.
 
-A start writes in this order: the idempotency key, if there is one; the run in the index of live runs, where a reaper
-looks; the record. A start that breaks off leaves at most a key that leads to no run (the next start under it uses that
-id), an indexed id without a record (the next reaper removes it), or a run that no process renews (its lease ends it).
-
-A start under an idempotency key never returns such a run. The record is `pending` until its starter has received the
-reply; a repeated start waits for that, and then takes the run over.
+A start writes the idempotency key, if there is one; the run in the index of live runs; the record. If it breaks off,
+it leaves at most a key that leads to no run (the next start under it uses that id), an indexed id without a record (the
+next reaper removes it), or a run that no process renews (its lease ends it). No start under a key returns such a run:
+the record is `pending` until its starter has the reply; a repeated start waits for that, and then takes the run over.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -96,36 +95,18 @@ class IdempotencyKeys:
             self._kept.pop(run_id, None)
 
 
+@dataclass(eq=False, slots=True)
 class RunStarter:
-    """Starts the runs of this process.
+    """Starts the runs of this process; they are kept for `_ttl` milliseconds after their end."""
 
-    Args:
-        backend: sends what no other request waits for.
-        limiter: sends what readers and callers compete for.
-        keys: the names of the keys.
-        indexes: the indexes of runs.
-        idempotency_keys: those of this process's live runs.
-        ttl: how long a run is kept after its end, in milliseconds.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        limiter: RequestLimiter,
-        keys: Keys,
-        indexes: RunIndexes,
-        idempotency_keys: IdempotencyKeys,
-        ttl: int,
-    ) -> None:
-        self._backend = backend
-        self._limiter = limiter
-        self._keys = keys
-        self._indexes = indexes
-        self._idempotency_keys = idempotency_keys
-        self._ttl = ttl
+    _backend: Backend
+    _limiter: RequestLimiter
+    _keys: Keys
+    _indexes: RunIndexes
+    _idempotency_keys: IdempotencyKeys
+    _ttl: int
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None) -> Started:
-        """See `RedisLog.start`."""
         ttl = max(self._ttl, 4 * ms(lease.seconds))  # as long as the scripts keep a record after its last renewal
         if idempotency is not None:
             reserved = await self._reserve(run, idempotency, ttl)
@@ -175,11 +156,8 @@ class RunStarter:
 
         If that fails, a repeated start may take the run over while it has no entry yet.
         """
-        with trio.move_on_after(FORGET_TIMEOUT, shield=True):
-            try:
-                await self._backend.ask("HDEL", self._keys.record(run_id), "pending")
-            except LogUnavailable:
-                return
+        with trio.move_on_after(FORGET_TIMEOUT, shield=True), suppress(LogUnavailable):
+            await self._backend.ask("HDEL", self._keys.record(run_id), "pending")
 
     async def _reserve(self, run: Run, idempotency: Idempotency, ttl: int) -> Started | str:
         """Take the idempotency key: the id to start under, or the run that a start under this key has created."""
@@ -216,16 +194,12 @@ class RunStarter:
 
     async def _forget(self, run_id: str, epoch: str) -> None:
         """Take back a start that failed or was cancelled. If Redis cannot be reached, the run ends with its lease."""
-        with trio.move_on_after(FORGET_TIMEOUT, shield=True):
-            try:
-                if await self._backend.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
-                    indexes = (self._indexes.live_of(run_id), self._indexes.runs_of(run_id))
-                    await self._backend.execute([("ZREM", index, run_id) for index in indexes])
-            except LogUnavailable:
-                return  # a reaper ends the run
+        with trio.move_on_after(FORGET_TIMEOUT, shield=True), suppress(LogUnavailable):
+            if await self._backend.ask(*call(scripts.FORGET, [self._keys.record(run_id)], epoch)):
+                indexes = (self._indexes.live_of(run_id), self._indexes.runs_of(run_id))
+                await self._backend.execute([("ZREM", index, run_id) for index in indexes])
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        """See `RedisLog.restore`."""
         keys, indexes = self._keys, self._indexes
         fields = fields_of(run, lease.owner, self._idempotency_keys.get(run.id))
         record = [keys.stream(run.id), keys.record(run.id)]

@@ -22,6 +22,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 
 from penstock.errors import ConfigurationError
 
@@ -45,37 +46,29 @@ OPTIONS: Final[dict[str, Any]] = {
     "health_check_interval": 0,
     "max_connections": None,
     "retry": Retry(NoBackoff(), 0),
+    "driver_info": DriverInfo(),  # else each connection reads the version of redis-py from the disk
 }
 """How connections are made, whatever a URL says: Trio's deadlines are the only timeouts, and nothing is retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedUrl:
-    """What a URL names.
-
-    Attributes:
-        label: where that is, without any password, for messages.
-        hosts: host and port of each server; empty for one server.
-        options: how redis-py makes connections: password, database, TLS.
-        shape: what such a URL looks like, for messages.
-        service: the name by which Sentinels know the primary; None without Sentinels.
-        sentinel_options: `options` for the Sentinels themselves.
-    """
+    """What a URL names; `label` says it in messages, without any password, and `shape` what such a URL looks like."""
 
     label: str
     hosts: Sequence[tuple[str, int]]
+    """Host and port of each server; empty for one server."""
     options: dict[str, Any]
+    """How redis-py makes connections: password, database, TLS."""
     shape: str
     service: str | None = None
+    """The name by which Sentinels know the primary."""
     sentinel_options: dict[str, Any] | None = None
+    """`options` for the Sentinels themselves."""
 
 
 def parse_server(url: str) -> ParsedUrl:
-    """Read `redis://`, `rediss://` or `unix://`.
-
-    Raises:
-        ConfigurationError: redis-py cannot read it.
-    """
+    """Read `redis://`, `rediss://` or `unix://`; `ConfigurationError` if redis-py cannot."""
     shape = f"write {SERVER}, {ESCAPES}"
     try:
         parts = urlsplit(url)
@@ -91,11 +84,7 @@ def parse_server(url: str) -> ParsedUrl:
 
 
 def parse_cluster(url: str) -> ParsedUrl:
-    """Read `redis+cluster://` or `rediss+cluster://`: some nodes of a cluster, which know the others.
-
-    Raises:
-        ConfigurationError: it cannot be read.
-    """
+    """Read `redis+cluster://` or `rediss+cluster://`: some nodes of a cluster, which know the others."""
     shape = f"write {CLUSTER}, {ESCAPES}"
     scheme, user, hosts, path, query = _split(url, REDIS_PORT, shape)
     options = _options(f"{scheme}://{user}localhost{query}", shape)
@@ -108,9 +97,6 @@ def parse_sentinel(url: str) -> ParsedUrl:
     """Read `redis+sentinel://` or `rediss+sentinel://`: Sentinels, and the service that they watch.
 
     User and password are those of the Redis; `?sentinel_username=...&sentinel_password=...` those of the Sentinels.
-
-    Raises:
-        ConfigurationError: it cannot be read.
     """
     shape = f"write {SENTINEL}, {ESCAPES}"
     scheme, user, hosts, path, query = _split(url, SENTINEL_PORT, shape)

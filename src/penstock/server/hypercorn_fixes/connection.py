@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from hypercorn.trio.worker_context import WorkerContext
     from hypercorn.typing import AppWrapper, ConnectionState
 
-MAX_USER_TIMEOUT: Final = (2**31 - 1) / 1000
-"""The longest TCP user timeout that a socket takes, in seconds: milliseconds in 31 bits."""
 MAX_KEEPALIVE: Final = 32_767
 """The most seconds that Linux waits before it probes an idle peer."""
 LINGER: Final = 1.0
