@@ -17,14 +17,11 @@ from penstock.errors import LogUnavailable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-FIRST_PAUSE: Final = 0.2
-"""The upper limit of the first pause, in seconds; it doubles with each retry."""
-SHORTEST_PAUSE: Final = 0.05
-"""The lower limit of every pause, in seconds."""
+FIRST_PAUSE: Final = 0.2  # the upper limit of the first pause, in seconds; it doubles with each retry
+SHORTEST_PAUSE: Final = 0.05  # the lower limit of every pause, in seconds
 LONGEST_PAUSE: Final = 2.0
 """The upper limit of every pause, in seconds: the end of an outage is noticed this late at most."""
-WARNING_INTERVAL: Final = 10.0
-"""Seconds between two warnings about the same outage."""
+WARNING_INTERVAL: Final = 10.0  # seconds between two warnings about the same outage
 
 T = TypeVar("T")
 

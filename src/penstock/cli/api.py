@@ -27,10 +27,8 @@ import httpx2
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-CONNECT_TIMEOUT: Final = 10.0
-"""Seconds to make a connection."""
-READ_TIMEOUT: Final = 30.0
-"""Seconds between two pieces of a response that is no stream."""
+CONNECT_TIMEOUT: Final = 10.0  # seconds to make a connection
+READ_TIMEOUT: Final = 30.0  # seconds between two pieces of a response that is no stream
 MAX_ERROR_BYTES: Final = 4 * 1024 * 1024
 """How much of an error response is read. One that holds a run's record may have a megabyte of metadata."""
 EVENT_STREAM: Final = "text/event-stream"
@@ -57,11 +55,9 @@ class ApiResponse:
     """A response of a server; `body` is empty for a stream."""
 
     status: int
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """By their names in lower case."""
+    headers: Mapping[str, str] = field(default_factory=dict)  # by their names in lower case
     body: bytes = b""
-    token: str | None = field(default=None, repr=False)
-    """What no message about this response may show."""
+    token: str | None = field(default=None, repr=False)  # what no message about this response may show
 
     @property
     def media_type(self) -> str:

@@ -39,16 +39,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 CANCEL_LIMIT: Final = 1.0
-CANCEL_TARGET: Final = 0.05
-"""Seconds from the request to cancel a run to the end of its stream."""
-CUTS: Final = (0.25, 0.5)
-"""The shares of the expected lines after which the client cuts its connection."""
-MISSED: Final = 10
-"""How many lines the command writes after each cut before the client reconnects."""
-GUARD: Final = 60.0
-"""Seconds after which the demo gives up; it takes a few seconds."""
-LEAVE_LIMIT: Final = 5.0
-"""Seconds from SIGTERM to the exit of the server."""
+CANCEL_TARGET: Final = 0.05  # seconds from the request to cancel a run to the end of its stream
+CUTS: Final = (0.25, 0.5)  # the shares of the expected lines after which the client cuts its connection
+MISSED: Final = 10  # how many lines the command writes after each cut before the client reconnects
+GUARD: Final = 60.0  # seconds after which the demo gives up; it takes a few seconds
+LEAVE_LIMIT: Final = 5.0  # seconds from SIGTERM to the exit of the server
 NO_CONTENT: Final = 204
 INTERRUPTED: Final = 128 + signal.SIGINT
 

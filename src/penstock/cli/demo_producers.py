@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
-COPY: Final = "written.txt"
-"""The file to which the command copies its output."""
-COMPILED: Final = "pycache"
-"""The folder of the compiled files."""
+COPY: Final = "written.txt"  # the file to which the command copies its output
+COMPILED: Final = "pycache"  # the folder of the compiled files
 
 _STDLIB: Final = Path(sysconfig.get_path("stdlib"))
 _PACKAGES: Final = (

@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from penstock.runs import Run
     from penstock.server.serve import Shutdown
 
-TERMINATED: Final = 128 + signal.SIGTERM
-"""The exit code of a command that SIGTERM ended, as in a shell."""
-NOT_STARTED: Final = 127
-"""The exit code of a command that could not be started, as in a shell."""
+TERMINATED: Final = 128 + signal.SIGTERM  # the exit code of a command that SIGTERM ended, as in a shell
+NOT_STARTED: Final = 127  # the exit code of a command that could not be started, as in a shell
 MAX_ENTRIES: Final = 1_000_000
 TTL: Final = 10 * 365 * 86_400.0
 """The one run is kept for as long as the process lives, whole up to the log's limit of bytes."""

@@ -40,10 +40,8 @@ SILENCE: Final = 60.0
 """Seconds without any byte after which a connection counts as dead: four times a server's ping interval."""
 SEEK_LIMIT: Final = 15.0
 """Seconds for which a known run may be unknown: the owner of a run restores it in a log that was emptied."""
-RECORD_LIMIT: Final = 15.0
-"""The most seconds to request the record of a run whose last event has been printed."""
-LEAST_WAIT: Final = 1.0
-"""The least seconds that a server gets to respond, however close the time limit is."""
+RECORD_LIMIT: Final = 15.0  # the most seconds to request the record of a run whose last event has been printed
+LEAST_WAIT: Final = 1.0  # the least seconds that a server gets to respond, however close the time limit is
 EXIT_CODES: Final = {"completed": 0, "cancelled": 3, "failed": 4, "lost": 5}
 CANNOT_GO_ON: Final = 1
 INTERRUPTED: Final = 128 + signal.SIGINT
@@ -92,14 +90,12 @@ class Following:
     run_id: str
     screen: Screen
     show: Callable[[int, Message], str] = event_as_text
-    cursor: int = 0
-    """The id of the last event that was printed or skipped."""
+    cursor: int = 0  # the id of the last event that was printed or skipped
     give_up_after: float = inf
     silence: float = SILENCE
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    missing: bool = field(default=False, init=False)
-    """Whether the server did not have all events any more."""
+    missing: bool = field(default=False, init=False)  # whether the server did not have all events any more
 
     def __post_init__(self) -> None:
         self._without_stream = TimeLimit(self.give_up_after, self.clock)

@@ -32,8 +32,7 @@ CONTEXT: Final = {
     "show_default": True,
 }
 """The settings of every click command."""
-ARGUMENTS: Final = "penstock.arguments"
-"""The key under which click's context keeps all arguments of the program."""
+ARGUMENTS: Final = "penstock.arguments"  # the key under which click's context keeps all arguments of the program
 UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES", "runs": "RUNS", "readers": "READERS"}
 """How the help shows the unit of a setting."""
 
@@ -111,8 +110,7 @@ INHERITED: Final = "PENSTOCK_INHERITED_TOKENS"
 """The environment variable in which workers find the tokens that their parent has read: digests and rights."""
 SECRETS: Final = (TOKEN, LINK_SECRET, INHERITED, "PENSTOCK_LOG")
 """The environment variables that only penstock itself may see; the last one may hold a password."""
-LOOPBACK: Final = "localhost"
-"""The name of a server that only this machine reaches."""
+LOOPBACK: Final = "localhost"  # the name of a server that only this machine reaches
 AUTH_OPTIONS: Final = ("token", "tokens", "link_secret", "allow_origin", "allow_host", "insecure")
 """The names of the values that `authorization_options` adds."""
 

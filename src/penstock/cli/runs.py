@@ -36,8 +36,7 @@ CANNOT: Final = 1
 INTERRUPTED: Final = 128 + signal.SIGINT
 TERMINATED: Final = 128 + signal.SIGTERM
 MAX_LIST: Final = 1000
-POLL_INTERVAL: Final = 0.2
-"""Seconds between two checks whether standard output still has a reader."""
+POLL_INTERVAL: Final = 0.2  # seconds between two checks whether standard output still has a reader
 _TOKEN: Final = re.compile(r"[\x21-\x7e]+")
 _SEQ: Final = click.IntRange(0, 10**18 - 1)
 

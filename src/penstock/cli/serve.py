@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from penstock.asgi.lifespan import AppLifespan
     from penstock.server.serve import Shutdown
 
-LEAST_HEADER_BYTES: Final = 1024
-"""A browser's own headers take about this many bytes."""
+LEAST_HEADER_BYTES: Final = 1024  # a browser's own headers take about this many bytes
 FROM_1: Final = click.IntRange(min=1)
 ABOVE_0: Final = click.FloatRange(min=0, min_open=True)
 EXIT_CODES: Final = """\b

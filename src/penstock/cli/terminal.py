@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from penstock.sse import Message
 
-UNWRITTEN: Final = 1
-"""The exit code when standard output cannot be written."""
+UNWRITTEN: Final = 1  # the exit code when standard output cannot be written
 NATURAL_WIDTH: Final = 10_000
 """The width of a table in columns. No cell is cut or folded, so that an id can be copied and a line be searched."""
 STYLES: Final = {"running": "cyan", "completed": "green", "failed": "red", "cancelled": "yellow", "lost": "magenta"}

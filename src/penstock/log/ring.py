@@ -21,12 +21,9 @@ class Ring:
     def __init__(self, last: int = 0) -> None:
         self._wires: list[bytes] = []
         self._timestamps: list[int] = []
-        self._terminal = 0
-        """The seq of the run's terminal entry; 0 until it is added."""
-        self.last = last
-        """The highest seq that was added."""
-        self.size = 0
-        """The bytes of all entries."""
+        self._terminal = 0  # the seq of the run's terminal entry; 0 until it is added
+        self.last = last  # the highest seq that was added
+        self.size = 0  # the bytes of all entries
 
     @property
     def first(self) -> int:

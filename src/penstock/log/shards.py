@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from penstock.log import EventLog
 
-SHARDS_INTERVAL: Final = 1.0
-"""Seconds between two looks at which shards there are."""
+SHARDS_INTERVAL: Final = 1.0  # seconds between two looks at which shards there are
 
 
 class ShardWorker(ABC):
@@ -58,8 +57,7 @@ class Shards(Generic[W]):
     """One worker, made by `make`, for each shard that the log names."""
 
     def __init__(self, log: EventLog, make: Callable[[str], W]) -> None:
-        self.started = False
-        """True once `run` has made the first workers: a shard that has none by then is new."""
+        self.started = False  # True once `run` has made the first workers: a shard that has none by then is new
         self._log = log
         self._make = make
         self._workers: dict[str, W] = {}

@@ -27,14 +27,12 @@ if TYPE_CHECKING:
     from penstock.observer import Commit, Figures, StreamEnd
     from penstock.runs import Run
 
-FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""The environment variable that turns the multi-process mode on."""
+FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # the environment variable that turns the multi-process mode on
 MAX_CODES: Final = 100
 """The most codes that one metric distinguishes: applications choose their codes freely, and each costs memory."""
 _CODE: Final = re.compile(r"[!-~]{1,64}")
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-"""The upper bounds of the buckets."""
+ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # upper bounds of buckets
 
 
 class Metrics(NullObserver):

@@ -8,12 +8,10 @@ from hypercorn.config import Config
 
 BACKLOG: Final = 1024
 """The connections that may wait to be accepted. With Hypercorn's 100, some of a burst of 1,000 wait 13 s in vain."""
-USER_TIMEOUT: Final = 30.0
-"""Seconds after which TCP ends the connection of a client that takes nothing in."""
+USER_TIMEOUT: Final = 30.0  # seconds after which TCP ends the connection of a client that takes nothing in
 MAX_USER_TIMEOUT: Final = (2**31 - 1) / 1000
 """The longest TCP user timeout that a socket takes, in seconds: milliseconds in 31 bits."""
-MAX_HEADER_BYTES: Final = 16 * 1024
-"""The default limit on a request's line and headers."""
+MAX_HEADER_BYTES: Final = 16 * 1024  # the default limit on a request's line and headers
 
 
 def new_config(max_header_bytes: int = MAX_HEADER_BYTES) -> Config:

@@ -47,10 +47,8 @@ if TYPE_CHECKING:
     from penstock.supervisor import Supervisor
     from penstock.supervisor.live_runs import StuckRun
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-"""The signals that ask for a shutdown."""
-ABANDON_AFTER: Final = 5.0
-"""Seconds that a producer may keep its task after everything else of a shutdown is done."""
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)  # the signals that ask for a shutdown
+ABANDON_AFTER: Final = 5.0  # seconds that a producer may keep its task after everything else of a shutdown is done
 
 
 class Phase(Enum):
@@ -58,8 +56,7 @@ class Phase(Enum):
 
     SERVING = auto()
     DRAINING = auto()
-    DRAINED = auto()
-    """The runs have ended; the last connections may be cut."""
+    DRAINED = auto()  # the runs have ended; the last connections may be cut
 
 
 class Shutdown:
@@ -67,8 +64,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self.phase = Phase.SERVING
-        self.closing = trio.Event()
-        """Hypercorn's trigger: it closes the listeners when this is set."""
+        self.closing = trio.Event()  # Hypercorn's trigger: it closes the listeners when this is set
         self._asked = trio.Event()
         self._leaving = trio.Event()
         self._skip: Callable[[], None] = lambda: None

@@ -50,25 +50,19 @@ if TYPE_CHECKING:
 
 DEATHS: Final = 5
 """So many workers that die within `DEATHS_WITHIN` end the server: their fault does not go away by itself."""
-DEATHS_WITHIN: Final = 30.0
-"""Seconds."""
+DEATHS_WITHIN: Final = 30.0  # seconds
 SHORTEST_PAUSE: Final = 0.1
 """Seconds before the first worker that died is replaced; doubled for each of the other recent deaths."""
-LONGEST_PAUSE: Final = 1.0
-"""Seconds before any worker that died is replaced."""
+LONGEST_PAUSE: Final = 1.0  # seconds before any worker that died is replaced
 GROUP_SIGNAL: Final = 0.1
 """Seconds that a signal to the whole group may take to reach the parent after it has reached a worker."""
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 DIED: Final = 1
 STUCK: Final = 3
-UNREACHABLE: Final = 75
-"""The code of a worker that could not reach the event log, and may later (EX_TEMPFAIL)."""
-READ_AFTER_END: Final = 0.2
-"""Seconds in which a worker's last messages are read after its process has ended."""
-ENDS_WITHIN: Final = 5.0
-"""Seconds in which a worker's process ends after it has closed its end of the socket pair."""
-HURRIES: Final = 2
-"""Signals after the first that are passed on; the next one kills."""
+UNREACHABLE: Final = 75  # the code of a worker that could not reach the event log, and may later (EX_TEMPFAIL)
+READ_AFTER_END: Final = 0.2  # seconds in which a worker's last messages are read after its process has ended
+ENDS_WITHIN: Final = 5.0  # seconds in which a worker's process ends after it has closed its end of the socket pair
+HURRIES: Final = 2  # signals after the first that are passed on; the next one kills
 
 READY: Final = "ready "
 LEAVING: Final = "leaving"
@@ -114,8 +108,7 @@ class ParentLink:
     """A worker's connection with its parent."""
 
     def __init__(self, number: int, fd: int) -> None:
-        self.number = number
-        """The worker's number, from 1."""
+        self.number = number  # the worker's number, from 1
         self._sock = socket.socket(fileno=fd)
         self._sock.set_inheritable(False)
         self._channel: LineChannel | None = None

@@ -26,8 +26,7 @@ from penstock.sse.chunks import held_across_a_yield, opened
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-PING: Final = b": ping\n\n"
-"""A comment: no client sees an event."""
+PING: Final = b": ping\n\n"  # a comment: no client sees an event
 
 
 @asynccontextmanager
@@ -74,8 +73,7 @@ class _Chunks:
         self._interval = interval
         self._ping = ping
         self._send, self._receive = trio.open_memory_channel[Any](0)
-        self._error: Exception | None = None
-        """The source's exception, until the iterator raises it."""
+        self._error: Exception | None = None  # the source's exception, until the iterator raises it
         self._iterating = False
         self._left = False
 

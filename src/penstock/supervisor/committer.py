@@ -38,10 +38,8 @@ T = TypeVar("T")
 
 LOADED: Final = 8
 """A commit of this many entries makes the next one wait for all of the spacing; one of fewer for a fraction of it."""
-FULL_PAUSE: Final = 0.5
-"""Seconds until a full log is asked again whether it has room."""
-AWAY_PAUSE: Final = 0.1
-"""Seconds until a shard is asked again that took some runs' entries and could not take others'."""
+FULL_PAUSE: Final = 0.5  # seconds until a full log is asked again whether it has room
+AWAY_PAUSE: Final = 0.1  # seconds until a shard is asked again that took some runs' entries and could not take others'
 
 
 class ShardCommitter(ShardWorker):
@@ -49,8 +47,7 @@ class ShardCommitter(ShardWorker):
 
     def __init__(self, shard: str, owner: Committer) -> None:
         super().__init__(shard)
-        self.size = 0
-        """The pending bytes of all its buffers, which keep this count themselves."""
+        self.size = 0  # the pending bytes of all its buffers, which keep this count themselves
         self.limit = owner.settings.max_process_pending_bytes
         """The most that `size` may be. A shard that cannot be reached must not take the room of the others."""
         self.room = trio.lowlevel.ParkingLot()
@@ -60,17 +57,14 @@ class ShardCommitter(ShardWorker):
         self._dirty: dict[WriteBuffer, None] = {}
         self._urgent = False
         self._wake = trio.Event()
-        self._load = 1.0
-        """The fraction of the spacing for which the next commit waits."""
-        self._lost: dict[WriteBuffer, None] = {}
-        """Buffers of runs of which the log has lost something."""
+        self._load = 1.0  # the fraction of the spacing for which the next commit waits
+        self._lost: dict[WriteBuffer, None] = {}  # buffers of runs of which the log has lost something
         self._later: dict[WriteBuffer, None] = {}
         """Buffers that the log could not take at the last try, being full or out of reach."""
         self._ask_again_at = inf
         self._warned_at = -inf
         self._busy = False
-        self._under_way: list[WriteBuffer] = []
-        """The buffers in the current append."""
+        self._under_way: list[WriteBuffer] = []  # the buffers in the current append
 
     @property
     def idle(self) -> bool:

@@ -41,29 +41,23 @@ if TYPE_CHECKING:
 
 WRITES_PER_CHECKPOINT: Final = 32
 """`write` makes a checkpoint after so many chunks, for a producer that has none; one each time would cost too much."""
-STUCK_REPORT_INTERVAL: Final = 10.0
-"""Seconds between two reports of where a stuck producer stands."""
+STUCK_REPORT_INTERVAL: Final = 10.0  # seconds between two reports of where a stuck producer stands
 
 
 class Producer(Enum):
     """How far the producer of a run is."""
 
     ITERATING = auto()
-    FINISHED = auto()
-    """Its loop is over: no cause is recorded any more."""
-    GONE = auto()
-    """Its cleanup is over, too."""
+    FINISHED = auto()  # its loop is over: no cause is recorded any more
+    GONE = auto()  # its cleanup is over, too
 
 
 class Settlement(Enum):
     """How a run was settled."""
 
-    STORED = auto()
-    """Its ending is stored."""
-    GIVEN_UP = auto()
-    """It goes on, or ends, without this process."""
-    SERVICES_DIED = auto()
-    """Nothing is stored any more; its lease ends it, as lost."""
+    STORED = auto()  # its ending is stored
+    GIVEN_UP = auto()  # it goes on, or ends, without this process
+    SERVICES_DIED = auto()  # nothing is stored any more; its lease ends it, as lost
 
 
 class Execution:
@@ -91,8 +85,7 @@ class Execution:
         self.producer = Producer.ITERATING
         self.settlement: Settlement | None = None
         self.settled = trio.Event()
-        self.task: trio.lowlevel.Task | None = None
-        """The task in which the producer runs."""
+        self.task: trio.lowlevel.Task | None = None  # the task in which the producer runs
         self._committer = committer
         self._timers = timers
         self._settings = settings

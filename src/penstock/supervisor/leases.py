@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from penstock.supervisor.live_runs import LiveRuns
     from penstock.supervisor.settings import Settings
 
-REAP_INTERVAL: Final = 1.0
-"""Seconds between two looks for leases that have expired."""
-RENEWALS_PER_CALL: Final = 100
-"""The most leases in one renewal."""
+REAP_INTERVAL: Final = 1.0  # seconds between two looks for leases that have expired
+RENEWALS_PER_CALL: Final = 100  # the most leases in one renewal
 
 
 class ShardLeases(ShardWorker):
@@ -47,8 +45,7 @@ class ShardLeases(ShardWorker):
         self._renew_now = trio.Event()
         if late:  # runs may have moved to this shard with leases that are nearly over
             self._renew_now.set()
-        self._reached = trio.current_time()
-        """When the shard was last reached, and took a write."""
+        self._reached = trio.current_time()  # when the shard was last reached, and took a write
         self._in_contact_since = trio.current_time()
         self._away = False
 
@@ -182,8 +179,7 @@ class LeaseKeeper:
         self.observer = observer
         self.shards: Shards[ShardLeases] = Shards(log, lambda shard: ShardLeases(shard, self, late=self.shards.started))
         self._dialect = dialect_named(settings.dialect)
-        self._away: dict[str, float] = {}
-        """The shards that are out of reach, and since when."""
+        self._away: dict[str, float] = {}  # the shards that are out of reach, and since when
         self._away_since = 0.0
         self._check_cancels = trio.Event()
 

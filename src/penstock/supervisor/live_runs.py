@@ -36,12 +36,9 @@ class DrainPhase(IntEnum):
     """How far the end of a supervisor is. It only goes forward, and may skip phases."""
 
     SERVING = 0
-    DRAINING = 1
-    """No run is started any more; those that are live go on."""
-    INTERRUPTED = 2
-    """Every run has been cancelled, and a run whose start is under way will be."""
-    DRAINED = 3
-    """The runs have had the time that they get to be settled."""
+    DRAINING = 1  # no run is started any more; those that are live go on
+    INTERRUPTED = 2  # every run has been cancelled, and a run whose start is under way will be
+    DRAINED = 3  # the runs have had the time that they get to be settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +69,8 @@ class LiveRuns:
         observer: Observer,
     ) -> None:
         self.phase = DrainPhase.SERVING
-        self.failure: BaseException | None = None
-        """The exception that a service died of, if one did."""
-        self.unstored = 0
-        """The runs whose ending could not be stored since draining began."""
+        self.failure: BaseException | None = None  # the exception that a service died of, if one did
+        self.unstored = 0  # the runs whose ending could not be stored since draining began
         self.by_id: dict[str, Execution] = {}
         self._starts: dict[object, dict[str, str | None]] = {}
         """The starts under way, each with the cancel requests since its beginning that were for no live run."""

@@ -53,8 +53,7 @@ if TYPE_CHECKING:
     from penstock.runs import RunStatus
     from penstock.supervisor.execution import Execution
 
-ID_TRIES: Final = 20
-"""The most ids that are made for a run, until one is on a shard of the log that is in reach."""
+ID_TRIES: Final = 20  # the most ids that are made for a run, until one is on a shard of the log that is in reach
 
 
 class Supervisor:
@@ -79,8 +78,7 @@ class Supervisor:
         self._notifications: Notifications
         self._services = trio.CancelScope()
         self._run_nursery: trio.Nursery | None = None
-        self._reported = (0, 0)
-        """The readers' entries and bytes in the last figures."""
+        self._reported = (0, 0)  # the readers' entries and bytes in the last figures
 
     async def start(
         self,

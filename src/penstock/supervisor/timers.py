@@ -17,8 +17,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SWEEP_AT_LEAST: Final = 64
-"""With no more cancelled timers than this, a sweep costs more than it frees."""
+SWEEP_AT_LEAST: Final = 64  # with no more cancelled timers than this, a sweep costs more than it frees
 
 
 @dataclass(slots=True, order=True)

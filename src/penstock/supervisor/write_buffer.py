@@ -28,12 +28,9 @@ if TYPE_CHECKING:
     from penstock.supervisor.committer import ShardCommitter
     from penstock.supervisor.tail import Tail
 
-BATCH_ENTRIES: Final = 200
-"""The most entries in one batch."""
-BATCH_BYTES: Final = 256 * 1024
-"""The size in bytes at which a batch is full (its last entry may go beyond it)."""
-BATCHES: Final = 5
-"""The most batches of one run in one append."""
+BATCH_ENTRIES: Final = 200  # the most entries in one batch
+BATCH_BYTES: Final = 256 * 1024  # the size in bytes at which a batch is full (its last entry may go beyond it)
+BATCHES: Final = 5  # the most batches of one run in one append
 
 
 class CommitListener(Protocol):
@@ -61,37 +58,28 @@ class CommitListener(Protocol):
 class BufferState(Enum):
     """What a buffer still takes, and what is stored of it."""
 
-    OPEN = auto()
-    """Entries can be added."""
-    FINISHED = auto()
-    """The run's ending is pending."""
-    STORED = auto()
-    """The ending is stored."""
-    ABANDONED = auto()
-    """Nothing from here is stored any more."""
+    OPEN = auto()  # entries can be added
+    FINISHED = auto()  # the run's ending is pending
+    STORED = auto()  # the ending is stored
+    ABANDONED = auto()  # nothing from here is stored any more
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class WriteBuffer:
     """The entries of one run that the log has not acknowledged yet."""
 
-    run: Run
-    """The record as it was when the run started."""
+    run: Run  # the record as it was when the run started
     lease: Lease
     tail: Tail
     listener: CommitListener
-    committer: ShardCommitter | None = None
-    """The worker that commits these entries, from the first use on."""
-    seq: int = 0
-    """The seq of the last entry that was added."""
+    committer: ShardCommitter | None = None  # the worker that commits these entries, from the first use on
+    seq: int = 0  # the seq of the last entry that was added
     entries: list[Entry] = field(default_factory=list)
     size: int = 0
     ending: Ending | None = None
     state: BufferState = BufferState.OPEN
-    stored: int = 0
-    """The highest seq that the log has acknowledged."""
-    stored_at: float = 0.0
-    """When the log last acknowledged entries, in seconds since the Unix epoch."""
+    stored: int = 0  # the highest seq that the log has acknowledged
+    stored_at: float = 0.0  # when the log last acknowledged entries, in seconds since the Unix epoch
     vacancy: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     """Where the run's producer waits for room."""
     run_id: str = field(init=False)

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from penstock.log.redis.slots import Command
 
 # Read as `backend.ANSWER_TIMEOUT` everywhere, so that one assignment changes it for all.
-ANSWER_TIMEOUT: Final = 5.0
-"""Seconds without a reply after which Redis counts as unreachable."""
+ANSWER_TIMEOUT: Final = 5.0  # seconds without a reply after which Redis counts as unreachable
 
 
 class Backend(Protocol):
@@ -132,8 +131,7 @@ class SingleServer:
         pass
 
 
-_SEVERAL: Final = "several"
-"""Stands for the shard of a request that concerns several."""
+_SEVERAL: Final = "several"  # stands for the shard of a request that concerns several
 
 
 class RequestLimiter:

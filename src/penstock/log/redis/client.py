@@ -32,16 +32,12 @@ if TYPE_CHECKING:
 
 COMMANDS_PER_ROUND_TRIP: Final = 100
 """The most commands that are packed at once: packing thousands would hold up every other task."""
-BYTES_PER_ROUND_TRIP: Final = 1024 * 1024
-"""The size at which a round trip is full (its last command may go beyond it)."""
-REPLICAS_TIMEOUT: Final = 1.0
-"""Seconds that the replicas may take for which a write waits."""
+BYTES_PER_ROUND_TRIP: Final = 1024 * 1024  # the size at which a round trip is full (its last command may go beyond it)
+REPLICAS_TIMEOUT: Final = 1.0  # seconds that the replicas may take for which a write waits
 CALLBACKS_PER_ROUND: Final = 64
 """How many more of asyncio's callbacks run in one round of Trio's scheduler, if they are ready."""
-CLOSE_TIMEOUT: Final = 1.0
-"""Seconds that closing a connection may take."""
-_SCRIPT_TRIES: Final = 3
-"""How often a script is sent to a server that keeps forgetting it."""
+CLOSE_TIMEOUT: Final = 1.0  # seconds that closing a connection may take
+_SCRIPT_TRIES: Final = 3  # how often a script is sent to a server that keeps forgetting it
 _KINDS: Final = {"smessage": "message", "ssubscribe": "subscribe", "sunsubscribe": "unsubscribe"}
 """The kinds of messages of sharded channels, by the names of ordinary ones."""
 

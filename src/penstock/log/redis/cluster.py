@@ -31,16 +31,12 @@ if TYPE_CHECKING:
 
 SUSPECT_AFTER: Final = 1.0
 """Seconds without an answer after which a node may have been replaced; and those that a reply about slots may take."""
-LEARN_PAUSE: Final = 0.25
-"""Seconds between two questions which node has which slots."""
-MIGRATION_PAUSE: Final = 0.02
-"""Seconds until a command is sent again whose keys are on their way to another node."""
-MIGRATION_LIMIT: Final = 2.0
-"""Seconds for which the commands of a caller that waits for migrations are sent again."""
+LEARN_PAUSE: Final = 0.25  # seconds between two questions which node has which slots
+MIGRATION_PAUSE: Final = 0.02  # seconds until a command is sent again whose keys are on their way to another node
+MIGRATION_LIMIT: Final = 2.0  # seconds for which the commands of a caller that waits for migrations are sent again
 REDIRECTION_LIMIT: Final = 0.5
 """Seconds for which other commands (commits, fetches) are sent again; these do not wait for a migration."""
-MOVING_FOR: Final = 1.0
-"""Seconds for which a slot counts as moving after a node has said so."""
+MOVING_FOR: Final = 1.0  # seconds for which a slot counts as moving after a node has said so
 
 
 class Unreachable(LogUnavailable):
@@ -57,12 +53,9 @@ class Redirected(NamedTuple):
     """Commands that must be sent again, by their numbers."""
 
     numbers: list[int]
-    asks: dict[int, Place]
-    """The node for each that must be preceded by `ASKING`."""
-    moved: list[tuple[int, Place]]
-    """Slots that have moved to another node, for good."""
-    wait: bool
-    """Some of their keys are on their way."""
+    asks: dict[int, Place]  # the node for each that must be preceded by `ASKING`
+    moved: list[tuple[int, Place]]  # slots that have moved to another node, for good
+    wait: bool  # some of their keys are on their way
 
 
 def classify_at(reply: Any, place: Place, address: str) -> Any:
@@ -150,8 +143,7 @@ class ClusterTopology:
         self._nodes: dict[str, Node] = {}
         self._on_moved: list[Callable[[], None]] = []
         self._learning = trio.Lock()
-        self._learned = 0
-        """How often the slots have been learned."""
+        self._learned = 0  # how often the slots have been learned
         self._doubt = trio.Event()
         self._asked_at: dict[int, float] = {}
         """When a node last said of a slot that some of its keys have moved already."""

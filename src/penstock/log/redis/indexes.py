@@ -35,8 +35,7 @@ class RunIndexes:
         self._keys = keys
         self._topology = topology
         self._numbers: Sequence[int | None] = NUMBERS if topology.is_cluster else [None]
-        self._on: dict[str, list[int | None]] = {}
-        """The numbers of the indexes on each shard; a cache."""
+        self._on: dict[str, list[int | None]] = {}  # the numbers of the indexes on each shard; a cache
         self._probes: dict[str, str] = {}
         topology.watch(self._on_moved)
 

@@ -41,14 +41,11 @@ if TYPE_CHECKING:
 
 REQUESTS_AT_ONCE: Final = 8
 """The most requests of readers and callers, and so connections, that are under way to one shard."""
-INBOX_TTL: Final = 60_000
-"""The least time, in milliseconds, for which an inbox keeps what its owner has not fetched."""
+INBOX_TTL: Final = 60_000  # the least time, in milliseconds, for which an inbox keeps what its owner has not fetched
 UNLISTED_AFTER: Final = 60.0
 """Seconds after its start after which a run without a record is taken off its index; before, it may be on its way."""
-ANY_TIMEOUT: Final = 0.5
-"""Seconds that a node of a cluster may take to answer a check before another one is asked."""
-LIST_PAGE: Final = 100
-"""The records that `list` looks up in one round trip."""
+ANY_TIMEOUT: Final = 0.5  # seconds that a node of a cluster may take to answer a check before another one is asked
+LIST_PAGE: Final = 100  # the records that `list` looks up in one round trip
 
 
 class RedisLog:

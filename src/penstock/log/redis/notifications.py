@@ -33,16 +33,12 @@ if TYPE_CHECKING:
     from penstock.log.redis.client import Subscription
     from penstock.log.redis.schema import Keys
 
-PING_INTERVAL: Final = 5.0
-"""Seconds between two pings of a subscription connection."""
+PING_INTERVAL: Final = 5.0  # seconds between two pings of a subscription connection
 CHECK_INTERVAL: Final = 60.0
 """Seconds within about which the last seq of a silent run is looked up, message or no message."""
-FAILING_TIMEOUT: Final = 1.0
-"""Seconds that a subscription waits while no connection can be made."""
-CHANNELS_PER_COMMAND: Final = 500
-"""The most channels in one SUBSCRIBE or UNSUBSCRIBE."""
-MAX_SEQ_DIGITS: Final = 16
-"""The most digits of a seq; a longer message on a run's channel is not penstock's."""
+FAILING_TIMEOUT: Final = 1.0  # seconds that a subscription waits while no connection can be made
+CHANNELS_PER_COMMAND: Final = 500  # the most channels in one SUBSCRIBE or UNSUBSCRIBE
+MAX_SEQ_DIGITS: Final = 16  # the most digits of a seq; a longer message on a run's channel is not penstock's
 
 
 class RedisNotifications:
@@ -55,8 +51,7 @@ class RedisNotifications:
         self._process = keys.process(owner)
         self._nursery = nursery
         self._subscriptions: dict[str, ShardSubscription] = {}
-        self._channels: dict[str, ShardSubscription] = {}
-        """The subscription of each channel that is wanted."""
+        self._channels: dict[str, ShardSubscription] = {}  # the subscription of each channel that is wanted
         self._moved: dict[str, int] = {}
         self._cancel = False
         self._reconnected = False
@@ -155,18 +150,14 @@ class ShardSubscription:
         self.scope = trio.CancelScope()
         self._notifications = notifications
         self._topology = notifications.topology
-        self._failing = False
-        """The last connection could not be made, or was of no use."""
-        self._proven = False
-        """This connection has been of use."""
-        self._asked: set[str] = set()
-        """The channels that this connection has asked for, and not given up since."""
+        self._failing = False  # the last connection could not be made, or was of no use
+        self._proven = False  # this connection has been of use
+        self._asked: set[str] = set()  # the channels that this connection has asked for, and not given up since
         self._unconfirmed: Counter[str] = Counter()
         """How many requests for a channel this connection has not confirmed yet."""
         self._arrived: set[str] = set()
         """Channels that have come from another shard: messages may have been lost on the way."""
-        self._misrouted: set[str] = set()
-        """Channels whose slot the node has given away, or does not have."""
+        self._misrouted: set[str] = set()  # channels whose slot the node has given away, or does not have
         self._changed = trio.Event()
         self._received = trio.lowlevel.ParkingLot()
         self._pong_due = False

@@ -29,12 +29,9 @@ if TYPE_CHECKING:
     from penstock.log.redis.slots import Command
     from penstock.log.redis.start import IdempotencyKeys
 
-REAPED_AT_ONCE: Final = 100
-"""The most runs of one index that are ended in one round trip."""
-CLOCK_TOLERANCE: Final = 1.0
-"""Seconds by which Redis' clock may gain on this process's between two looks."""
-_LONG: Final = 1e9
-"""More seconds than any lease has."""
+REAPED_AT_ONCE: Final = 100  # the most runs of one index that are ended in one round trip
+CLOCK_TOLERANCE: Final = 1.0  # seconds by which Redis' clock may gain on this process's between two looks
+_LONG: Final = 1e9  # more seconds than any lease has
 
 
 @dataclass(eq=False, slots=True)

@@ -14,13 +14,10 @@ if TYPE_CHECKING:
 
     from penstock.log.redis.scripts import Script
 
-Command = tuple[Any, ...]
-"""A command and its arguments."""
-Place = tuple[str, int]
-"""The host and the port of a node."""
+Command = tuple[Any, ...]  # a command and its arguments
+Place = tuple[str, int]  # the host and the port of a node
 
-NO_SHARD: Final = ""
-"""The shard of a slot that no node is known to have."""
+NO_SHARD: Final = ""  # the shard of a slot that no node is known to have
 
 
 def call(script: Script, keys: Sequence[str], *args: Any) -> Command:
@@ -43,8 +40,7 @@ class Slots:
 
     def __init__(self) -> None:
         self._owners = [NO_SHARD] * REDIS_CLUSTER_HASH_SLOTS
-        self.since = [-inf] * REDIS_CLUSTER_HASH_SLOTS
-        """When each slot came to its node, if that was seen."""
+        self.since = [-inf] * REDIS_CLUSTER_HASH_SLOTS  # when each slot came to its node, if that was seen
         self.primaries: dict[str, Place] = {}
         self.replicas: list[Place] = []
 

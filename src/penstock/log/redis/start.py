@@ -32,16 +32,12 @@ if TYPE_CHECKING:
     from penstock.log.redis.slots import Command
     from penstock.runs import Run
 
-LISTED_RUNS: Final = 10_000
-"""The most runs that `list` can find: the newest ones."""
-PENDING_LIMIT: Final = 2.0
-"""Seconds that a start waits for another start under the same idempotency key."""
-PENDING_PAUSE: Final = 0.05
-"""Seconds between two looks at that."""
+LISTED_RUNS: Final = 10_000  # the most runs that `list` can find: the newest ones
+PENDING_LIMIT: Final = 2.0  # seconds that a start waits for another start under the same idempotency key
+PENDING_PAUSE: Final = 0.05  # seconds between two looks at that
 PURGE_INTERVAL: Final = 60.0
 """Seconds between two looks for idempotency keys of runs that are neither renewed nor ended here."""
-FORGET_TIMEOUT: Final = 1.0
-"""Seconds that taking back a cancelled start may take."""
+FORGET_TIMEOUT: Final = 1.0  # seconds that taking back a cancelled start may take
 
 
 @dataclass(slots=True)

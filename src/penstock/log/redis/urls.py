@@ -36,8 +36,7 @@ ESCAPES: Final = "with % escapes for what is no letter or digit"
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
 LAST_PORT: Final = 65535
-SENTINEL_TIMEOUT: Final = 1.0
-"""Seconds that a Sentinel may take to answer before the next one is asked."""
+SENTINEL_TIMEOUT: Final = 1.0  # seconds that a Sentinel may take to answer before the next one is asked
 OPTIONS: Final[dict[str, Any]] = {
     "protocol": 2,
     "decode_responses": False,
@@ -56,15 +55,11 @@ class ParsedUrl:
     """What a URL names; `label` says it in messages, without any password, and `shape` what such a URL looks like."""
 
     label: str
-    hosts: Sequence[tuple[str, int]]
-    """Host and port of each server; empty for one server."""
-    options: dict[str, Any]
-    """How redis-py makes connections: password, database, TLS."""
+    hosts: Sequence[tuple[str, int]]  # host and port of each server; empty for one server
+    options: dict[str, Any]  # how redis-py makes connections: password, database, TLS
     shape: str
-    service: str | None = None
-    """The name by which Sentinels know the primary."""
-    sentinel_options: dict[str, Any] | None = None
-    """`options` for the Sentinels themselves."""
+    service: str | None = None  # the name by which Sentinels know the primary
+    sentinel_options: dict[str, Any] | None = None  # `options` for the Sentinels themselves
 
 
 def parse_server(url: str) -> ParsedUrl:

@@ -50,8 +50,7 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
     from hypercorn.typing import AppWrapper
 
-VERSIONS: Final = ("0.18.0",)
-"""The versions of Hypercorn that the patches were made for."""
+VERSIONS: Final = ("0.18.0",)  # the versions of Hypercorn that the patches were made for
 
 
 class Patch(NamedTuple):

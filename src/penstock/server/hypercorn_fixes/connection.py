@@ -35,12 +35,10 @@ if TYPE_CHECKING:
     from hypercorn.trio.worker_context import WorkerContext
     from hypercorn.typing import AppWrapper, ConnectionState
 
-MAX_KEEPALIVE: Final = 32_767
-"""The most seconds that Linux waits before it probes an idle peer."""
+MAX_KEEPALIVE: Final = 32_767  # the most seconds that Linux waits before it probes an idle peer
 LINGER: Final = 1.0
 """Seconds after its last send in which an HTTP/2 client may close its connection before the server does."""
-AT_ONCE: Final = 32
-"""After so many sends in a row that the system took at once, other tasks get a turn."""
+AT_ONCE: Final = 32  # after so many sends in a row that the system took at once, other tasks get a turn
 GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
 """What a send raises if the connection is closed, or is being closed."""
 SENDS: Final = "_penstock_sends"

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from hypercorn.protocol.http_stream import HTTPStream
     from hypercorn.typing import Event as IOEvent
 
-FRAME_LENGTH: Final = 3
-"""Bytes at the beginning of a frame that hold its length."""
-LAST_SENDS: Final = 1.0
-"""Seconds that responses have for their last sends after Hypercorn has cancelled them."""
+FRAME_LENGTH: Final = 3  # bytes at the beginning of a frame that hold its length
+LAST_SENDS: Final = 1.0  # seconds that responses have for their last sends after Hypercorn has cancelled them
 
 
 class PatchedStreamBuffer(StreamBuffer):
@@ -38,8 +36,7 @@ class PatchedStreamBuffer(StreamBuffer):
 
     def __init__(self, event_class: type[IOEvent]) -> None:
         super().__init__(event_class)
-        self.gone = event_class()
-        """Set when the stream has ended and the buffer is empty."""
+        self.gone = event_class()  # set when the stream has ended and the buffer is empty
 
     @property
     def ended(self) -> bool:
