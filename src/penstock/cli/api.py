@@ -250,10 +250,7 @@ def _lasting(error: Exception) -> str | None:
 
 
 class ApiClient:
-    """A server, as a context manager that closes its connections. It follows no redirection and repeats no request.
-
-    The URL has no slash at its end; without `tls` the usual authorities are trusted.
-    """
+    """A server, as a context manager that closes its connections. It follows no redirection and repeats no request."""
 
     def __init__(self, url: str, token: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self._url, self._token = url, token
@@ -284,8 +281,7 @@ class ApiClient:
     ) -> Iterator[tuple[ApiResponse, Iterator[bytes]]]:
         """Request a run's stream; yields the response, and the pieces of its body if it is a stream.
 
-        `wait` limits the seconds until the response begins, `silence` those between two pieces. Both the request and
-        the pieces raise `ConnectionFailed`.
+        `wait` limits the seconds until the response begins, `silence` those between two pieces.
         """
         # A client that accepts nothing but a stream, as a browser's EventSource does, gets no reason for a refusal.
         headers = {"Accept": f"{EVENT_STREAM}, application/problem+json", "Last-Event-ID": str(cursor)}

@@ -76,10 +76,7 @@ def curl(options: str, *, authenticated: bool) -> str:
 
 
 def collect_rarely() -> None:
-    """Let the garbage collector run more rarely, and never over what is imported already.
-
-    Called once, before the process makes other objects. Garbage in cycles stays in memory longer.
-    """
+    """Let the garbage collector run more rarely, and never over what is imported already; garbage stays longer."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -126,20 +123,10 @@ def host(
     link: ParentLink | None = None,
     tcp_user_timeout: float = USER_TIMEOUT,
 ) -> int:
-    """Serve on listening sockets until a signal; returns the exit code.
+    """Serve on listening sockets, which Hypercorn takes over, until a signal; returns the exit code.
 
-    Args:
-        make_app: `create_app` with all its arguments but the log.
-        log: the event log, as `open_log` returns it.
-        config: Hypercorn's; where it binds and what it logs is set here.
-        sockets: Hypercorn takes them over.
-        log_config: how log records are shown.
-        ready: called once connections are accepted; cancelled when the server has ended.
-        link: to the parent, for a worker.
-        tcp_user_timeout: see `serve`.
-
-    Raises:
-        UsageError: a setting has a value that it cannot have, or there is no such log.
+    `make_app` is `create_app` with all its arguments but the log. `ready` is called once connections are accepted, and
+    cancelled when the server has ended. A worker has a `link` to its parent.
     """
     import penstock.server.serve  # noqa: F401, PLC0415  (the parent of workers does without Hypercorn's server)
 
@@ -194,18 +181,11 @@ async def _serve(
             await outer.start(link.obey, shutdown)
         async with log as opened:
             app = make_app(opened)
-            serve_app = partial(
-                serve,
-                app,
-                config,
-                signals=SIGNALS if link is None else (),
-                shutdown=shutdown,
-                abandon=_abandon,
-                tcp_user_timeout=tcp_user_timeout,
-            )
+            signals = SIGNALS if link is None else ()
+            serve_app = partial(serve, app, config, signals=signals, shutdown=shutdown, abandon=_abandon)
 
             async def serve_until_the_end(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128
-                await serve_app(task_status=task_status)
+                await serve_app(tcp_user_timeout=tcp_user_timeout, task_status=task_status)
                 inner.cancel_scope.cancel(reason="the server has ended")
 
             async with open_nursery() as inner:  # inside the log's block: the log outlives the server
@@ -245,10 +225,7 @@ def host_workers(
     environment: Mapping[str, str],
     announce: Callable[[str], None],
 ) -> int:
-    """Keep `count` workers, with these arguments of `penstock serve`, until a signal; returns the exit code.
-
-    See `ProcessManager` for the arguments.
-    """
+    """Keep `count` workers, with these arguments of `penstock serve`, until a signal; returns the exit code."""
 
     def command(number: int, fds: Sequence[int], link: int) -> list[str]:
         worker = ",".join(map(str, (number, link, *fds)))

@@ -117,21 +117,13 @@ AUTH_OPTIONS: Final = ("token", "tokens", "link_secret", "allow_origin", "allow_
 
 @dataclass(frozen=True, slots=True)
 class AuthOptions:
-    """What the authorization options mean.
+    """What the authorization options mean."""
 
-    Attributes:
-        authorizer: decides which client may do what; None: every client may do everything.
-        for_workers: environment variables by which workers accept the same tokens and links.
-        insecure: no client needs a token, although other machines can reach the server.
-        allowed_origins: the origins whose pages may use the server from a browser.
-        allowed_hosts: the names under which the server answers; None = any.
-    """
-
-    authorizer: TokenAuthorizer | None = None
-    for_workers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    insecure: bool = False
-    allowed_origins: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] | None = None
+    authorizer: TokenAuthorizer | None = None  # None: every client may do everything
+    for_workers: Mapping[str, str] = field(default_factory=dict, repr=False)  # environment variables with their secrets
+    insecure: bool = False  # no client needs a token, although other machines can reach the server
+    allowed_origins: tuple[str, ...] = ()  # whose pages may use the server from a browser
+    allowed_hosts: tuple[str, ...] | None = None  # the names under which the server answers; None = any
 
     @property
     def anywhere(self) -> bool:

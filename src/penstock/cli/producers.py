@@ -34,11 +34,7 @@ class ModuleFailed(Exception):
 
 
 def load_producers(name: str) -> Mapping[str, Callable[..., Any]]:
-    """Load the producers that `MODULE:ATTRIBUTE` or `FILE.py:ATTRIBUTE` names.
-
-    Modules are also looked for in the working directory, as with `python -m`. A file's own folder comes first for what
-    the file imports.
-    """
+    """Load the producers that `MODULE:ATTRIBUTE` (from the working directory, too) or `FILE.py:ATTRIBUTE` names."""
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     if not attribute.isidentifier() or not (is_file or all(each.isidentifier() for each in where.split("."))):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, runtime_checkable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, runtime_checkable
 
 from penstock.errors import ConfigurationError
 
@@ -161,7 +162,7 @@ class NullObserver:
     def warning(self, message: str) -> None: ...
 
 
-class Observers:
+class Observers(NullObserver):
     """Notifies several observers; an exception of one of them does not keep the others from being notified.
 
     Args:
@@ -171,69 +172,19 @@ class Observers:
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def run_started(self, run: Run) -> None:
-        for observer in self._observers:
-            notify(observer.run_started, run)
 
-    def run_ended(self, run: Run) -> None:
+def _for_each(hook: Callable[..., None]) -> Callable[..., None]:
+    @wraps(hook)
+    def notify_each(self: Observers, *args: Any, **kwargs: Any) -> None:
         for observer in self._observers:
-            notify(observer.run_ended, run)
+            notify(getattr(observer, hook.__name__), *args, **kwargs)
 
-    def run_cancelled(self, run_id: str, seconds: float) -> None:
-        for observer in self._observers:
-            notify(observer.run_cancelled, run_id, seconds)
+    return notify_each
 
-    def run_fenced(self, run_id: str) -> None:
-        for observer in self._observers:
-            notify(observer.run_fenced, run_id)
 
-    def run_stuck(self, run_id: str, seconds: float, stack: str) -> None:
-        for observer in self._observers:
-            notify(observer.run_stuck, run_id, seconds, stack)
-
-    def runs_lost(self, run_ids: Sequence[str]) -> None:
-        for observer in self._observers:
-            notify(observer.runs_lost, run_ids)
-
-    def stream_started(self, run_id: str | None) -> None:
-        for observer in self._observers:
-            notify(observer.stream_started, run_id)
-
-    def stream_ended(self, end: StreamEnd) -> None:
-        for observer in self._observers:
-            notify(observer.stream_ended, end)
-
-    def pinged(self) -> None:
-        for observer in self._observers:
-            notify(observer.pinged)
-
-    def refused(self, status: int, code: str) -> None:
-        for observer in self._observers:
-            notify(observer.refused, status, code)
-
-    def committed(self, commit: Commit) -> None:
-        for observer in self._observers:
-            notify(observer.committed, commit)
-
-    def outage_began(self) -> None:
-        for observer in self._observers:
-            notify(observer.outage_began)
-
-    def outage_ended(self, seconds: float) -> None:
-        for observer in self._observers:
-            notify(observer.outage_ended, seconds)
-
-    def figures(self, figures: Figures) -> None:
-        for observer in self._observers:
-            notify(observer.figures, figures)
-
-    def on_error(self, error: BaseException, *, error_id: str, where: str) -> None:
-        for observer in self._observers:
-            notify(observer.on_error, error, error_id=error_id, where=where)
-
-    def warning(self, message: str) -> None:
-        for observer in self._observers:
-            notify(observer.warning, message)
+for _name, _hook in vars(NullObserver).items():
+    if not _name.startswith("_"):
+        setattr(Observers, _name, _for_each(_hook))
 
 
 def checked(observer: Observer) -> Observer:

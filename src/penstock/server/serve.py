@@ -81,10 +81,7 @@ class Shutdown:
         self._leaving.set()
 
     def force(self) -> None:
-        """Skip the wait that is under way: first that for the runs, then that for the last connections.
-
-        If no shutdown was asked for it is the same as `drain`.
-        """
+        """`drain`; the next call skips the wait for the runs, the one after that the wait for the last connections."""
         if self.phase is Phase.SERVING:
             self.drain()
         else:
@@ -99,10 +96,7 @@ class Shutdown:
         abandon: Callable[[Sequence[StuckRun]], None] | None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Wait until a shutdown is asked for, or the service fails, and shut down; it ends with `server`.
-
-        `server` is cancelled if there is nothing to drain yet, or when the last connections are to be cut.
-        """
+        """Wait until a shutdown is asked for, or the service fails, and shut down; it ends with the scope `server`."""
 
         def interrupt() -> None:
             if service.running:

@@ -115,10 +115,7 @@ class ParentLink:
         self._orphaned = False
 
     def keep_signals(self) -> None:
-        """Handle signals until `obey` does; call it in the main thread.
-
-        SIGTERM ends the process, in which nothing has started yet. SIGINT is ignored.
-        """
+        """Until `obey` handles signals: SIGTERM ends the process, in which nothing has started; SIGINT is ignored."""
 
         def end(_number: int, _frame: object) -> None:
             with suppress(OSError):
@@ -135,10 +132,7 @@ class ParentLink:
             await self._channel.send(f"{READY}{details}")
 
     async def obey(self, shutdown: Shutdown, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Follow the parent's messages, and signals that only this process may have got, until this is cancelled.
-
-        After that the process ignores signals.
-        """
+        """Follow the parent's messages, and signals to this process alone, until cancelled; then ignore signals."""
         self._channel = channel = LineChannel(self._sock)
         try:
             with trio.open_signal_receiver(*SIGNALS) as signals:
@@ -193,17 +187,11 @@ class ProcessManager:
         environment: Mapping[str, str] | None = None,
         on_end: Callable[[int], None] = lambda _pid: None,
     ) -> None:
-        """Prepare.
+        """Keep `count` workers.
 
-        Args:
-            count: the number of workers.
-            command: a worker's, from its number and the file descriptors of the sockets and of its end of the pair.
-            sockets: bound and listening; they are closed in the end.
-            say: called with a line for the operator.
-            announce: called with the details that the first worker has reported, once all accept connections.
-            max_deaths: so many workers that die within `DEATHS_WITHIN` end the server.
-            environment: variables of the workers, besides those of this process.
-            on_end: called with the pid of a worker's process that has ended.
+        `command` makes a worker's from its number and the file descriptors of the sockets and of its end of the pair.
+        `say` gets lines for the operator; `announce` what the first worker has reported, once all accept connections;
+        `on_end` the pid of each worker that has ended. `environment` comes besides that of this process.
         """
         self._count = count
         self._command = command
@@ -222,10 +210,8 @@ class ProcessManager:
         self._nursery: trio.Nursery
 
     async def run(self) -> int:
-        """Keep the workers until signals, or their deaths, end them all; return the exit code.
-
-        The first starts alone: a fault that keeps it from starting would keep the others, too, and is reported once.
-        """
+        """Keep the workers until signals, or their deaths, end them all; return the exit code."""
+        # The first starts alone: a fault that keeps it from starting would keep the others, too, and is reported once.
         settled = [trio.Event() for _ in range(self._count)]
         with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as self._nursery:

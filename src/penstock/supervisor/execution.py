@@ -61,10 +61,7 @@ class Settlement(Enum):
 
 
 class Execution:
-    """One run, while this process owns it.
-
-    `on_change` is called when the run's ending is decided, when the run is settled, and when its producer is gone.
-    """
+    """One run. `on_change` is called when its ending is decided, when it is settled, and when its producer is gone."""
 
     def __init__(
         self,
@@ -174,10 +171,7 @@ class Execution:
     # The producer
 
     async def execute(self, make_source: Callable[[], Any]) -> None:
-        """Run the producer to its end, in this task, and wait until its ending is stored.
-
-        Raises only what came from outside: a cancellation that was not recorded, or `KeyboardInterrupt`.
-        """
+        """Run the producer to its end, and wait until that is stored; raises only what came from outside the run."""
         self.task = trio.lowlevel.current_task()
         error: BaseException | None = None
         try:

@@ -43,17 +43,11 @@ class DrainPhase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StuckRun:
-    """A run that has ended although its producer has not let go.
-
-    Attributes:
-        run_id: the run.
-        stack: where its producer stands, as a traceback.
-        stored: its ending is stored.
-    """
+    """A run that has ended although its producer has not let go."""
 
     run_id: str
-    stack: str
-    stored: bool = True
+    stack: str  # where its producer stands, as a traceback
+    stored: bool = True  # its ending is stored
 
 
 class LiveRuns:

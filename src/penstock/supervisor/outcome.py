@@ -27,25 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class RunFacts:
-    """What has been recorded of a run.
+    """What has been recorded of a run."""
 
-    Attributes:
-        error: what the producer raised, without cancellations.
-        cause: the first cause that was recorded.
-        reason: the reason given with the cause.
-        stop_reason: the stop reason that the producer gave.
-        yielded_error: the code and message of an error that the producer yielded.
-        not_stored: `yielded_error` is not among the run's entries yet.
-        interrupted: something outside the run ended the producer, and recorded no cause: it counts as a shutdown.
-    """
-
-    error: BaseException | None = None
-    cause: Cause | None = None
-    reason: str | None = None
-    stop_reason: str | None = None
-    yielded_error: tuple[str, str] | None = None
-    not_stored: bool = False
-    interrupted: bool = False
+    error: BaseException | None = None  # what the producer raised, without cancellations
+    cause: Cause | None = None  # the first cause that was recorded
+    reason: str | None = None  # the reason given with the cause
+    stop_reason: str | None = None  # the stop reason that the producer gave
+    yielded_error: tuple[str, str] | None = None  # the code and message of an error that the producer yielded
+    not_stored: bool = False  # `yielded_error` is not among the run's entries yet
+    interrupted: bool = False  # something outside the run ended the producer without a cause: it counts as a shutdown
 
 
 def decide(

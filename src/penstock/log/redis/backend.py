@@ -137,8 +137,7 @@ _SEVERAL: Final = "several"  # stands for the shard of a request that concerns s
 class RequestLimiter:
     """At most `at_once` requests of readers and callers are under way to each shard, over as many connections.
 
-    Each shard has slots of its own, so that no request waits behind those to an unreachable shard. A request for which
-    no slot is free within `ANSWER_TIMEOUT` raises `LogUnavailable`.
+    No request waits behind those to another shard. It raises `LogUnavailable` after `ANSWER_TIMEOUT` without a slot.
     """
 
     def __init__(self, backend: Backend, topology: Topology, at_once: int) -> None:

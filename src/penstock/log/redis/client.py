@@ -22,7 +22,7 @@ from redis.asyncio.client import PubSub
 from penstock.errors import LogUnavailable
 from penstock.exception_groups import reraise
 from penstock.log.redis import backend, urls
-from penstock.log.redis.errors import classify, message_of, unavailable
+from penstock.log.redis.errors import checked, classify, message_of, unavailable
 from penstock.log.redis.scripts import BY_DIGEST
 
 if TYPE_CHECKING:
@@ -154,15 +154,13 @@ class Client:
         return [reply for piece in _pieces(commands) for reply in await self._send(piece, replicated=replicated)]
 
     async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
-        """See `Backend.in_stages`: one server executes commands in the order in which they come."""
         return await self.execute([command for stage in stages for command in stage], replicated=True)
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
         (reply,) = await self.execute([command], replicated=replicated)
-        return accepted(reply, self.address)
+        return checked(reply, self.address)
 
     async def best_effort(self, commands: Sequence[Command]) -> None:
-        """See `Backend.best_effort`: there is no other shard that could be unreachable."""
         await self.execute(commands)
 
     async def _send(self, commands: list[Command], *, replicated: bool) -> list[Any]:
@@ -220,10 +218,7 @@ class Client:
             return replies
 
     async def run(self, work: Coroutine[Any, Any, Any], *, timeout: float | None = None) -> Any:
-        """Run asyncio code on the loop, for so many seconds at most; None: `ANSWER_TIMEOUT`.
-
-        It raises `LogUnavailable` if that takes longer, or meets an error of redis-py's or of the connection.
-        """
+        """Run asyncio code on the loop; `LogUnavailable` after `timeout` (or `ANSWER_TIMEOUT`), and for its errors."""
         seconds = backend.ANSWER_TIMEOUT if timeout is None else timeout
         try:
             with trio.fail_after(seconds):
@@ -248,15 +243,6 @@ class Client:
         """Close the connections, within `CLOSE_TIMEOUT` even when cancelled."""
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await self._loop.run_aio_coroutine(self._redis_py.aclose())
-
-
-def accepted(reply: Any, address: str) -> Any:
-    """A reply; a refusal raises `LogUnavailable`."""
-    if isinstance(reply, LogUnavailable):
-        raise reply
-    if isinstance(reply, Exception):
-        raise LogUnavailable(f"Redis at {address} refuses a command: {reply}") from reply
-    return reply
 
 
 def _pieces(commands: Sequence[Command]) -> Iterator[list[Command]]:

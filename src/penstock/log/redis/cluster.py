@@ -18,8 +18,8 @@ from redis import exceptions
 from penstock.errors import LogUnavailable
 from penstock.exception_groups import open_nursery
 from penstock.log.redis import urls
-from penstock.log.redis.client import CLOSE_TIMEOUT, accepted, client_of_node, open_loop
-from penstock.log.redis.errors import classify, is_away, message_of, unavailable
+from penstock.log.redis.client import CLOSE_TIMEOUT, client_of_node, open_loop
+from penstock.log.redis.errors import checked, classify, is_away, message_of, unavailable
 from penstock.log.redis.slots import NO_SHARD, Slots, key_of, slot_of
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ class Cluster:
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
         (reply,) = await self.execute([command], replicated=replicated, wait_for_migration=True)
-        return accepted(reply, self.address)
+        return checked(reply, self.address)
 
     async def best_effort(self, commands: Sequence[Command]) -> None:
         """Send commands in the background; those that fail are forgotten."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from redis import exceptions
 
@@ -35,6 +35,16 @@ ADVICE: Final = {
 def is_away(reply: object) -> bool:
     """Whether a reply says that a server cannot be reached, or is in no state to answer."""
     return isinstance(reply, LogUnavailable) and not isinstance(reply, LogFull)
+
+
+def checked(reply: Any, address: str = "") -> Any:
+    """A reply; a refusal raises `LogUnavailable`."""
+    if isinstance(reply, LogUnavailable):
+        raise reply
+    if isinstance(reply, Exception):
+        where = f" at {address}" if address else ""
+        raise LogUnavailable(f"Redis{where} refuses a command: {reply}") from reply
+    return reply
 
 
 def classify(error: exceptions.ResponseError, address: str) -> Exception:

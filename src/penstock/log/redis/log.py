@@ -21,11 +21,11 @@ from penstock.errors import ConfigurationError, LogUnavailable, RunNotFound
 from penstock.log import PAGE_BYTES, PAGE_ENTRIES, AppendStatus, CancelReply, CancelStatus
 from penstock.log.redis import schema, scripts
 from penstock.log.redis.backend import RequestLimiter
-from penstock.log.redis.errors import is_away
+from penstock.log.redis.errors import checked, is_away
 from penstock.log.redis.indexes import RunIndexes
 from penstock.log.redis.notifications import open_notifications
 from penstock.log.redis.reap import Reaper
-from penstock.log.redis.schema import LOST, Keys, checked, ms, record_of
+from penstock.log.redis.schema import LOST, Keys, ms, record_of
 from penstock.log.redis.slots import call
 from penstock.log.redis.start import IdempotencyKeys, RunStarter
 
@@ -87,14 +87,12 @@ class RedisLog:
     # Writing
 
     async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
-        """See `EventLog.start`. Cancelled, it leaves no run; if it fails, one may be left until its lease ends."""
         return await self._starter.start(run, lease, idempotency)
 
     async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
         return await self._starter.restore(run, lease, oldest)
 
     async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
-        """See `EventLog.append`. If it fails or is cancelled, each of the batches is stored or not."""
         replies = await self._backend.execute([self._append(batch) for batch in batches], replicated=True)
         appended = [schema.appended_of(reply) for reply in replies]
         stored = [pair for pair in zip(batches, appended, strict=True) if pair[1].status is AppendStatus.OK]
@@ -158,7 +156,6 @@ class RedisLog:
         return run
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        """See `EventLog.list`. Runs without a record are taken off their index."""
         runs: dict[str, Run] = {}
         gone: list[Command] = []
         start, end = 0, LIST_PAGE
@@ -192,10 +189,7 @@ class RedisLog:
     # Cancelling
 
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
-        """Put a cancel request on record and into the owner's inbox, and notify the owner.
-
-        If only the inbox's node of a cluster is unreachable, the run's next append or renewal brings the request.
-        """
+        # If only the inbox's node of a cluster is unreachable, the run's next append or renewal brings the request.
         reason_args = ("1", reason) if reason is not None else ("", "")
         keys = [self._keys.stream(run_id), self._keys.record(run_id)]
         command = call(scripts.CANCEL, keys, secrets.token_hex(8), self._ttl, *reason_args)
@@ -212,7 +206,7 @@ class RedisLog:
         return CancelReply(met, schema.run_of(run_id, record))
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
-        """The requests in the owner's inbox. The next call removes from it what this one returns."""
+        # What this call returns, the next one removes from the inbox.
         if self._topology.is_cluster and owner in self._renewed_cancels:
             # The inbox may be on an unreachable node: the next call reads it.
             await trio.lowlevel.checkpoint()

@@ -58,14 +58,10 @@ class RedisNotifications:
         self._lot = trio.lowlevel.ParkingLot()
 
     async def subscribe(self, run_id: str) -> None:
-        """From the return on, every append to the run is reported."""
         await self.listen(self._keys.wake(run_id))
 
     async def listen(self, channel: str) -> None:
-        """Wait until Redis has confirmed that it sends the messages of this channel.
-
-        If that takes too long it raises `LogUnavailable`, and the subscription keeps trying.
-        """
+        """Wait until Redis confirms this channel; `LogUnavailable` if that takes too long (it keeps trying)."""
         if channel not in self._channels:
             subscription = self._channels[channel] = self._subscription(self.topology.shard(channel))
             subscription.add(channel)

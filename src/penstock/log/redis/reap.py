@@ -15,8 +15,8 @@ import trio
 
 from penstock.errors import LogUnavailable
 from penstock.log.redis import scripts
-from penstock.log.redis.errors import is_away
-from penstock.log.redis.schema import checked, fields_of_ending, ms, touch
+from penstock.log.redis.errors import checked, is_away
+from penstock.log.redis.schema import fields_of_ending, ms, touch
 from penstock.log.redis.slots import call
 
 if TYPE_CHECKING:

@@ -152,15 +152,6 @@ LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.R
 """After these replies a run does not belong to this process any more."""
 
 
-def checked(reply: Any) -> Any:
-    """A reply; a refusal raises `LogUnavailable`."""
-    if isinstance(reply, LogUnavailable):
-        raise reply
-    if isinstance(reply, Exception):
-        raise LogUnavailable(f"Redis refuses a command: {reply}") from reply
-    return reply
-
-
 def text_of(raw: bytes | None) -> str | None:
     """A text, with what is no UTF-8 replaced."""
     return None if raw is None else raw.decode(errors="replace")

@@ -18,7 +18,8 @@ import trio
 from penstock.errors import IdempotencyConflict, LogUnavailable, RunExists
 from penstock.log import Started
 from penstock.log.redis import scripts
-from penstock.log.redis.schema import LOST, appended_of, checked, fields_of, ms, record_of, run_of
+from penstock.log.redis.errors import checked
+from penstock.log.redis.schema import LOST, appended_of, fields_of, ms, record_of, run_of
 from penstock.log.redis.slots import call
 from penstock.runs import RunStatus
 
@@ -148,10 +149,8 @@ class RunStarter:
         return created == b"1", record_of(flat)
 
     async def _confirm(self, run_id: str) -> None:
-        """Record that the starter knows of its run, even if it is cancelled: the start cannot be taken back any more.
-
-        If that fails, a repeated start may take the run over while it has no entry yet.
-        """
+        """Record, even if cancelled, that the starter knows of its run: the start cannot be taken back any more."""
+        # If that fails, a repeated start may take the run over while it has no entry yet.
         with trio.move_on_after(FORGET_TIMEOUT, shield=True), suppress(LogUnavailable):
             await self._backend.ask("HDEL", self._keys.record(run_id), "pending")
 

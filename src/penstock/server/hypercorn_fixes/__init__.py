@@ -85,14 +85,9 @@ def are_known() -> bool:
 
 
 def apply(config: Config, warn: Callable[[str], None]) -> SendDeadline:
-    """Patch the connections of the server that has this configuration.
+    """Patch the connections of the server that has this configuration, which is changed; the deadline of its sends.
 
-    Args:
-        config: the object that Hypercorn is given; it belongs to this server alone, and is changed.
-        warn: called with a line for each patch that is not in place.
-
-    Returns:
-        The deadline of the server's sends. It governs none if `PatchedTCPServer` is not in place.
+    `warn` is called with a line for each patch that is not in place.
     """
     sends = SendDeadline()
     if not are_known():

@@ -50,15 +50,8 @@ _TCP_USER_TIMEOUT: Final[int | None] = getattr(socket, "TCP_USER_TIMEOUT", None)
 def time_out_stalled(sockets: Iterable[socket.socket], seconds: float) -> bool:
     """Let TCP end connections whose peer takes nothing in for so long (RFC 5482's user timeout).
 
-    A peer that stops reading closes its window. A `send` to it waits, and only the end of the connection ends that
-    wait. With a user timeout the kernel ends it, and the application sees a disconnect.
-
-    Args:
-        sockets: listening sockets; what they accept inherits the option.
-        seconds: how long, up to `MAX_USER_TIMEOUT`; 0 leaves it to the system.
-
-    Returns:
-        False if this system has no such option (it is Linux's).
+    Otherwise a `send` to a peer that has closed its window waits without end. What the listening sockets accept
+    inherits the option. 0 leaves it to the system; False if that has no such option (it is Linux's).
     """
     if _TCP_USER_TIMEOUT is None:
         return False
@@ -123,10 +116,7 @@ class PatchedTCPServer(TCPServer):
         self._sent_at_once = 0
 
     async def protocol_send(self, event: Event) -> None:
-        """Send, or close; a send is whole even if it is cancelled, until the server's `SendDeadline`.
-
-        A connection that is closed, or being closed, is not an error of the task that sends: `lose` notifies all.
-        """
+        """Send, or close. A connection that is closed is no error of the task that sends: `lose` notifies all."""
         # A response that is cancelled in mid-send must not leave half a frame on a connection that others share. So
         # Hypercorn shields a send; but without a deadline, and without the wait for a send that is under way.
         if isinstance(event, RawData):

@@ -32,11 +32,10 @@ class Readable(Protocol):
 
 
 class ReadWhilePipelined:
-    """In place of the event on which Hypercorn waits when a second request comes before the first is answered.
+    """In place of the event on which Hypercorn waits when a second request comes before the first is answered."""
 
-    Hypercorn reads nothing meanwhile, and so does not see the end of the connection. This event's `wait` reads on, up
-    to the limit on a request's headers; a client that sends more than that loses its connection.
-    """
+    # Hypercorn reads nothing meanwhile, and so does not see the end of the connection. This `wait` reads on, up to the
+    # limit on a request's headers; a client that sends more than that loses its connection.
 
     def __init__(self, protocol: PatchedH11, connection: Readable, limit: int) -> None:
         self._protocol = protocol
