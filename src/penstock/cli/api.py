@@ -92,7 +92,6 @@ def refusal_in(response: ApiResponse) -> Refusal | None:
 
 
 def describe(response: ApiResponse) -> str:
-    """What a response says that is not the expected one, in one line."""
     status, refusal = response.status, refusal_in(response)
     if 300 <= status < 400:  # noqa: PLR2004  (the redirections, RFC 9110 section 15.4)
         target = response.headers.get("location", "nowhere")
@@ -147,7 +146,6 @@ def decide(response: ApiResponse, *, cursor: int, seen: bool) -> Decision:
 
 
 def retry_or_stop(response: ApiResponse, *, seen: bool) -> Decision:
-    """What to do after a response that is not the expected one."""
     status, reason = response.status, describe(response)
     if status == HTTPStatus.NOT_FOUND and seen:
         return Decision(Action.SEEK, reason)

@@ -149,7 +149,6 @@ def check_reading(reading: Reading, written: Sequence[str], compiled: int) -> li
 
 
 def check_cancel(seconds: float, names: Sequence[str], last: str) -> Check:
-    """Check a cancel: its time, the types of the events, and the data of the last one."""
     return Check(
         seconds < CANCEL_LIMIT and "cancelled" in names and last == "[DONE]",
         f"a silent run was cancelled by another client: {seconds * 1000:.1f} ms from the request to the end of the "
@@ -211,7 +210,6 @@ class DemoServer:
             raise DemoError("the server did not start; it said:\n" + "\n".join(self.output))
 
     async def leave(self) -> Check:
-        """Send SIGTERM, and check how the server ends."""
         begun = time.perf_counter()
         self.process.terminate()
         with trio.move_on_after(LEAVE_LIMIT):
@@ -255,7 +253,6 @@ async def serving(folder: Path, port: int) -> AsyncIterator[DemoServer]:
 
 
 async def start(client: httpx2.AsyncClient, producer: str) -> str:
-    """Start a run; returns the path of its record."""
     response = await client.post("/v1/runs", json={"producer": producer})
     return f"/v1/runs/{response.raise_for_status().json()['id']}"
 
@@ -280,7 +277,6 @@ async def read(server: DemoServer, run: str, reading: Reading, up_to: float, scr
 
 
 async def read_with_cuts(server: DemoServer, run: str, screen: DemoScreen, total: int) -> Reading:
-    """Read a run from its beginning to its end, over connections that are cut."""
     reading = Reading()
     async with server.client() as other:
         for share in CUTS:
@@ -299,7 +295,6 @@ async def read_with_cuts(server: DemoServer, run: str, screen: DemoScreen, total
 
 
 async def cancel_silent_run(server: DemoServer) -> Check:
-    """Start a silent run, read it, and let another client cancel it."""
     received: list[tuple[str, str]] = []
     first = trio.Event()
 
@@ -321,7 +316,6 @@ async def cancel_silent_run(server: DemoServer) -> Check:
 
 
 async def demonstrate(folder: Path, port: int, screen: DemoScreen) -> list[Check]:
-    """Carry out the demo in a scratch folder."""
     total = sum(1 for where in FOLDERS for _ in where.glob("*.py")) + len(FOLDERS)
     async with serving(folder, port) as server:
         screen.step(f"penstock serve is up at {server.url}, process {server.process.pid}")

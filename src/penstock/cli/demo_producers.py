@@ -51,7 +51,6 @@ def build(_input: Any) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:  # noqa: ASYNC900  (that is what a producer is)
-    """Yield one event, and no other for an hour."""
     yield Event(data="nothing more for an hour")
     await trio.sleep(3600)
     yield Event(data="an hour later")

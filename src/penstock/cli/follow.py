@@ -69,7 +69,6 @@ class TimeLimit:
 
 
 def seq_of(last_event_id: str) -> int | None:
-    """The seq that the id of an event is; None if it is no seq."""
     return int(last_event_id) if _SEQ.fullmatch(last_event_id) else None
 
 
@@ -188,7 +187,6 @@ class Following:
             self._backoff.reset()
 
     def _skip(self, oldest: int) -> None:
-        """Continue with the oldest event that the server has."""
         if not self._from_tail:  # --tail asks for no more events than there are
             first, last = self.cursor + 1, oldest - 1
             ids = f"event {first} is" if first == last else f"events {first} to {last} are"
@@ -213,7 +211,6 @@ class Following:
         self.sleep(pause)
 
     def _final_record(self) -> dict[str, Any]:
-        """The record of a run whose events have all been printed."""
         try:
             return self._record(TimeLimit(min(self.give_up_after, RECORD_LIMIT), self.clock))
         except CommandFailed as error:

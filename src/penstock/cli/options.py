@@ -38,7 +38,6 @@ UNITS: Final = {"s": "SECONDS", "bytes": "BYTES", "entries": "ENTRIES", "runs": 
 
 
 def shared_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that `serve` and `exec` share: `bind`, `log_level` and `log_format`."""
     options = (
         option(
             "--bind",
@@ -64,7 +63,6 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def settings_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for each field of `Settings`."""
     return _with([_setting_option(setting) for setting in fields(Settings)], function)
 
 
@@ -132,12 +130,10 @@ class AuthOptions:
 
     @property
     def for_app(self) -> dict[str, Any]:
-        """The arguments of `create_app`."""
         return {name: getattr(self, name) for name in ("authorizer", "allowed_origins", "allowed_hosts")}
 
 
 def authorization_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `AUTH_OPTIONS`."""
     options = (
         option(
             "--token",

@@ -62,7 +62,6 @@ def load_producers(name: str) -> Mapping[str, Callable[..., Any]]:
 
 
 def _advice(module: ModuleType, attribute: str) -> str:
-    """Which mappings the module has instead."""
     mappings = [name for name, value in vars(module).items() if isinstance(value, dict) and not name.startswith("_")]
     if close := difflib.get_close_matches(attribute, mappings, n=1, cutoff=0.5) or mappings:
         return f"; it has {', '.join(sorted(close))}"

@@ -265,12 +265,10 @@ def announce(summary: str, *, log_url: str, workers: int) -> None:
 
 
 def _is_local(url: str) -> bool:
-    """Whether a request to this URL stays on this machine."""
     return ipaddress.ip_address((urlsplit(url).hostname or "").partition("%")[0]).is_loopback
 
 
 def _check(workers: int, log_url: str, certfile: str | None, keyfile: str | None) -> None:
-    """Refuse options that do not go together."""
     if workers > 1 and log_url.startswith("memory:"):
         raise click.BadParameter(
             "memory:// is one process's memory, which several workers do not share; give them a Redis, with "

@@ -54,7 +54,6 @@ def check_certificate(certfile: str, keyfile: str) -> None:
 
 @contextmanager
 def listening(binds: Sequence[str], *, anywhere: bool) -> Iterator[list[socket.socket]]:
-    """Hold the sockets of `listen` open."""
     for fd in range(3):
         try:
             os.fstat(fd)

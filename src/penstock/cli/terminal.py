@@ -101,7 +101,6 @@ def _in_one_line(value: Any) -> str:
 
 
 def _local_time(value: Any) -> str:
-    """Seconds since 1970 as a local time."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value:
         return NOTHING
     try:
@@ -123,7 +122,6 @@ def _status(record: Mapping[str, Any]) -> str:
 
 
 def table_of(records: list[dict[str, Any]]) -> RenderableType:
-    """A table of records for people, one record a line."""
     table = Table("id", "producer", "status", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("entries", justify="right")
     table.add_column("started")
@@ -141,7 +139,6 @@ def table_of(records: list[dict[str, Any]]) -> RenderableType:
 
 
 def fields_of(record: dict[str, Any]) -> RenderableType:
-    """A table of all members of a record, one member a line."""
     grid = Table.grid("name", "value", padding=(0, 2, 0, 0))
     for name, value in record.items():
         text = _in_one_line(value)
@@ -172,7 +169,6 @@ class Progress:
     until: float | None = None
 
     def line(self, now: float) -> str:
-        """The text of the status line."""
         due = "" if self.until is None else f", again in {max(self.until - now, 0):.1f} s"
         return f"{self.state}{due} · {self.figures(now)}"
 
@@ -263,7 +259,6 @@ def event_as_json(seq: int, message: Message) -> str:
 
 
 def describe_end(record: dict[str, Any]) -> str:
-    """How a run ended, in one line."""
     reason = record.get("stop_reason")
     text = f"run {record['id']}: {record['status']}" + (f" ({reason})" if reason else "")
     error = record.get("error")

@@ -27,7 +27,6 @@ class Ring:
 
     @property
     def first(self) -> int:
-        """The seq of the oldest entry."""
         return self.last - len(self._wires) + 1
 
     def __len__(self) -> int:

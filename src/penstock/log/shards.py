@@ -45,7 +45,6 @@ class ShardWorker(ABC):
             await self.run()
 
     def close(self) -> None:
-        """Cancel the worker; its shard is gone."""
         self.closed = True
         self._scope.cancel(reason=f"the log has no shard {self.shard!r} any more")
 
@@ -71,7 +70,6 @@ class Shards(Generic[W]):
         return self._worker(self._log.shard(run_id))
 
     def get(self, shard: str) -> W | None:
-        """The worker of a shard, if it has been made."""
         return self._workers.get(shard)
 
     def start_soon(self, work: Callable[..., Awaitable[object]], *args: Any) -> bool:

@@ -17,9 +17,7 @@ MAX_HEADER_BYTES: Final = 16 * 1024  # the default limit on a request's line and
 def new_config(max_header_bytes: int = MAX_HEADER_BYTES) -> Config:
     """Hypercorn's configuration, with a backlog that takes a burst of readers who all come back at once.
 
-    Args:
-        max_header_bytes: the limit on a request's line and headers. Beyond it an HTTP/1.1 request is answered 431, and
-            an HTTP/2 connection ends.
+    Beyond `max_header_bytes` of line and headers an HTTP/1.1 request is answered 431, and an HTTP/2 connection ends.
     """
     config = Config()
     config.backlog = BACKLOG

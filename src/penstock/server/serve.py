@@ -1,11 +1,5 @@
 """serve(): Hypercorn's trio worker with a drain, and with patches of those of its faults that hurt streams.
 
-| `Shutdown` | effect |
-|---|---|
-| `drain()` | not ready, new runs 503, readers of other processes' runs released; own runs get `drain_timeout` |
-| `stop_accepting()` | the same, and the listeners close at once: sibling processes have them open, too |
-| `force()` | the first is `drain()`; the next interrupts the runs, and when they are over, cuts the last connections |
-
     SERVING ──▶ DRAINING ──▶ DRAINED ──▶ Hypercorn closes the listeners, and after its grace the last connections;
                                          the lifespan ends, and the supervisor with it
 
@@ -70,13 +64,16 @@ class Shutdown:
         self._skip: Callable[[], None] = lambda: None
 
     def drain(self) -> None:
-        """End when the runs have ended, and accept connections until then."""
+        """End when the runs have ended: they get `drain_timeout`, and meanwhile new runs are refused (503).
+
+        Connections are accepted until then; readers of other processes' runs are released.
+        """
         if self.phase is Phase.SERVING:
             self.phase = Phase.DRAINING
         self._asked.set()
 
     def stop_accepting(self) -> None:
-        """End when the runs have ended, and accept no more connections: sibling processes do."""
+        """`drain`, and close the listeners at once: sibling processes have them open, too."""
         self.drain()
         self._leaving.set()
 

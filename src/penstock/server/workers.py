@@ -230,7 +230,6 @@ class ProcessManager:
 
     @property
     def recent_deaths(self) -> int:
-        """The workers that died within `DEATHS_WITHIN`."""
         while self._deaths and self._deaths[0] < trio.current_time() - DEATHS_WITHIN:
             self._deaths.popleft()
         return len(self._deaths)

@@ -1,10 +1,5 @@
 """`cancel_when`: cancel a block as soon as a function, which is polled, says so.
 
-    nursery ┬─ the block
-            └─ the watch:  poll ──▶ yes: record the reason, then cancel the nursery
-                             ▲   └─▶ no, or the poll failed: wait for the interval, or for `wake()`
-                             └───────────────┘
-
 The watch polls in a task of its own, so a slow poll delays no chunk. It records the request before it cancels:
 
 | the block | requested | leaves |

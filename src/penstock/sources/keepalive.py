@@ -1,10 +1,7 @@
 """`keepalive`: a source of chunks, with pings while it is silent. A stream has its own: `asgi/sender.py`.
 
-    source ──__anext__──▶ background task ──channel, no buffer──▶ __anext__ ──▶ the block
-                          opens, iterates, closes                 waits `interval`, then pings
-
-The time limit applies to the receiving end of the channel. No scope is opened around a step of the source, so the
-source's own scopes stay intact, and a ping does not interrupt it.
+A background task iterates the source and sends to a channel without a buffer. The time limit applies to the receiving
+end: no scope is opened around a step of the source, so its own scopes stay intact, and a ping does not interrupt it.
 
 While chunks come there are no pings. The source runs at most one chunk ahead of the block, and every chunk comes before
 the source's exception. When the block has been left, the source's `finally` blocks have run, in the task that opened

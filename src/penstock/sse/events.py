@@ -13,13 +13,9 @@ lines, which end with LF, CR or CRLF and with nothing else (U+2028, VT, FF and N
 | `retry: DIGITS` | sets the reconnection time in milliseconds, at once |
 | `: TEXT` | a comment; ignored, as is a field with any other name |
 
-Three pure functions:
-
-    Event ---encode---> bytes          a decoder reads back the same event, with LF as the line ends in its data
-    str | bytes ---split_blocks---> [WireBlock]          strict: raises for input that is not made of whole blocks
-    bytes, cut anywhere ---Decoder.feed---> [Message]          lenient: exactly the standard; no input is an error
-
-Connections and reconnecting are not here, nor is the numbering of events, which is the log's.
+`Event.encode` makes bytes that a decoder reads back as the same event, with LF as the line ends in its data.
+`split_blocks` is strict: it raises for input that is not made of whole blocks. `Decoder.feed` is lenient, exactly as
+the standard is: its input may be cut anywhere, and none is an error.
 """
 
 from __future__ import annotations
@@ -94,13 +90,9 @@ class Event:
         id: str | None = None,  # noqa: A002  (the field's name in the standard)
         retry: int | None = None,
     ) -> Self:
-        """Return an event whose data is JSON.
+        """Return an event whose data is `value` as compact JSON on one line, in UTF-8 and not in escapes.
 
-        Args:
-            value: becomes compact JSON on one line, in UTF-8 and not in escapes.
-            event: as in `Event`.
-            id: as in `Event`.
-            retry: as in `Event`.
+        `event`, `id` and `retry` are as in `Event`.
 
         Raises:
             InvalidChunk: JSON has no such value (NaN and the infinities, sets, bytes, a cycle ...), a string in it

@@ -67,7 +67,6 @@ class ShardLeases(ShardWorker):
             self._end_outage()
 
     def _unsettled(self) -> list[Execution]:
-        """The runs of this process on this shard that are not settled."""
         shard_of, runs = self._keeper.log.shard, self._keeper.runs.by_id.values()
         return [each for each in runs if not each.settled.is_set() and shard_of(each.run.id) == self.shard]
 

@@ -88,7 +88,6 @@ class LiveRuns:
 
     @property
     def present(self) -> int:
-        """The number of live runs, with those whose start is under way."""
         return len(self._starts) + len(self.by_id)
 
     @property
@@ -131,7 +130,6 @@ class LiveRuns:
                 early[run_id] = reason
 
     def give_up(self, executions: Iterable[Execution]) -> None:
-        """Give up runs whose shard of the log has been out of reach for too long."""
         for execution in executions:
             self.unstored += self.phase >= DrainPhase.DRAINING and not execution.settled.is_set()
             execution.give_up()
@@ -179,7 +177,6 @@ class LiveRuns:
             execution.drop()
 
     async def let_go(self) -> None:
-        """Wait until no run is stuck. A checkpoint, if it has to wait."""
         await self._until(lambda: not any(each.stuck for each in self.by_id.values()))
 
     async def _until(self, condition: Callable[[], bool]) -> None:

@@ -52,7 +52,7 @@ class Backend(Protocol):
     async def in_stages(self, *stages: Sequence[Command]) -> list[Any]:
         """`execute` with `replicated` and `wait_for_migration`; each stage begins when the one before is done.
 
-        A command of an earlier stage that met an unreachable shard raises `LogUnavailable`.
+        An unreachable shard in an earlier stage raises `LogUnavailable`.
         """
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
@@ -152,7 +152,6 @@ class RequestLimiter:
             return await self._backend.execute(commands, replicated=replicated, wait_for_migration=True)
 
     async def ask(self, *command: Any, replicated: bool = False) -> Any:
-        """`Backend.ask`, in a slot."""
         async with self.slot(key_of(command)):
             return await self._backend.ask(*command, replicated=replicated)
 

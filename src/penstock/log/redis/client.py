@@ -78,7 +78,6 @@ class Subscription:
         await self._send("unsubscribe", channels)
 
     async def ping(self) -> None:
-        """Ask for a message of kind `pong`."""
         await self._send("ping", ())
 
     async def _send(self, name: str, channels: Sequence[str]) -> None:
@@ -246,7 +245,6 @@ class Client:
 
 
 def _pieces(commands: Sequence[Command]) -> Iterator[list[Command]]:
-    """The commands of each round trip."""
     piece: list[Command] = []
     size = 0
     for command in commands:

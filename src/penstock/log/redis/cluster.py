@@ -149,7 +149,6 @@ class ClusterTopology:
         """When a node last said of a slot that some of its keys have moved already."""
 
     def shard(self, key: str) -> str:
-        """The address of the node that has this key; "" if no node is known to."""
         return self._slots.owner(key)
 
     def shards(self) -> Collection[str]:
@@ -189,7 +188,6 @@ class ClusterTopology:
         return self._nodes[address]
 
     def node_of(self, shard: str) -> Node | None:
-        """The node of a shard; None if it is no primary."""
         place = self._slots.primaries.get(shard)
         return place and self.node_at(place)
 
@@ -257,7 +255,6 @@ class ClusterTopology:
         return node is not None and (node.away or bool(node.under_way))
 
     async def _slots_by(self, place: Place) -> Sequence[Any]:
-        """The reply of a node to `CLUSTER SLOTS`."""
         node = self._nodes.get(urls.address_of(*place))
         client = self._make(place) if node is None else node.client
         try:
@@ -271,7 +268,6 @@ class ClusterTopology:
                 await client.aclose()  # noqa: ASYNC102  (it has a shield with a deadline)
 
     async def _leave_old_nodes(self) -> None:
-        """Notify the watchers, and leave the nodes that are no primaries any more."""
         old = [self._nodes.pop(address) for address in {*self._nodes} - {*self._slots.primaries}]
         for node in old:
             for scope in node.under_way:
@@ -342,7 +338,6 @@ class Cluster:
 
     @trio.lowlevel.enable_ki_protection
     async def _send_best_effort(self, shard: str) -> None:
-        """Send what waits for this shard, and what comes meanwhile."""
         while commands := [*self._best_effort[shard]]:
             self._best_effort[shard] = {}
             with suppress(LogUnavailable):  # the log can do without it

@@ -44,26 +44,21 @@ class RunIndexes:
         self._probes.clear()
 
     def runs_of(self, run_id: str) -> str:
-        """The index by creation in which a run is listed."""
         return self._keys.runs(self._number(run_id))
 
     def live_of(self, run_id: str) -> str:
-        """The index by lease in which a run is listed."""
         return self._keys.live(self._number(run_id))
 
     def by_live(self, runs: Iterable[str]) -> dict[str, list[str]]:
-        """These runs by the index by lease in which they are listed."""
         found: dict[str, list[str]] = {}
         for run_id in runs:
             found.setdefault(self.live_of(run_id), []).append(run_id)
         return found
 
     def runs(self) -> list[str]:
-        """All indexes by creation."""
         return [self._keys.runs(number) for number in self._numbers]
 
     def live(self, shard: str) -> list[str]:
-        """The indexes by lease on one shard."""
         return [self._keys.live(number) for number in self._numbers_on(shard)]
 
     def probe(self, shard: str) -> str:

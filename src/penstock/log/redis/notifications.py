@@ -121,7 +121,6 @@ class RedisNotifications:
         return channel != self._process
 
     async def look_up(self, channels: Collection[str]) -> None:
-        """Report the runs of these channels as if each had sent a message."""
         runs = [self._keys.run_of_channel(channel) for channel in channels if self.is_run(channel)]
         if runs:
             replies = await self.backend.execute([("HGET", self._keys.record(run_id), "seq") for run_id in runs])
@@ -284,7 +283,6 @@ class ShardSubscription:
         self._arrived |= misrouted & self.channels.keys()
 
     async def _send(self, subscription: Subscription) -> None:
-        """Make what this connection listens to what is wanted."""
         while piece := [*islice((each for each in self._asked if each not in self.channels), CHANNELS_PER_COMMAND)]:
             self._asked.difference_update(piece)
             await subscription.unsubscribe(piece)

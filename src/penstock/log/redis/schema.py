@@ -117,7 +117,6 @@ def fields_of_ending(ending: Ending | None) -> list[str]:
 
 
 def record_of(flat: Sequence[bytes]) -> dict[str, str]:
-    """A hash from the reply of the server: field, value, field, value ..."""
     texts = [each.decode(errors="replace") for each in flat]
     return dict(zip(texts[::2], texts[1::2], strict=True))
 
@@ -153,12 +152,10 @@ LOST: Final = frozenset({AppendStatus.FENCED, AppendStatus.ENDED, AppendStatus.R
 
 
 def text_of(raw: bytes | None) -> str | None:
-    """A text, with what is no UTF-8 replaced."""
     return None if raw is None else raw.decode(errors="replace")
 
 
 def appended_of(reply: Any) -> Appended:
-    """The reply to one batch, or to a restore."""
     if is_away(reply):
         return Appended(AppendStatus.AWAY, words=str(reply))
     if isinstance(reply, LogFull):

@@ -21,7 +21,6 @@ NO_SHARD: Final = ""  # the shard of a slot that no node is known to have
 
 
 def call(script: Script, keys: Sequence[str], *args: Any) -> Command:
-    """The command that runs a script."""
     return ("EVALSHA", script.digest, len(keys), *keys, *args)
 
 
@@ -31,7 +30,6 @@ def key_of(command: Command) -> str:
 
 
 def slot_of(key: str) -> int:
-    """The slot of a key or a channel."""
     return int(key_slot(key.encode(errors="replace")))
 
 
@@ -45,7 +43,6 @@ class Slots:
         self.replicas: list[Place] = []
 
     def owner(self, key: str) -> str:
-        """The address of the primary that has a key."""
         return self._owners[slot_of(key)]
 
     def moved(self, slot: int, host: str, port: int, *, now: float = 0.0) -> bool:
@@ -61,8 +58,7 @@ class Slots:
     def replace(self, ranges: Sequence[Any], asked: str, *, now: float = 0.0) -> bool:
         """Take over a reply to `CLUSTER SLOTS` of time `now`; whether any slot has changed its node.
 
-        `asked`, the host that was asked, stands for a host that the reply leaves out. A reply that cannot be read, or
-        names no slots, raises ValueError.
+        `asked` stands for a host that the reply leaves out. ValueError: it cannot be read, or names no slots.
         """
         owners = [NO_SHARD] * REDIS_CLUSTER_HASH_SLOTS
         primaries: dict[str, Place] = {}

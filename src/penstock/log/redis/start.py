@@ -78,7 +78,6 @@ class IdempotencyKeys:
         return [("SET", self._keys.idempotency(kept.idempotency.key), value, "NX", "PX", kept.ttl)]
 
     def renew(self, runs: Iterable[str]) -> list[Command]:
-        """The commands that keep the keys of these runs."""
         commands: list[Command] = []
         for run_id in runs:
             if (kept := self._kept.get(run_id)) is not None:
@@ -123,7 +122,6 @@ class RunStarter:
         return Started(found, created=False)
 
     async def _create(self, run: Run, lease: Lease, idempotency: Idempotency | None) -> tuple[bool, Mapping[str, str]]:
-        """Create the record if there is none: whether this start has, and the record."""
         keys = self._keys
         record = [keys.stream(run.id), keys.record(run.id)]
         fields = fields_of(run, lease.owner, idempotency)

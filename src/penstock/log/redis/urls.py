@@ -145,7 +145,6 @@ def _label(hosts: Sequence[tuple[str, int]]) -> str:
 
 
 def address_of(host: str, port: int) -> str:
-    """A host and a port as one string."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -174,7 +173,6 @@ def sentinels_of(parsed: ParsedUrl) -> Sentinels:
 
 
 def server_pool(options: dict[str, Any], shape: str) -> redis.asyncio.ConnectionPool:
-    """The connections to a server."""
     with _readable(shape):
         pool = redis.asyncio.ConnectionPool(**{**options, **OPTIONS})
         pool.make_connection()  # type: ignore[no-untyped-call]  # not connected, but unreadable options raise here
@@ -182,7 +180,6 @@ def server_pool(options: dict[str, Any], shape: str) -> redis.asyncio.Connection
 
 
 def sentinel_pool(parsed: ParsedUrl, sentinels: Sentinels) -> redis.asyncio.ConnectionPool:
-    """The connections to the server that Sentinels name."""
     options = {**parsed.options, **OPTIONS}
     secure = options.pop("connection_class", None) is not None
     kind = SentinelManagedSSLConnection if secure else SentinelManagedConnection

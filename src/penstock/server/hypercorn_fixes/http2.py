@@ -167,7 +167,6 @@ class PatchedH2(H2Protocol):
             await self.send(Closed())
 
     async def _drop(self, stream_id: int) -> None:
-        """Drop what is buffered of a stream."""
         if stream_id in self.stream_buffers:
             await self.stream_buffers[stream_id].close()
             await self._window_updated(stream_id)  # the sending task then removes it
