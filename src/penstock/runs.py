@@ -89,21 +89,13 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CauseRow:
-    """One row of the table of causes.
+    """One row of the table of causes."""
 
-    Attributes:
-        status: the status that the run ends with, as far as its owner knows.
-        stop_reason: the record's stop reason, unless the producer gave another.
-        scope_reason: what the producer reads in `Cancelled.reason`; None if its scope is not cancelled.
-        code: the code of the error or cancelled entry before `[DONE]`; None if there is no such entry.
-        message: the message of that entry.
-    """
-
-    status: RunStatus
-    stop_reason: str
-    scope_reason: str | None = None
-    code: str | None = None
-    message: str = ""
+    status: RunStatus  # with which the run ends, as far as its owner knows
+    stop_reason: str  # the record's, unless the producer gave another
+    scope_reason: str | None = None  # what the producer reads in `Cancelled.reason`; None: its scope is not cancelled
+    code: str | None = None  # of the error or cancelled entry before `[DONE]`; None if there is no such entry
+    message: str = ""  # of that entry
 
 
 CAUSES: Final[Mapping[Cause, CauseRow]] = MappingProxyType(
@@ -135,12 +127,9 @@ CAUSES: Final[Mapping[Cause, CauseRow]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class RunError:
-    """What went wrong, as clients see it.
+    """What went wrong, as clients see it: a `code` for programs, and a `message` for people.
 
-    Attributes:
-        code: for programs.
-        message: for people.
-        error_id: names the exception in the server's log.
+    `error_id` names the exception in the server's log.
     """
 
     code: str
@@ -204,8 +193,7 @@ class Run:
     def ended(self, ending: Ending, *, seq: int, at: float) -> Run:
         """Return the record after `ending`, whose terminal entry `seq` was stored `at` seconds since the Unix epoch.
 
-        Raises:
-            ValueError: the run has ended already, and a terminal status is final.
+        Raises `ValueError` if the run has ended already: a terminal status is final.
         """
         if self.status.terminal:
             raise ValueError(f"run {self.id!r} is {self.status} and cannot become {ending.status}")

@@ -254,10 +254,7 @@ class EventLog(Protocol):
     ) -> Page:
         """Return up to `max_entries` entries of the run `run_id` that follow the seq `after`, the reader's cursor.
 
-        They have up to `max_bytes`; the first one is returned even if it is larger.
-
-        Raises:
-            RunNotFound: there is no such run.
+        They have up to `max_bytes`; the first one is returned even if it is larger. Raises `RunNotFound`.
         """
 
     async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
@@ -267,11 +264,7 @@ class EventLog(Protocol):
         """
 
     async def get(self, run_id: str) -> Run:
-        """Return the record of a run.
-
-        Raises:
-            RunNotFound: there is no such run.
-        """
+        """Return the record of a run. Raises `RunNotFound` if there is no such run."""
 
     async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
         """Return up to `limit` of the newest records, newest first: all, or only those with this `status`."""
@@ -279,10 +272,8 @@ class EventLog(Protocol):
     async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
         """Store a cancel request with the record of a run, which then accepts no `completed` ending; notify the owner.
 
-        The `reason`, if there is one, is for the record and for the producer. `run_id` names the run.
-
-        Raises:
-            RunNotFound: there is no such run.
+        The `reason`, if there is one, is for the record and for the producer. Raises `RunNotFound` if there is no run
+        `run_id`.
         """
 
     async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
@@ -323,8 +314,4 @@ class EventLog(Protocol):
         """Open the notifications of the supervisor named `owner`, for as long as the block lasts."""
 
     async def check(self, shard: str | None = None) -> None:
-        """Return if a shard can be reached and accepts writes; without a name, if any shard does.
-
-        Raises:
-            LogUnavailable: it cannot be reached, or accepts no writes.
-        """
+        """Raise `LogUnavailable` unless the shard (without a name: any shard) can be reached and accepts writes."""

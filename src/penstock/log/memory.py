@@ -65,8 +65,7 @@ class MemoryLog:
             entries of the run that is being written.
         ttl: seconds for which an ended run is kept; a running one does not expire.
 
-    Raises:
-        ConfigurationError: a limit is not above 0.
+    Raises `ConfigurationError` if a limit is not above 0.
     """
 
     def __init__(

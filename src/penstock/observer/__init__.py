@@ -32,11 +32,8 @@ FIGURES_INTERVAL: Final = 1.0
 class Commit:
     """One append that the log has acknowledged.
 
-    Attributes:
-        runs: the number of runs that it stored entries of.
-        entries: the number of entries that it stored.
-        bytes: their size on the wire.
-        seconds: its duration, including the repeated attempts of an outage.
+    It stored `entries` entries of `runs` runs, whose size on the wire is `bytes`, and took `seconds`, including the
+    repeated attempts of an outage.
     """
 
     runs: int
@@ -163,11 +160,7 @@ class NullObserver:
 
 
 class Observers(NullObserver):
-    """Notifies several observers; an exception of one of them does not keep the others from being notified.
-
-    Args:
-        observers: in the order in which they are notified.
-    """
+    """Notifies several observers, in order; an exception of one does not keep the others from being notified."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers

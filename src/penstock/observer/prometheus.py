@@ -36,11 +36,7 @@ ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # upper
 
 
 class Metrics(NullObserver):
-    """An observer that counts.
-
-    Raises:
-        ConfigurationError: PROMETHEUS_MULTIPROC_DIR does not name a folder.
-    """
+    """An observer that counts. Raises `ConfigurationError` if PROMETHEUS_MULTIPROC_DIR does not name a folder."""
 
     def __init__(self) -> None:
         self._shared = FOLDER in os.environ

@@ -230,12 +230,9 @@ def _field(line: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An event that a decoder dispatches.
+    """An event that a decoder dispatches: `data` is the lines of its data, joined by LF, and `event` its type.
 
-    Attributes:
-        data: the lines of its data, joined by LF.
-        event: its type.
-        last_event_id: where a client that has seen this message resumes; perhaps set by an earlier block.
+    A client that has seen this message resumes at `last_event_id`, which an earlier block may have set.
     """
 
     data: str
@@ -303,8 +300,7 @@ class Decoder:
     def close(self) -> None:
         """End the stream: an unfinished last block is dropped, as the standard says.
 
-        Raises:
-            EventTooLarge: the last `feed` found such an event, and returned the messages before it.
+        Raises `EventTooLarge` if the last `feed` found such an event, and returned the messages before it.
         """
         self._refuse_if_too_large()
         self._line.clear()

@@ -7,6 +7,7 @@ reach for `outage_limit` are its runs given up.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Final
@@ -156,31 +157,27 @@ class ShardLeases(ShardWorker):
             self._reached = trio.current_time()
 
 
+@dataclass(eq=False)
 class LeaseKeeper:
     """Keeps the leases of one supervisor, which is `owner` in the log."""
 
-    def __init__(
-        self,
-        log: EventLog,
-        owner: str,
-        runs: LiveRuns,
-        committer: Committer,
-        fetcher: Fetcher,
-        settings: Settings,
-        observer: Observer,
-    ) -> None:
-        self.log = log
-        self.owner = owner
-        self.runs = runs
-        self.committer = committer
-        self.fetcher = fetcher
-        self.settings = settings
-        self.observer = observer
-        self.shards: Shards[ShardLeases] = Shards(log, lambda shard: ShardLeases(shard, self, late=self.shards.started))
-        self._dialect = dialect_named(settings.dialect)
+    log: EventLog
+    owner: str
+    runs: LiveRuns
+    committer: Committer
+    fetcher: Fetcher
+    settings: Settings
+    observer: Observer
+
+    def __post_init__(self) -> None:
+        self.shards: Shards[ShardLeases] = Shards(self.log, self._new_worker)
+        self._dialect = dialect_named(self.settings.dialect)
         self._away: dict[str, float] = {}  # the shards that are out of reach, and since when
         self._away_since = 0.0
         self._check_cancels = trio.Event()
+
+    def _new_worker(self, shard: str) -> ShardLeases:
+        return ShardLeases(shard, self, late=self.shards.started)
 
     def check_cancels(self) -> None:
         self._check_cancels.set()

@@ -33,9 +33,7 @@ class Settings:
     """The settings of one supervisor; every one has a default.
 
     The page "Settings" of the documentation lists them with their units. Durations are in seconds, sizes in bytes.
-
-    Raises:
-        ConfigurationError: a value is of the wrong type, or outside of its limits.
+    Raises `ConfigurationError` if a value is of the wrong type, or outside of its limits.
     """
 
     lease: float = _above_0(30.0, "how long a silent owner keeps its runs before they count as lost")

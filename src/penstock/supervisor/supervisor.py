@@ -142,9 +142,6 @@ class Supervisor:
 
         `producer`, `run_id`, `name`, `timeout`, `max_silence`, `idempotency_key`, `metadata` and the errors are those
         of `start`.
-
-        Returns:
-            The record, and whether this call created the run.
         """
         # What `asynccontextmanager` makes can be called too, as a decorator; but it is a source.
         call = callable(producer) and not isinstance(producer, AbstractAsyncContextManager | AsyncIterable | Awaitable)
@@ -170,15 +167,12 @@ class Supervisor:
         max_silence: float | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[RunWriter]:
-        """A run that is written by hand: the body of the block is its producer.
+        """A run that is written by hand, with the `RunWriter` that is yielded: the body of the block is its producer.
 
         Leaving the block ends the run, and waits until that is stored; an exception fails it, and goes on. The body is
         cancelled when the run is: the block is a cancel scope, so it is entered and left in one task.
 
         `run_id`, `name`, `timeout`, `max_silence`, `metadata` and the errors on entering are those of `start`.
-
-        Yields:
-            What the run is written with.
 
         Raises:
             RunCancelled: the run was cancelled, and that cut the body short.
@@ -192,22 +186,15 @@ class Supervisor:
     def follow(self, run_id: str, after: int = 0, *, last: int | None = None) -> Follower:
         """A reader of the run `run_id`, in whatever process that lives. Synchronous.
 
-        Args:
-            run_id: the run.
-            after: the cursor: the seq of the last entry that the reader has seen; 0 = from the beginning.
-            last: begin with the last so many entries, if that is later than the cursor.
-
-        Raises:
-            ValueError: `after` or `last` is not a whole number from 0.
+        `after` is the cursor, the seq of the last entry that the reader has seen; 0 = from the beginning. With `last`
+        it begins with the last so many entries, if that is later. Raises `ValueError` unless both are whole and from 0.
         """
         return Follower(self._fetcher, run_id, readers=self._readers, after=after, last=last, clock=self._timers)
 
     async def cancel(self, run_id: str, reason: str | None = None) -> CancelReply:
-        """Ask a run to stop, in whatever process it lives. Does not wait for its end. A checkpoint.
+        """Ask the run `run_id` to stop, in whatever process it lives. Does not wait for its end. A checkpoint.
 
-        Args:
-            run_id: the run.
-            reason: a text for the record, the producer and the readers.
+        `reason` is a text for the record, the producer and the readers.
 
         Returns:
             What the request met (`CancelStatus`), and the record. A run whose cancel was `REQUESTED` never ends
