@@ -37,8 +37,7 @@ class RunStatus(StrEnum):
         return self is not RunStatus.RUNNING
 
 
-Outcome = RunStatus
-"""How a run ended: one of the terminal statuses."""
+Outcome = RunStatus  # how a run ended: one of the terminal statuses
 
 
 class StopReason(StrEnum):
@@ -65,26 +64,17 @@ COMPLETING: Final = frozenset(
 class Cause(StrEnum):
     """What ends a run."""
 
-    RETURNED = "returned"
-    """The producer returned, or yielded `[DONE]`."""
-    STOPPED = "stopped"
-    """The producer returned after it had given a stop reason that is not in `COMPLETING`."""
-    RAISED = "raised"
-    """The producer raised, or yielded an error event or an error status."""
-    CANCEL = "cancel"
-    """A cancel request, from any process; or the producer raised `RunCancelled`."""
+    RETURNED = "returned"  # the producer returned, or yielded `[DONE]`
+    STOPPED = "stopped"  # the producer returned after it had given a stop reason that is not in `COMPLETING`
+    RAISED = "raised"  # the producer raised, or yielded an error event or an error status
+    CANCEL = "cancel"  # a cancel request, from any process; or the producer raised `RunCancelled`
     TIMEOUT = "timeout"
     SILENT = "silent"
-    SHUTDOWN = "shutdown"
-    """The process shuts down, or the supervisor's own scope is cancelled from outside."""
-    FENCED = "fenced"
-    """The run has another owner now, which ends it."""
-    DIVERGED = "diverged"
-    """The log lost entries that this process no longer has."""
-    UNAVAILABLE = "unavailable"
-    """The log was unreachable for longer than `outage_limit`; another process reaps the run."""
-    ABANDONED = "abandoned"
-    """The owner's lease has expired: its process has died, or cannot reach the log."""
+    SHUTDOWN = "shutdown"  # the process shuts down, or the supervisor's own scope is cancelled from outside
+    FENCED = "fenced"  # the run has another owner now, which ends it
+    DIVERGED = "diverged"  # the log lost entries that this process no longer has
+    UNAVAILABLE = "unavailable"  # the log was unreachable for longer than `outage_limit`; another process reaps the run
+    ABANDONED = "abandoned"  # the owner's lease has expired: its process has died, or cannot reach the log
 
 
 @dataclass(frozen=True, slots=True)

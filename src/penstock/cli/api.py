@@ -3,8 +3,8 @@
     ApiClient.ask, ApiClient.stream ──▶ ApiResponse ──▶ decide, retry_or_stop, record_in, runs_in, cancelled_in
                └── or ──▶ an error of httpx2 ──▶ connection_failed
 
-The right-hand side is pure. A server may send anything: a token that it repeats is replaced, and a response that is
-missing or not penstock's becomes a `ConnectionFailed` or a `CommandFailed`, whose one line says what to do.
+A server may send anything: a token that it repeats is replaced, and a response that is missing or not penstock's
+becomes a `ConnectionFailed` or a `CommandFailed`, whose one line says what to do.
 """
 
 from __future__ import annotations

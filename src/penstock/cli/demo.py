@@ -6,8 +6,7 @@
            └─▶ run ─▶ log ─▶ HTTP ─▶ httpx2:  connection 1 ✂   connection 2 ✂   connection 3, to the end
 
 The checks rely on nothing of penstock's: the client is httpx2, and what the command wrote is read from a file that the
-command's own processes wrote. All files are in a temporary folder. The server is ended on every way out, Ctrl-C
-included.
+command's own processes wrote. The server is ended on every way out.
 """
 
 from __future__ import annotations
@@ -81,7 +80,6 @@ class Reading:
 
     @property
     def last_id(self) -> int:
-        """The cursor for the next connection."""
         return self.events[-1].id if self.events else 0
 
 

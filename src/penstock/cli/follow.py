@@ -133,7 +133,6 @@ class Following:
                 self._pause(Decision(Action.AGAIN, "the stream ended, and the run goes on"), self._without_stream)
 
     def _connect(self) -> Decision:
-        """Make one request, and print what comes; returns what to do next."""
         wait = min(max(self._without_stream.left(), LEAST_WAIT), self.silence)
         self.screen.progress.until = None
         try:

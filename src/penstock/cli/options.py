@@ -91,7 +91,6 @@ def _setting_option(setting: Field[Any]) -> _Decorator:
 
 
 def binary(size: int) -> str:
-    """A number of bytes, with the same size in a larger unit."""
     for unit, factor in (("MiB", MIB), ("KiB", MIB // 1024)):
         if size % factor == 0:
             return f"{size} = {size // factor} {unit}"

@@ -103,5 +103,4 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _imports(file: str) -> bool:
-    """Whether a frame of this file only does the importing."""
     return file == __file__ or file.startswith("<frozen importlib") or "importlib" in Path(file).parts

@@ -84,7 +84,6 @@ def _drop_stdout() -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Print it to standard output in its full width."""
     coloured = sys.stdout is not None and sys.stdout.isatty()
     text = io.StringIO()  # not standard output itself, whose errors rich would handle
     console = Console(

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from penstock.runs import Ending, Run, RunStatus
 
-PAGE_ENTRIES: Final = 500
-"""The default limit of the entries of one page."""
+PAGE_ENTRIES: Final = 500  # the default limit of the entries of one page
 PAGE_BYTES: Final = 256 * 1024
 """The default limit of the bytes of one page; a first entry that is larger is a page by itself."""
 
@@ -108,24 +107,16 @@ class Batch:
 class AppendStatus(Enum):
     """The result of a batch."""
 
-    OK = auto()
-    """The batch is stored, perhaps since an earlier attempt."""
-    GONE = auto()
-    """The log has no record of the run."""
-    FENCED = auto()
-    """The run has another epoch: it has a new owner, or another process has ended it."""
-    ENDED = auto()
-    """The run has ended with another batch."""
-    HOLE = auto()
-    """Entries are missing between the last stored one, `seq`, and the first one of the batch."""
-    CANCELLED = auto()
-    """The ending is `completed`, and the record has a cancel request."""
-    FULL = auto()
-    """The log has no room at the moment; the batch may be sent again."""
+    OK = auto()  # the batch is stored, perhaps since an earlier attempt
+    GONE = auto()  # the log has no record of the run
+    FENCED = auto()  # the run has another epoch: it has a new owner, or another process has ended it
+    ENDED = auto()  # the run has ended with another batch
+    HOLE = auto()  # entries are missing between the last stored one, `seq`, and the first one of the batch
+    CANCELLED = auto()  # the ending is `completed`, and the record has a cancel request
+    FULL = auto()  # the log has no room at the moment; the batch may be sent again
     AWAY = auto()
     """The run's shard is unreachable, unlike others, or the run is moving. The batch may be stored; send it again."""
-    REFUSED = auto()
-    """The log cannot store this run, now or later; `words` says why."""
+    REFUSED = auto()  # the log cannot store this run, now or later; `words` says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +182,8 @@ class Notification:
 
     moved: Mapping[str, int]
     """The last seq of each subscribed run that has new entries; above any seq if the run is gone."""
-    cancel: bool = False
-    """Whether a cancel request has arrived."""
-    reconnected: bool = False
-    """Whether the log was unreachable, and may have lost notifications."""
+    cancel: bool = False  # whether a cancel request has arrived
+    reconnected: bool = False  # whether the log was unreachable, and may have lost notifications
 
 
 class Notifications(Protocol):

@@ -65,10 +65,7 @@ class Ring:
         self.size = 0
 
     def after(self, cursor: int, *, max_entries: int, max_bytes: int) -> list[Entry]:
-        """Return the entries that follow the cursor, which is at least `first - 1`, up to both limits.
-
-        The first entry is returned even if it is larger than `max_bytes`.
-        """
+        """Return the entries after the cursor (at least `first - 1`) up to both limits, the first whatever its size."""
         start = cursor - self.first + 1
         if len(self._wires) - start == 1:  # one event at a time is the common case of a live reader
             return [Entry(self.last, self._wires[-1], self._timestamps[-1], self.last == self._terminal)]

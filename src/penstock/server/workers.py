@@ -281,7 +281,6 @@ class ProcessManager:
         has_settled.set()
 
     async def _accompany(self, worker: _Worker, is_ready: trio.Event) -> int:
-        """Read a worker's messages until it ends; return its exit code."""
         is_done = trio.Event()
 
         async def read() -> None:

@@ -28,10 +28,7 @@ _ENDS: Final = (b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\r")
 
 
 class Block(NamedTuple):
-    """One encoded event of a run, and whether it ends the run.
-
-    Only an event without a type, or of type `error`, can end a run: the output of a program may hold any text.
-    """
+    """One encoded event of a run. Only one without a type, or of type `error`, can end it: output may hold any text."""
 
     data: bytes  # with LF line ends, without an `id` line
     message: bool = True  # it has no type

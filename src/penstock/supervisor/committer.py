@@ -122,7 +122,6 @@ class ShardCommitter(ShardWorker):
             self._busy = False
 
     async def _linger(self) -> None:
-        """Wait for more entries to join the commit, until something urgent comes."""
         with trio.move_on_after(self._settings.flush_interval):
             while not self._urgent:
                 self._wake = trio.Event()
@@ -283,7 +282,6 @@ class Committer:
         worker.mark(buffer, urgent=len(buffer.entries) >= self.settings.flush_size)
 
     def close(self, buffer: WriteBuffer, blocks: Sequence[bytes], ending: Ending) -> None:
-        """Add a run's last entries, which never wait for room, with its ending."""
         worker = self._worker(buffer)
         buffer.finish(blocks, ending)
         worker.mark(buffer, urgent=True)

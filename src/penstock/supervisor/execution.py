@@ -360,10 +360,9 @@ class RunWriter:
         return self._execution.run.id
 
     async def write(self, chunk: Any) -> int:
-        """Write a chunk; waits only while too much is uncommitted. A checkpoint.
+        """Write a chunk: an `Event`, or `str` or `bytes` holding whole SSE blocks. A checkpoint.
 
-        Args:
-            chunk: an `Event`, or `str` or `bytes` holding whole SSE blocks.
+        It waits only while too much is uncommitted.
 
         Returns:
             The seq of the chunk's last entry; of the entry before it if the chunk was dropped, because the run has been

@@ -83,7 +83,6 @@ class LiveRuns:
 
     @property
     def unsettled(self) -> int:
-        """The number of runs that are not settled, with those whose start is under way."""
         return len(self._starts) + sum(not each.settled.is_set() for each in self.by_id.values())
 
     @property

@@ -343,7 +343,6 @@ class Supervisor:
         return started, execution
 
     def _new_id(self) -> str:
-        """An id on a shard of the log that is in reach, if there is one."""
         ids = (new_run_id() for _ in range(ID_TRIES))
         return next((each for each in ids if not self._leases.is_away(self.log.shard(each))), new_run_id())
 

@@ -147,7 +147,6 @@ class RequestLimiter:
         self._slots: dict[str, trio.CapacityLimiter] = {}
 
     async def execute(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
-        """`Backend.execute`, in a slot."""
         async with self.slot(*map(key_of, commands)):
             return await self._backend.execute(commands, replicated=replicated, wait_for_migration=True)
 

@@ -206,7 +206,6 @@ class ClusterTopology:
     # Learning
 
     def note(self, asked: Iterable[int], moved: Iterable[tuple[int, Place]]) -> None:
-        """Take note of redirections: slots of which some keys have moved, and slots that have moved."""
         now = trio.current_time()
         self._asked_at.update((slot, now) for slot in asked)
         if [slot for slot, place in moved if self._slots.moved(slot, *place, now=now)]:

@@ -61,7 +61,6 @@ def classify(error: exceptions.ResponseError, address: str) -> Exception:
 
 
 def unavailable(error: Exception, address: str) -> LogUnavailable:
-    """What is wrong with the server at `address`, and what to do."""
     message = message_of(error)
     advice = next((advice for sign, advice in ADVICE.items() if sign in message), None)
     if advice is None and isinstance(error, exceptions.AuthenticationError):

@@ -50,7 +50,6 @@ class Reaper:
     async def reap(
         self, shard: str, make_ending: Callable[[], LostEnding], ready: Callable[[str], bool]
     ) -> Sequence[str]:
-        """Look through the indexes of one shard; the runs that were ended. See `RedisLog.reap`."""
         reaped: list[str] = []
         starts = dict.fromkeys(self._indexes.live(shard) or [self._indexes.probe(shard)], 0)
         while starts:

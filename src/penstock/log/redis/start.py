@@ -86,7 +86,6 @@ class IdempotencyKeys:
         return commands
 
     def drop(self, runs: Iterable[str]) -> None:
-        """These runs have ended, or belong to another process."""
         for run_id in runs:
             self._kept.pop(run_id, None)
 

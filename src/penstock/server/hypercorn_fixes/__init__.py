@@ -23,8 +23,6 @@ The first one is an option of the listening sockets, which works with any versio
 Hypercorn's modules when a server first asks for them. A server that did not ask keeps Hypercorn's own connections, but
 for `PatchedStreamBuffer`, which does not see the configuration. For a version that is not in `VERSIONS` nothing is
 replaced, and a warning says so. A patch is deleted when upstream has fixed what it corrects.
-
-`connection.py` has what belongs to a connection of any protocol, `http1.py` and `http2.py` what belongs to one.
 """
 
 from __future__ import annotations

@@ -27,12 +27,10 @@ LAST_SENDS: Final = 1.0  # seconds that responses have for their last sends afte
 
 
 class PatchedStreamBuffer(StreamBuffer):
-    """What the application has sent on an HTTP/2 stream and the client's window has not taken yet.
+    """What the application has sent on an HTTP/2 stream and the client's window has not taken yet."""
 
-    A `push` waits from the high-water mark (32 KiB) on, until less than the low-water mark is *left*.
-    """
-
-    # Hypercorn lets it go on when less than that was *popped*; an exhausted window pops nothing, again and again.
+    # A `push` waits from the high-water mark (32 KiB) on, until less than the low-water mark is *left*. Hypercorn lets
+    # it go on when less than that was *popped*; an exhausted window pops nothing, again and again.
 
     def __init__(self, event_class: type[IOEvent]) -> None:
         super().__init__(event_class)
