@@ -50,14 +50,12 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def follow(server: Scripted, *options: object, code: int = 0) -> Result:
-    """Follow the run `r1`, in this process."""
     result = ran("runs", "follow", "r1", "--url", server.url, *options)
     assert result.exit_code == code, result.output
     return result
 
 
 def ids(result: Result) -> list[int]:
-    """Of the events that were printed."""
     return [json.loads(line)["id"] for line in result.stdout.splitlines()]
 
 
@@ -238,8 +236,6 @@ def test_an_error_that_ends_it_names_the_cursor(monkeypatch: pytest.MonkeyPatch,
 
 @dataclass
 class FakeScreen(Screen):
-    """What is printed, and a clock of its own for pauses."""
-
     pauses: list[float] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

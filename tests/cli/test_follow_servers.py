@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 def serving_on(port: int, log: str = "memory://") -> AbstractAsyncContextManager[Process]:
-    """`penstock serve` on this port, with the producers of `tests/support/runs_producers.py`."""
     line = (sys.executable, "-m", "penstock", "serve", "--producers", "tests.support.runs_producers:producers")
     options = ("--log", log, "--bind", f"127.0.0.1:{port}", "--drain-timeout", "0")
     return process_of(Process, *line, *options, env=environment())

@@ -86,7 +86,6 @@ print(json.dumps(seen))
 
 
 def default() -> list[int]:
-    """The thresholds that Python has of itself."""
     argv = [sys.executable, "-c", "import gc; print(*gc.get_threshold())"]
     return [*map(int, subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split())]
 

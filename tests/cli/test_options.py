@@ -207,7 +207,6 @@ def as_a_shell_takes(line: str, **env: str) -> list[str]:
 
 
 async def curl(line: str, **env: str) -> httpx2.Response:
-    """What the line gets that a server has announced."""
     words = as_a_shell_takes(line, **env)
     headers = dict(words[at + 1].split(": ", 1) for at, word in enumerate(words) if word == "-H")
     body = next((words[at + 1] for at, word in enumerate(words) if word == "-d"), None)
@@ -268,7 +267,6 @@ async def test_the_line_that_exec_announces_works_as_it_is_and_what_it_runs_find
 
 
 async def statuses(url: str, *hosts: str | None) -> list[int]:
-    """What requests with these names get; None is HTTP/1.0 without one."""
     port = httpx2.URL(url).port
     assert port
     found = []

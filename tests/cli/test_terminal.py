@@ -27,20 +27,16 @@ HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 @dataclass
 class Terminal:
-    """A terminal, and whatever was written there."""
-
     master: int
     process: trio.Process
     text: str = ""
 
     async def until(self, pattern: str) -> None:
-        """Wait until this was written."""
         while not re.search(pattern, self.text):
             piece = await self._piece()
             assert piece, f"it ended without {pattern!r}: {self.text!r}"
 
     async def end(self) -> int:
-        """Its exit code, when all is read that it has written."""
         while await self._piece():
             pass
         return await self.process.wait()

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 async def run_of(log: EventLog, last: int, run_id: str = "r", size: int = 0, *, ended: bool = False) -> None:
-    """A run with entries 1 to `last`."""
     await log.start(record(run_id), LEASE)
     for first in range(1, last + 1, 200):
         upto = min(first + 199, last)
@@ -183,7 +182,6 @@ async def test_another_request_under_the_same_key_is_refused(log: EventLog, cloc
 
 
 async def gone(log: EventLog, operation: str) -> bool:
-    """Whether the run `r` is not there, as far as this operation knows."""
     if operation == "fetch":
         return (await log.fetch({"r": 0}))["r"] is None
     if operation == "append":

@@ -40,7 +40,6 @@ async def page_of(log: MemoryLog, run_id: str) -> Page:
 
 
 def empty(log: MemoryLog) -> bool:
-    """Nothing of any run is left, wherever it might be."""
     return not (log._runs or log._ended or log._keys or log._inboxes or log._size)
 
 

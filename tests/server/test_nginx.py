@@ -36,26 +36,21 @@ PING: Final = Block(comment="ping")
 
 
 class Http2Reader:
-    """The blocks of one stream of an HTTP/2 connection."""
-
     def __init__(self, connection: Connection, number: int) -> None:
         self.connection = connection
         self.number = number
         self._taken = 0
 
     async def take(self, n: int) -> list[Block]:
-        """The next `n` blocks."""
         self._taken += n
         return (await self.connection.blocks(self.number, self._taken))[-n:]
 
     async def rest(self) -> list[Block]:
-        """What comes until the end of the stream."""
         return (await self.connection.whole(self.number))[self._taken :]
 
 
 @asynccontextmanager
 async def reading(nginx: Nginx, protocol: str, run_id: str, after: int = 0) -> AsyncIterator[Http2Reader | Reader]:
-    """A reader of a run's stream, whose connection closes when the block is left."""
     path, cursor = f"/v1/runs/{run_id}/stream", str(after)
     if protocol == "HTTP/2":
         async with nginx.http2() as connection:
@@ -66,7 +61,6 @@ async def reading(nginx: Nginx, protocol: str, run_id: str, after: int = 0) -> A
 
 
 async def is_cut(reader: Reader) -> list[Block]:
-    """The blocks that still come before the connection is lost in the middle of the stream."""
     seen: list[Block] = []
     try:
         while True:
@@ -325,7 +319,6 @@ async def test_a_stream_that_a_reload_cuts_resumes_without_gap_or_repeat() -> No
 
 
 def at(port: int) -> Config:
-    """The configuration of a server that has this port of 127.0.0.1."""
     config = quiet_config()
     config.bind = [f"127.0.0.1:{port}"]
     return config

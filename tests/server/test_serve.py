@@ -283,7 +283,6 @@ def asked_by(
 
 
 async def does_not_accept(server: Server) -> None:
-    """Wait until the server has closed its sockets."""
     with suppress(OSError):
         while True:
             await (await trio.open_tcp_stream("127.0.0.1", server.port)).aclose()
@@ -297,7 +296,6 @@ async def goes_on(server: Server) -> None:
 
 
 async def has_ended(server: Server) -> None:
-    """Wait until the server has ended, long before any time limit is over."""
     with trio.fail_after(LONG / 2):
         await server.ended.wait()
 
@@ -434,7 +432,6 @@ async def test_a_producer_that_lets_go_in_time_ends_the_server_at_once_and_is_no
 
 
 def open_files(pid: int) -> set[str]:
-    """What a process has open, as the system names it."""
     return {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
 
 

@@ -34,7 +34,6 @@ SERVE: Final = ("serve", "--producers", f"{EXAMPLE}:producers", *ANY_PORT)
 
 
 def giving_up_after(seconds: float, **knobs: Any) -> AbstractAsyncContextManager[Server]:
-    """A server with this TCP user timeout."""
     return serving(run=partial(serve, signals=(), tcp_user_timeout=seconds), **knobs)
 
 

@@ -132,7 +132,6 @@ async def test_signals_are_blocked_in_a_worker_that_begins_and_as_before_in_the_
 
 
 async def die(ours: Family, puppet: Puppet, code: int = 1) -> str:
-    """End it; the line that the parent reports then."""
     said = len(ours.said)
     await puppet.ends(code)
     await until(lambda: len(ours.said) > said)
@@ -195,9 +194,7 @@ async def test_a_worker_that_ends_without_a_signal_has_died_whatever_its_code(cl
         assert "in 0.2 s" in await die(ours, puppet, 3)
 
 
-async def test_a_worker_that_cannot_reach_the_event_log_is_replaced_and_has_not_died(
-    clock: MockClock,
-) -> None:
+async def test_a_worker_that_cannot_reach_the_event_log_is_replaced_and_has_not_died(clock: MockClock) -> None:
     async with family(2, max_deaths=1) as ours:
         puppet, other = await ours.ready(2)
         for times in range(1, 4):
@@ -352,8 +349,6 @@ async def test_the_second_signal_ends_a_worker_that_is_not_ready_and_no_other(cl
 
 
 class RecordedShutdown(Shutdown):
-    """A shutdown that records what it is asked for."""
-
     def __init__(self) -> None:
         super().__init__()
         self._steps, self._recorded = trio.open_memory_channel[str](100)
@@ -382,7 +377,6 @@ class Linked:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Restores the mask and the handlers of signals."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     handlers = {number: signal.getsignal(number) for number in (SIGTERM, SIGINT)}
     try:

@@ -71,7 +71,6 @@ class Report:
         return text
 
     async def receive(self) -> str:
-        """What was written so far, as soon as there is something."""
         with trio.fail_after(10):
             return (await self._stream.receive_some()).decode()
 

@@ -62,7 +62,6 @@ async def waiting(name: str) -> AsyncIterator[Any]:
 
 
 async def endless(name: str) -> AsyncIterator[Any]:
-    """Never waits for anything itself."""
     try:
         while True:
             yield b"data: x\n\n"
@@ -143,8 +142,6 @@ ENDPOINTS: dict[str, Callable[[Request], Awaitable[Response]]] = {
 
 
 class PassThrough(BaseHTTPMiddleware):
-    """Does nothing, in the way in which most middlewares are written."""
-
     async def dispatch(self, request: Request, call_next: Any) -> Response:
         response: Response = await call_next(request)
         return response

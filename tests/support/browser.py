@@ -85,8 +85,6 @@ If it TELLS, it says so of each event as well. (Over HTTP/1.1 that would wait be
 
 @dataclass
 class Asked:
-    """A request for a stream, as the server saw it."""
-
     http_version: str
     connection: tuple[str, int]
     last_event_id: str | None
@@ -120,8 +118,6 @@ class Site:
         await serve(app, config, signals=(), **options)
 
     def watch(self, app: ASGIApp) -> ASGIApp:
-        """Middleware that takes note of the requests for streams."""
-
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or not scope["path"].endswith("/stream"):
                 await app(scope, receive, send)

@@ -43,7 +43,6 @@ async def guarded(rights: list[str] | None = None, **settings: Any) -> AsyncIter
 
 
 def guarded_requests(app: Starlette, run_id: str = "r") -> Iterator[tuple[str, str]]:
-    """Every method of every route that needs a credential."""
     for route in app.routes:
         assert isinstance(route, Route)
         if route.path not in OPEN:

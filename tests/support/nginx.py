@@ -76,7 +76,6 @@ def executable() -> str | None:
 
 
 def replaced(text: str, changes: Mapping[str, str]) -> str:
-    """The text with these changes, each of which finds what it changes."""
     for old, new in changes.items():
         assert old in text, f"there is no {old!r} in {text}"
         text = text.replace(old, new)
@@ -84,7 +83,6 @@ def replaced(text: str, changes: Mapping[str, str]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different free ports of 127.0.0.1."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for sock in sockets:
@@ -96,7 +94,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def _accepts_no_more(worker: int) -> bool:
-    """Whether it has ended, or will when its connections have."""
     try:
         return b"shutting down" in Path(f"/proc/{worker}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -127,7 +124,6 @@ class Nginx(Client):
 
     @property
     def logs(self) -> dict[str, str]:
-        """Whatever it has written into its logs, by their names."""
         return {path.name: path.read_text() for path in self.folder.glob("*.log")}
 
     async def wire(self) -> Wire:
@@ -150,7 +146,6 @@ class Nginx(Client):
 
     @asynccontextmanager
     async def http2(self) -> AsyncIterator[Connection]:
-        """One HTTP/2 connection."""
         async with await self.tls("h2") as stream:
             yield Connection(cast("trio.SocketStream", stream))
 

@@ -50,7 +50,6 @@ class Parted(Unreliable):
         return [*self.names]
 
     def silence(self, shard: str) -> None:
-        """From now on this part answers nothing."""
         self._silent[shard] = trio.Event()
 
     def speak(self, shard: str) -> None:

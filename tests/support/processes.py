@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[2]
 
 
 class Process(Client):
-    """A server in another process."""
-
     def __init__(self, process: trio.Process, url: str, client: httpx2.AsyncClient) -> None:
         super().__init__(url, client)
         self._process = process
@@ -43,7 +41,6 @@ class Process(Client):
         self._process.send_signal(number)
 
     async def exit_code(self) -> int:
-        """The exit code, waited for."""
         return await self._process.wait()
 
 
@@ -107,5 +104,4 @@ async def _read(server: Process, task_status: trio.TaskStatus[None] = trio.TASK_
 
 
 def serving_process(**settings: Any) -> Any:
-    """`penstock.serve` in a process of its own."""
     return process(sys.executable, "-m", "tests.support.served", json.dumps(settings))

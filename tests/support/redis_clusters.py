@@ -72,8 +72,6 @@ class _Line:
 
 @dataclass(frozen=True)
 class _View:
-    """What one node says."""
-
     nodes: Mapping[int, _Line]  # by port
     own: _Line
     ok: bool
@@ -117,19 +115,15 @@ class Cluster(Generic[Node]):
         ]
 
     async def node_of(self, key: str | bytes) -> Node:
-        """The living node that has the key's slot now; LookupError if there is none."""
         return await self.node_of_slot(self.slot(key))
 
     async def node_of_slot(self, slot: int) -> Node:
-        """The living node that has this slot now; LookupError if there is none."""
         return self._node(await self._asked(partial(_owner, slot=slot)))
 
     async def command(self, *words: Any, key: str | bytes) -> Any:
-        """The reply to one command of the node that has the key's slot."""
         return await (await self.node_of(key)).command(*words)
 
     async def each(self, *words: Any) -> dict[Node, Any]:
-        """The replies to one command of every living master."""
         return {node: await node.command(*words) for node in await self.masters()}
 
     def flushall(self) -> None:
@@ -141,7 +135,6 @@ class Cluster(Generic[Node]):
                 _talk(self._node(port).url, ("SCRIPT FLUSH",), ("CONFIG RESETSTAT",))
 
     async def let_pass(self, seconds: float) -> None:
-        """As `let_pass`: make everything in it older."""
         for node in await self.masters():
             await let_pass(node, seconds)
 
@@ -179,7 +172,6 @@ class Cluster(Generic[Node]):
         return self.nodes.index(node) % self._masters
 
     async def begin_move(self, slot: int, to: Node) -> None:
-        """Begin to move a slot: from now on its owner says ASK for each key that it has not, and `to` takes them."""
         source = await self.node_of_slot(slot)
         await to.command("CLUSTER", "SETSLOT", slot, "IMPORTING", self._ids[source.port])
         await source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", self._ids[to.port])
@@ -214,7 +206,6 @@ class Cluster(Generic[Node]):
         )
 
     async def move_slot(self, slot: int, to: Node, *, keys_at_once: int = 10) -> None:
-        """Move a slot with its keys, as a resharding does it."""
         await self.begin_move(slot, to)
         await self.finish_move(slot, to, keys_at_once=keys_at_once)
 
@@ -236,7 +227,6 @@ class Cluster(Generic[Node]):
         return question(await trio.to_thread.run_sync(self._look, abandon_on_cancel=True))
 
     async def _until(self, condition: Callable[[Mapping[int, _View]], object]) -> Mapping[int, _View]:
-        """Look until it is true; what was seen then."""
         deadline = trio.current_time() + GUARD
         while not condition(views := await self._asked(lambda views: views)):
             if trio.current_time() > deadline:

@@ -40,14 +40,12 @@ FIELDS: Final = {"seq_id", "data", "timestamp"}
 
 
 async def until(condition: Callable[[], object], seconds: float = SOON) -> None:
-    """Look again and again until it is so."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  (what is looked at tells nobody of its changes)
             await trio.sleep(0.005)
 
 
 async def until_it_is(look: Callable[[], Awaitable[Any]], wanted: object, seconds: float = SOON) -> None:
-    """Ask again and again until the answer is this one."""
     with trio.fail_after(seconds):
         while await look() != wanted:  # noqa: ASYNC110  (each look is a request)
             await trio.sleep(0.01)
@@ -123,7 +121,6 @@ def record_of(run_id: str) -> str:
 
 
 async def stored(server: Endpoint, run_id: str) -> list[tuple[str, dict[str, str]]]:
-    """What Redis holds of a run's entries: ids and fields."""
     entries: list[tuple[str, dict[str, str]]] = await server.command("XRANGE", stream_of(run_id), "-", "+")
     return entries
 
@@ -145,7 +142,6 @@ async def whole(server: Endpoint, run_id: str) -> dict[str, str]:
 
 
 def exactly_once(reader: Reader) -> int:
-    """How many entries this reader got: 1, 2 ... n, and the terminal one last."""
     assert reader.error is None, repr(reader.error)
     seqs = [entry.seq for entry in reader.entries]
     assert seqs == list(range(1, len(seqs) + 1))
@@ -164,12 +160,10 @@ async def same_everywhere(server: Endpoint, run_id: str, following: Sequence[Rea
 
 
 def texts(entries: Sequence[Entry]) -> list[str]:
-    """The blocks of these entries."""
     return [entry.data.decode() for entry in entries]
 
 
 def last_seq(reader: Reader) -> int:
-    """How far a reader is."""
     return reader.entries[-1].seq if reader.entries else 0
 
 
@@ -182,7 +176,6 @@ def counted(record: Mapping[str, str], ticks: Ticks) -> None:
 
 
 def left_over(supervisor: Supervisor) -> dict[str, Any]:
-    """What a supervisor keeps of runs and their readers."""
     committer, wakeups = supervisor._committer, cast("RedisNotifications", supervisor._fetcher._notifications)
     kept = {
         "live": supervisor._runs.by_id,

@@ -36,7 +36,6 @@ GUARD: Final = 100.0
 
 
 async def count(n: int) -> AsyncIterator[Event]:
-    """`n` events, 1 to n, as fast as they go."""
     for number in range(1, n + 1):
         yield Event(data=str(number))
 
@@ -46,7 +45,6 @@ async def echo(value: Any) -> AsyncIterator[Event]:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:
-    """Yields nothing for an hour."""
     await trio.sleep(3600)
     yield Event(data="an hour later")
 
@@ -105,8 +103,6 @@ class Silence(LoggingObserver):
 
 
 class Client:
-    """A client of a server in this process or another."""
-
     def __init__(self, url: str, client: httpx2.AsyncClient) -> None:
         self.client = client
         self.url = ""
@@ -115,7 +111,6 @@ class Client:
             self.turn_to(url)
 
     def turn_to(self, url: str) -> None:
-        """From now on the server is here."""
         self.url = url
         self.port = httpx2.URL(url).port or 80
         self.client.base_url = httpx2.URL(url)
@@ -124,7 +119,6 @@ class Client:
         return Wire(await trio.open_tcp_stream("127.0.0.1", self.port))
 
     async def start(self, producer: str, value: Any = None, **members: Any) -> str:
-        """Start a run; its id."""
         answer = await self.client.post("/v1/runs", json={"producer": producer, "input": value, **members})
         assert answer.status_code == 201, answer.text
         run_id: str = answer.json()["id"]
@@ -136,20 +130,13 @@ class Client:
         return answer.json()
 
     async def read(self, run_id: str, **query: Any) -> list[Block]:
-        """The whole of a run's stream."""
         answer = await self.client.get(f"/v1/runs/{run_id}/stream", params=query)
         assert answer.status_code == 200, answer.text
         return blocks_of(answer.text)
 
     @asynccontextmanager
     async def opened(
-        self,
-        method: str,
-        path: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        json_body: Any = None,
-        **query: Any,
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, json_body: Any = None, **query: Any
     ) -> AsyncIterator[Reader]:
         """A reader of whatever answers this request, with its headers; leaving the block closes its connection."""
         if query:
@@ -162,15 +149,12 @@ class Client:
 
     @asynccontextmanager
     async def reading(self, run_id: str, **query: Any) -> AsyncIterator[Reader]:
-        """A reader of a run's stream."""
         async with self.opened("GET", f"/v1/runs/{run_id}/stream", **query) as reader:
             assert reader.status == 200
             yield reader
 
 
 class Server(Client):
-    """A server in this process."""
-
     def __init__(self, app: Starlette, client: httpx2.AsyncClient, observer: Silence) -> None:
         super().__init__("", client)
         self.app = app
@@ -194,11 +178,9 @@ class Server(Client):
         return [task for task in family(root) if "_run_handler" in task.name]
 
     def tasks(self) -> int:
-        """The tasks of all connections, with all that they have started."""
         return sum(1 + len(family(task)) for task in self.connections())
 
     async def ended_run(self, run_id: str) -> Any:
-        """The record of a run that has ended, waited for."""
         await self.service.supervisor.wait(run_id)
         return await self.run(run_id)
 
@@ -216,7 +198,6 @@ def problem(answer: httpx2.Response, status: int, code: str) -> Any:
 
 
 def family(task: trio.lowlevel.Task) -> list[trio.lowlevel.Task]:
-    """The tasks that live in this task's nurseries, and in theirs."""
     children = [child for nursery in task.child_nurseries for child in nursery.child_tasks]
     return children + [each for child in children for each in family(child)]
 

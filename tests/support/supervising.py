@@ -47,7 +47,6 @@ FIRST: Final = Event(data="first")
 
 
 async def unavailable() -> None:
-    """A hook for `View`: the log cannot be reached."""
     await trio.lowlevel.checkpoint()
     raise LogUnavailable("the log is away")
 
@@ -59,8 +58,6 @@ async def broken() -> None:
 
 
 def slow(seconds: float) -> Hook:
-    """A hook for `View`: a round trip that takes its time."""
-
     async def wait() -> None:
         await trio.sleep(seconds)
 
@@ -68,7 +65,6 @@ def slow(seconds: float) -> Hook:
 
 
 def near(seconds: float) -> Any:
-    """This time, give or take a few commits."""
     return pytest.approx(seconds, abs=0.1)
 
 
@@ -163,13 +159,11 @@ ALL_CALLS: Final = (
 
 
 def go_away(*views: View) -> None:
-    """The log cannot be reached through these views."""
     for view in views:
         view.before.update(dict.fromkeys(ALL_CALLS, unavailable))
 
 
 def come_back(*views: View) -> None:
-    """The log can be reached again, and has nothing in its way."""
     for view in views:
         view.before.clear()
 
@@ -196,8 +190,6 @@ class _Told:
 
 
 class Notes(LoggingObserver):
-    """An observer that writes down what it is told."""
-
     def __init__(self) -> None:
         self.started: list[Run] = []
         self.ended: list[Run] = []
@@ -253,7 +245,6 @@ class Witness:
 
 
 async def count(upto: int, every: float = 0.0) -> AsyncIterator[Event]:
-    """The numbers from 1, as events."""
     for number in range(1, upto + 1):
         if every:
             await trio.sleep(every)
@@ -279,7 +270,6 @@ async def two_supervisors(
 
 
 async def read(supervisor: Supervisor, run_id: str, after: int = 0) -> list[Entry]:
-    """All that a reader gets."""
     async with supervisor.follow(run_id, after) as entries:
         return [entry async for entry in entries]
 
@@ -295,7 +285,6 @@ class Reader:
         self._scope = trio.CancelScope()
 
     def leave(self) -> None:
-        """Go, before the end."""
         self._scope.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -321,7 +310,6 @@ async def readers(*which: tuple[Supervisor, str]) -> AsyncIterator[list[Reader]]
 
 
 async def entries_of(log: MemoryLog | View, run_id: str) -> list[Entry]:
-    """All that the log keeps of a run."""
     entries: list[Entry] = []
     while (page := await log.read(run_id, entries[-1].seq if entries else 0)).entries:
         entries += page.entries

@@ -54,7 +54,6 @@ def is_gone(pid: int) -> bool:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """A signal to one process, if it is still there."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -71,7 +70,6 @@ class Workers(Process):
         return self.said.rstrip().rpartition("\n")[2]
 
     def pids(self) -> dict[int, int]:
-        """The workers that are there now: the process of each, by its number."""
         try:
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         except (FileNotFoundError, ProcessLookupError):
@@ -84,15 +82,12 @@ class Workers(Process):
         return found
 
     def signal_group(self, number: signal.Signals) -> None:
-        """A signal to the parent and all workers at once, as Ctrl-C in a terminal is."""
         os.killpg(self.pid, number)
 
     async def says(self, line: str, times: int = 1) -> None:
-        """Wait until it has written this so many times."""
         await eventually(lambda: self.said.count(line) >= times)
 
     async def successor(self, number: int, before: int) -> int:
-        """The process that has taken the place of this one, waited for."""
         await eventually(lambda: self.pids().get(number, before) != before)
         return self.pids()[number]
 
@@ -117,26 +112,22 @@ class Workers(Process):
 
     @asynccontextmanager
     async def reading_at(self, pid: int, run_id: str, **query: Any) -> AsyncIterator[Reader]:
-        """A reader of a run whom this worker serves."""
         async with AsyncExitStack() as stack:
             async with self.only(pid):
                 reader = await stack.enter_async_context(self.reading(run_id, **query))
             yield reader
 
     async def ask_at(self, pid: int, method: str, path: str, body: Any = None) -> int:
-        """The status that this worker answers with."""
         async with self.only(pid), self.opened(method, path, json_body=body) as reader:
             return reader.status
 
     async def is_draining(self) -> None:
-        """Wait until a worker answers that it drains."""
         while (await self.client.get("/readyz")).status_code != 503:  # noqa: ASYNC110  (each look is a request)
             await trio.lowlevel.checkpoint()
 
 
 @contextmanager
 def stopped(*pids: int) -> Iterator[tuple[int, ...]]:
-    """These processes stand still while the block takes."""
     for pid in pids:
         send(pid, signal.SIGSTOP)
     try:

@@ -30,12 +30,10 @@ NOW = 1_767_225_600_123
 
 
 async def in_redis(log: RedisLog, run_id: str = "r") -> list[list[Any]]:
-    """The entries of a run as they lie there: each its id, and its fields and values, in order."""
     return cast("list[list[Any]]", await log._backend.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
 
 
 def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
-    """What ought to lie there for these entries."""
     return [
         [
             b"%d-0" % each.seq,
@@ -47,7 +45,6 @@ def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
 
 
 def of_data(first: int, data: Sequence[bytes], *, terminal: bool = False) -> list[Entry]:
-    """Entries with these data, from this seq on."""
     last = first + len(data) - 1
     return [
         Entry.of(seq, each, NOW + seq % 1009, terminal=terminal and seq == last)
@@ -56,7 +53,6 @@ def of_data(first: int, data: Sequence[bytes], *, terminal: bool = False) -> lis
 
 
 async def append(log: RedisLog, *made: Entry) -> Appended:
-    """Append these, as one batch."""
     (reply,) = await log.append([Batch("r", "epoch", made, COMPLETED if made[-1].terminal else None)])
     return reply
 

@@ -17,12 +17,7 @@ from penstock.errors import LogFull, LogUnavailable
 from penstock.log.open import open_log
 from penstock.log.redis import client as client_module
 from penstock.log.redis import scripts
-from penstock.log.redis.client import (
-    BYTES_PER_ROUND_TRIP,
-    COMMANDS_PER_ROUND_TRIP,
-    Client,
-    open_client,
-)
+from penstock.log.redis.client import BYTES_PER_ROUND_TRIP, COMMANDS_PER_ROUND_TRIP, Client, open_client
 from penstock.log.redis.log import REQUESTS_AT_ONCE
 from penstock.log.redis.slots import call
 from penstock.runs import RunStatus
@@ -57,7 +52,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many commands each round trip has had."""
     sizes: list[int] = []
     send = Client._send_twice
 
@@ -70,7 +64,6 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Look again and again until it is so."""
     with trio.fail_after(GUARD):
         while True:
             if await condition():
@@ -86,7 +79,6 @@ async def nobody_is_connected(server: Endpoint) -> None:
 
 
 async def received(server: Endpoint) -> int:
-    """How many connections the server has ever accepted."""
     return int((await server.command("INFO", "stats"))["total_connections_received"])
 
 
@@ -281,8 +273,6 @@ async def test_a_server_that_was_away_is_found_again(client: Client, between: Pr
 
 
 async def no_answers(client: Client, first: int) -> None:
-    """Several requests at once, none of which is answered."""
-
     async def ask(n: int) -> None:
         began = trio.current_time()
         with pytest.raises(LogUnavailable, match=f"has not answered for {SHORT} s"):
@@ -553,8 +543,6 @@ async def test_a_right_password_is_never_repeated() -> None:
 
 
 class Rounds(trio.abc.Instrument):
-    """Counts the rounds of the scheduler."""
-
     def __init__(self) -> None:
         self.count = 0
 

@@ -60,7 +60,6 @@ def at(node: Endpoint) -> str:
 
 
 def one_of(*nodes: Endpoint) -> str:
-    """The URL of a cluster that names these nodes."""
     return "redis+cluster://" + ",".join(at(node) for node in nodes)
 
 

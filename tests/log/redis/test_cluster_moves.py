@@ -70,18 +70,15 @@ async def finish(works: Works, run_id: str, to: RedisServer) -> None:
 
 
 async def lease_end(node: RedisServer, run_id: str) -> int:
-    """By the record of a run, which this node has, perhaps beyond an ASK."""
     words = ("HGET", record_of(run_id), "lease_end")
     return int((await _talk_in_thread(node.url, ("ASKING",), words))[1])
 
 
 async def keys_on(works: Works, node: RedisServer, run_id: str) -> set[str]:
-    """The keys on a run's slot that a node has."""
     return {*await node.command("CLUSTER", "GETKEYSINSLOT", works.cluster.slot(record_of(run_id)), 10)}
 
 
 async def further(following: Sequence[Reader], count: int) -> None:
-    """So many more entries come to each of these."""
     seen = max(map(last_seq, following))
     await until(lambda: min(map(last_seq, following)) > seen + count)
 
@@ -200,7 +197,6 @@ async def test_slots_that_move_are_followed(works: Works, monkeypatch: pytest.Mo
 
 
 async def rejected(node: Endpoint, command: str) -> int:
-    """How often a node has refused to run this."""
     return int((await node.command("INFO", "commandstats")).get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
 
 
@@ -266,17 +262,13 @@ async def test_a_dead_run_whose_slot_is_half_moved_keeps_no_other_of_its_node_fr
 
 
 def redis(log: Any) -> RedisLog:
-    """The log, as what it is."""
     found: RedisLog = log
     return found
 
 
 async def test_a_run_whose_slot_is_half_moved_for_longer_than_its_lease_is_renewed_and_not_reaped(works: Works) -> None:
     lease = 1.0
-    async with (
-        supervisor_at(works.url, lease=lease) as owner,
-        supervisor_at(works.url, lease=lease) as other,
-    ):
+    async with supervisor_at(works.url, lease=lease) as owner, supervisor_at(works.url, lease=lease) as other:
         silent, wrote = works.run_on(works.first), works.run_on(works.first)
         gates = [Gate(), Gate()]
         await owner.start(gates[0], run_id=silent)
@@ -352,7 +344,6 @@ async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_t
 
 
 async def moved_to(log: Any, run_id: str) -> str:
-    """Where the run is, by what the log knows after a look at it."""
     await log.get(run_id)
     shard: str = log.shard(run_id)
     return shard
@@ -378,10 +369,7 @@ async def test_the_script_that_reaps_leaves_a_run_alone_that_has_been_here_for_l
 
 @pytest.mark.usefixtures("without_look_ups")
 async def test_what_is_written_while_a_runs_keys_are_beyond_an_ask_reaches_readers_elsewhere(works: Works) -> None:
-    async with (
-        supervisor_at(works.url, lease=LONG) as owner,
-        supervisor_at(works.url, lease=LONG) as other,
-    ):
+    async with supervisor_at(works.url, lease=LONG) as owner, supervisor_at(works.url, lease=LONG) as other:
         ticks = Ticks()
         run = await owner.start(ticks, run_id=works.run_on(works.first))
         async with readers((other, run.id)) as (reader,):
@@ -400,10 +388,7 @@ async def test_what_is_written_while_a_runs_keys_are_beyond_an_ask_reaches_reade
 
 @pytest.mark.usefixtures("without_look_ups")
 async def test_the_channels_of_a_slot_that_was_moved_away_and_back_are_listened_to_again(works: Works) -> None:
-    async with (
-        supervisor_at(works.url, lease=LONG) as owner,
-        supervisor_at(works.url, lease=LONG) as other,
-    ):
+    async with supervisor_at(works.url, lease=LONG) as owner, supervisor_at(works.url, lease=LONG) as other:
         ticks = Ticks()
         run = await owner.start(ticks, run_id=works.run_on(works.first))
         async with readers((other, run.id)) as (reader,):

@@ -47,7 +47,6 @@ PATIENT = 600.0
 
 
 async def goes_on(all_of: Sequence[Any], others: Sequence[Any] = ()) -> None:
-    """Many more entries come to all of these readers, and none to the others."""
     before = [last_seq(reader) for reader in others]
     seen = max(map(last_seq, all_of))
     await until(lambda: min(map(last_seq, all_of)) > seen + MANY)
@@ -61,7 +60,6 @@ def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def without(node: RedisServer) -> AsyncIterator[None]:
-    """The node stands still."""
     node.pause()
     try:
         yield
@@ -292,6 +290,5 @@ async def test_while_a_cluster_that_wants_all_slots_served_is_down_it_serves_rea
 
 
 async def state_of(node: RedisServer) -> str:
-    """What the cluster's state is by this node."""
     state: str = (await node.command("CLUSTER INFO"))["cluster_state"]
     return state

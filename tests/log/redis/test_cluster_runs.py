@@ -101,7 +101,6 @@ async def test_the_runs_of_a_master_that_dies_go_on_at_its_replica_or_say_what_w
 
 
 async def further(following: Sequence[Reader], count: int) -> None:
-    """So many more entries come to each of these."""
     seen = max(map(last_seq, following))
     await until(lambda: min(map(last_seq, following)) > seen + count)
 

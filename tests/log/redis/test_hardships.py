@@ -144,10 +144,7 @@ async def no_text(server: Endpoint, run_id: str) -> None:
 @pytest.mark.parametrize("spoil", [replace_stream, replace_record, no_text])
 async def test_a_run_that_cannot_be_read_harms_no_reader_of_another(server: Endpoint, spoil: Any) -> None:
     bad, good, notes = Ticks(), Ticks(), Notes()
-    async with (
-        supervisors(server.url) as (owner,),
-        supervisor_at(server.url, observer=notes) as other,
-    ):
+    async with supervisors(server.url) as (owner,), supervisor_at(server.url, observer=notes) as other:
         spoiled, run = await owner.start(bad), await owner.start(good)
         async with readers((other, spoiled.id), (other, run.id), (owner, run.id)) as (harmed, *following):
             await until(lambda: min(map(last_seq, [harmed, *following])) >= 1)
@@ -252,7 +249,6 @@ async def test_a_start_whose_reply_is_lost_and_that_cannot_be_taken_back_is_done
 
 
 async def _start_at_last(supervisor: Supervisor) -> Started:
-    """Repeat the start until the log is back."""
     with trio.fail_after(10):
         while True:
             try:
@@ -391,7 +387,6 @@ async def test_the_keys_of_runs_that_were_given_up_are_forgotten_in_time(
 
 
 def set_forward(log: EventLog, seconds: float) -> None:
-    """As if the clock of Redis had been set forward since the last look for the dead."""
     assert isinstance(log, RedisLog)
     redis, here = log._reaper._clocks[""]
     log._reaper._clocks[""] = (b"%d" % (int(redis) - round(1000 * seconds)), here)
@@ -399,10 +394,7 @@ def set_forward(log: EventLog, seconds: float) -> None:
 
 async def test_after_a_clock_was_set_forward_nobody_is_reaped_for_a_lease(server: Endpoint) -> None:
     lease, notes = 0.6, Notes()
-    async with (
-        redis_log(server.url) as log,
-        supervisors(server.url, lease=lease, observer=notes) as (supervisor,),
-    ):
+    async with redis_log(server.url) as log, supervisors(server.url, lease=lease, observer=notes) as (supervisor,):
         await all_may_reap(server, 1)
         set_forward(supervisor.log, 30)
         await log.start(record(), Lease("nobody", "epoch", 0.001))

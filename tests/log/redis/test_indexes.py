@@ -36,7 +36,6 @@ class Nodes:
         self.share([f"node-{number}" for number in range(masters)])
 
     def share(self, hosts: Sequence[str]) -> None:
-        """Give these hosts the slots."""
         bounds = [SLOTS * number // len(hosts) for number in range(len(hosts) + 1)]
         ranges = [[bounds[n], bounds[n + 1] - 1, [host.encode(), 1]] for n, host in enumerate(hosts)]
         self.slots.replace(ranges, "asked")
@@ -63,7 +62,6 @@ def lists_of(nodes: Nodes) -> RunIndexes:
 
 
 def by_lease(lists: RunIndexes) -> list[str]:
-    """All lists by lease, sorted."""
     return sorted(key.replace("runs", "live") for key in lists.runs())
 
 

@@ -359,12 +359,10 @@ async def test_a_run_that_cannot_be_reaped_keeps_no_other_from_being_reaped(serv
 
 
 def all_live(log: RedisLog) -> list[str]:
-    """The lists of live runs: one, or those of a cluster."""
     return [KEYS.live(number) for number in log._indexes._numbers]
 
 
 async def listed(server: Endpoint, lists: list[str]) -> list[str]:
-    """What stands in these lists."""
     return [each for key in lists for each in await server.command("ZRANGE", key, 0, -1)]
 
 
@@ -534,7 +532,6 @@ async def now(server: Endpoint) -> float:
 
 
 def each_operation(log: RedisLog) -> list[Callable[[], Awaitable[Any]]]:
-    """Everything that asks Redis anything."""
     return [
         lambda: log.start(record(), LEASE),
         lambda: log.start(record(), LEASE, KEY),

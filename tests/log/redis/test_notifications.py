@@ -66,8 +66,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Listener:
-    """Takes all news as they come."""
-
     def __init__(self, wakeups: Notifications) -> None:
         self.wakeups = wakeups
         self.moved: dict[str, int] = {}
@@ -129,7 +127,6 @@ async def subscribe(wakeups: Notifications, *runs: str) -> None:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Look again and again until it is so."""
     with trio.fail_after(GUARD):
         while True:
             if await condition():
@@ -142,8 +139,6 @@ async def channels(server: Endpoint) -> set[str]:
 
 
 async def listened_to(server: Endpoint, *expected: str) -> None:
-    """Wait until these channels are listened to, and no others."""
-
     async def so() -> bool:
         return await channels(server) == set(expected)
 
@@ -517,8 +512,6 @@ async def test_a_ping_without_an_answer_is_enough_to_give_a_connection_up(
 
 
 async def warned_of(caplog: pytest.LogCaptureFixture, *words: str) -> None:
-    """Wait for a warning with all these words."""
-
     async def so() -> bool:
         await trio.lowlevel.checkpoint()
         return any(all(each in message for each in words) for message in caplog.messages)

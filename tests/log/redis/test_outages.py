@@ -69,7 +69,6 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis counts as out of reach after half a second."""
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
 
 
@@ -144,10 +143,7 @@ async def test_a_run_of_which_an_emptied_server_cannot_be_given_all_again_ends_a
 
 @pytest.mark.usefixtures("brisk")
 async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_empty() -> None:
-    async with (
-        redis_server() as server,
-        supervisors(server.url, server.url) as (owner, other),
-    ):
+    async with redis_server() as server, supervisors(server.url, server.url) as (owner, other):
         ticks, witness = Ticks(), Witness()
         run, silent = await owner.start(ticks), await owner.start(witness.waits)
         async with readers((owner, run.id), (other, run.id), (owner, silent.id), (other, silent.id)) as following:
@@ -219,7 +215,6 @@ async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_
 
 @asynccontextmanager
 async def full(server: RedisServer) -> AsyncIterator[None]:
-    """The server has no room while this lasts."""
     await server.command("SETRANGE", "filler", BIG, "x")
     yield
     await server.command("DEL", "filler")
@@ -387,7 +382,6 @@ async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: E
 
 
 async def serve_refuses(url: str) -> str:
-    """What `penstock serve` says to this log, before it ends with code 1."""
     serve = ("serve", "--producers", f"{EXAMPLE}:producers", "--bind", "127.0.0.1:0", "--log", url)
     async with penstock(*serve) as program:
         with trio.fail_after(60):

@@ -206,7 +206,6 @@ AT_ONCE = 50
 
 
 async def follow_all(nursery: trio.Nursery, supervisor: Supervisor, runs: list[str]) -> list[Reader]:
-    """A reader of each of these, when all of them follow."""
     following = [Reader(supervisor, run_id) for run_id in runs]
     for start in range(0, len(runs), AT_ONCE):
         async with trio.open_nursery() as starting:

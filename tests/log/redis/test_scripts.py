@@ -64,13 +64,11 @@ async def stored(log: RedisLog, after: int = 0) -> list[int]:
 
 
 async def contents(server: Endpoint, run_id: str = "r") -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
-    """The record and the entries, as they are in Redis."""
     stream = KEYS.stream(run_id)
     return await server.command("HGETALL", KEYS.record(run_id)), await server.command("XRANGE", stream, "-", "+")
 
 
 async def lives(server: Endpoint, run_id: str = "r") -> tuple[float, float]:
-    """For how many seconds the stream and the record will be there."""
     keys = KEYS.stream(run_id), KEYS.record(run_id)
     stream, entry = [await server.command("PTTL", key) for key in keys]
     return stream / 1000, entry / 1000
@@ -82,7 +80,6 @@ def about(seconds: float) -> Any:
 
 
 async def running(log: RedisLog, last: int = 0) -> None:
-    """The run `r`, with entries 1 to `last`."""
     await log.start(record(), LEASE)
     if last:
         assert (await append(log, 1, last)).status is AppendStatus.OK

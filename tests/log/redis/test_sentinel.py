@@ -45,7 +45,6 @@ async def nobody_of_ours_is_connected(*servers: Endpoint) -> None:
 
 
 async def is_taken(client: Client, value: str) -> bool:
-    """Whether a write is taken."""
     try:
         return bool(await client.ask("SET", "key", value) == b"OK")
     except LogUnavailable:
@@ -84,10 +83,7 @@ async def test_a_failover_is_followed() -> None:
 
 
 async def test_who_has_been_demoted_and_still_answers_is_left() -> None:
-    async with (
-        redis_sentinels(sentinels=1, quorum=1) as whole,
-        open_client(whole.url) as client,
-    ):
+    async with redis_sentinels(sentinels=1, quorum=1) as whole, open_client(whole.url) as client:
         first, second = whole.servers
         await client.ask(*ENLIST)
         assert len(await ours(first)) == 1

@@ -51,8 +51,6 @@ TIMES: Final = ("--drain-timeout", BRISK, "--cancel-grace", BRISK, "--finalize-t
 
 
 class Served(Client):
-    """A `penstock serve` in a process of its own."""
-
     def __init__(self, program: Program, url: str, client: httpx2.AsyncClient) -> None:
         super().__init__(url, client)
         self.program = program
@@ -66,14 +64,12 @@ class Served(Client):
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Sequence[object]:
-    """A command line for `penstock`; what follows it is a log's URL."""
     (tmp_path / "endless.py").write_text(MODULE)
     return ("serve", "--producers", f"{tmp_path / 'endless.py'}:producers", "--bind", "127.0.0.1:0", *TIMES, "--log")
 
 
 @asynccontextmanager
 async def served(*words: object) -> AsyncIterator[Served]:
-    """A server that is ready."""
     async with penstock(*words) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (http://127\.0\.0\.1:\d+)"))[1]
         yield Served(program, url, client)
@@ -153,7 +149,6 @@ async def test_a_second_signal_while_the_redis_is_dead_ends_the_wait_for_the_run
 
 
 async def refuses_runs(server: Served) -> None:
-    """Wait until the server drains."""
     with trio.fail_after(SOON):
         while (await server.client.get("/readyz")).json().get("code") != "DRAINING":  # noqa: ASYNC110  (each is a request)
             await trio.sleep(0.01)

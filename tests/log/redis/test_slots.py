@@ -36,7 +36,6 @@ IDS = ["r", "run-1", "a:b", "a b", "\N{EURO SIGN}", "r}", "{r", "{r}", "r}x{y", 
 
 
 def by_slot(slots: Slots) -> list[str]:
-    """The owner of every slot."""
     return [slots.owner(key) for key in key_of_each_slot()]
 
 

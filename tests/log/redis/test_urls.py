@@ -39,7 +39,6 @@ SENTINELS = ["redis+sentinel", "rediss+sentinel"]
 
 
 async def opened(url: str, **options: Any) -> RedisLog:
-    """The log that a URL opens; closed again."""
     async with open_log(url, **options) as log:
         assert isinstance(log, RedisLog)
         return log
@@ -245,7 +244,6 @@ def cluster_of(server: Endpoint, user: str = "") -> str:
 
 
 async def unreachable(url: str) -> str:
-    """What a log says that cannot be used; never a password."""
     async with open_log(url) as log:
         with pytest.raises(LogUnavailable) as raised:
             await log.check()
@@ -300,7 +298,6 @@ async def test_a_cluster_of_an_old_redis_says_that_it_is_too_old(monkeypatch: py
 
 
 async def takes_writes(log: EventLog) -> bool:
-    """Whether a cluster has found that all its slots are served."""
     try:
         await log.check()
     except LogUnavailable:

@@ -251,7 +251,6 @@ async def test_an_error_in_one_connection_ends_that_connection_and_is_logged_in_
 
 
 async def body(client: Http2) -> list[int]:
-    """A request, and its body at once; what is to be refused."""
     number = client.begin("POST", "/v1/runs")
     client.h2.send_data(number, b"{}")
     await client.send()
@@ -259,7 +258,6 @@ async def body(client: Http2) -> list[int]:
 
 
 async def change_of_mind(client: Http2) -> list[int]:
-    """A request that is taken back at once."""
     client.h2.reset_stream(client.begin("GET", "/", ends=True))
     await client.send()
     return []

@@ -52,7 +52,6 @@ BROKEN: Final = "Can't send data when our state is ERROR"
 
 
 def pieces(target: str) -> list[bytes]:
-    """The pieces of the response to this target: any bytes."""
     (sizes,) = parse_qs(target.partition("?")[2])["sizes"]
     return [random.Random(size).randbytes(size) for size in map(int, sizes.split(","))]
 
@@ -114,7 +113,6 @@ def by_h11(request: bytes, head: bytes) -> bytes:
 
 
 async def answer(wire: Wire, request: bytes) -> tuple[bytes, bytes]:
-    """A response, and what it should be; the connection goes on."""
     await wire.stream.send_all(request)
     head, mark, _ = (await wire.until(b"\r\n\r\n")).partition(b"\r\n\r\n")
     whole = by_h11(request, head + mark)
@@ -238,8 +236,6 @@ async def denial(socket: WebSocket) -> None:
 
 
 class Socket:
-    """A WebSocket's client."""
-
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.protocol = WSConnection(ConnectionType.CLIENT)
@@ -249,7 +245,6 @@ class Socket:
         await self.wire.stream.send_all(self.protocol.send(event))
 
     async def next(self) -> Any:
-        """The next event."""
         while not self._events:
             self.protocol.receive_data(await self.wire.stream.receive_some() or None)
             self._events += self.protocol.events()

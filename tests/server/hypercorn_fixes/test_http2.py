@@ -283,8 +283,6 @@ async def test_a_connection_with_one_stream_left_is_not_idle() -> None:
 
 
 def with_failing(server: Server) -> None:
-    """Let the server begin a response at /failing, and fail."""
-
     async def pieces() -> AsyncIterator[bytes]:
         yield b"piece"
         raise ValueError("in the middle")

@@ -80,7 +80,6 @@ async def test_sends_end_at_the_earliest_time_that_was_set_and_are_whole_until_t
 
 
 async def reads_all_of_another(client: Http2, server: Server) -> None:
-    """What comes on this connection is in order: a stream of it is whole."""
     with trio.fail_after(SOON):
         run_id = await server.start("count", 50)
         number = await client.get(f"/v1/runs/{run_id}/stream")
@@ -310,14 +309,12 @@ def descriptors() -> int:
 
 
 def reset(stream: trio.SocketStream, _connection: PatchedTCPServer) -> None:
-    """The client resets the connection."""
     if stream.socket.fileno() != -1:
         with_reset(stream)
         stream.socket.close()
 
 
 def close_here(_stream: trio.SocketStream, connection: PatchedTCPServer) -> None:
-    """The server closes it."""
     connection.stream.socket.close()
 
 
@@ -469,7 +466,6 @@ async def connection() -> AsyncIterator[tuple[PatchedTCPServer, trio.SocketStrea
 
 
 def record(name: int, size: int) -> bytes:
-    """Bytes that carry their number and their sender."""
     return struct.pack("!BL", name, size) + bytes([name]) * size
 
 
