@@ -64,9 +64,7 @@ async def has_room(supervisor: Supervisor, places: int = 1) -> None:
 # Runs
 
 
-async def test_as_many_runs_as_are_allowed_start_and_one_that_has_ended_makes_room_for_one(
-    autojump_clock: MockClock,
-) -> None:
+async def test_as_many_runs_as_are_allowed_start_and_an_ended_one_makes_room(autojump_clock: MockClock) -> None:
     async with open_supervisor(MemoryLog(), max_runs=LIMIT, drain_timeout=0) as supervisor:
         await has_room(supervisor, LIMIT)
         for run in await supervisor.list():
@@ -251,9 +249,6 @@ async def test_over_http_metadata_that_are_too_large_are_answered_413() -> None:
         assert len((await server.client.get("/v1/runs")).json()["runs"]) == 1
 
 
-# Events
-
-
 async def test_an_event_may_have_so_many_bytes_and_not_one_more(autojump_clock: MockClock) -> None:
     size = 1000
     async with open_supervisor(MemoryLog(), max_event_bytes=size) as supervisor:
@@ -397,9 +392,6 @@ async def test_over_http2_headers_may_have_so_many_bytes_and_one_more_ends_their
         for size, how in ((limit, WHOLE), (limit + 1, ENDED)):
             async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
                 assert await healthz_with(stream, size) == how, size
-
-
-# Bodies
 
 
 async def in_pieces(server: Server, size: int, piece: int) -> httpx2.Response:

@@ -417,9 +417,7 @@ def test_the_silence_of_a_stream_has_a_limit_of_its_own() -> None:
         (404, {"retry-after": "7"}, True, Action.SEEK, 0),
     ],
 )
-def test_what_a_reader_does_after_a_response(
-    status: int, headers: dict[str, str], seen: bool, step: Action, pause: float
-) -> None:
+def test_a_readers_next_step(status: int, headers: dict[str, str], seen: bool, step: Action, pause: float) -> None:
     decision = decide(ApiResponse(status, headers), cursor=5, seen=seen)
     assert (decision.action, decision.pause) == (step, pause)
     assert bool(decision.reason) is (step not in {Action.READ, Action.OVER})

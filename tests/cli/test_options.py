@@ -192,9 +192,6 @@ def test_a_worker_accepts_the_tokens_that_its_parent_has_read_whatever_the_file_
     assert TOKEN not in str(parent.for_workers)
 
 
-# Serving
-
-
 async def url_of(program: Program) -> str:
     return (await program.until(r"(?:serving on|open) (http://[^ /]+)"))[1]
 
@@ -233,7 +230,7 @@ def agent(folder: Path) -> str:
     [(("--allow-host", "example.org"), {"PENSTOCK_TOKEN": TOKEN}), (("--bind", "[::1]:0"), {})],
     ids=["a name and a token", "no token, IPv6"],
 )
-async def test_the_line_that_serve_announces_works_as_it_is(
+async def test_the_line_that_serve_announces_works(
     tmp_path: Path, options: tuple[str, ...], env: dict[str, Any]
 ) -> None:
     bind = () if "--bind" in options else ("--bind", "127.0.0.1:0")
@@ -261,9 +258,6 @@ async def test_the_line_that_exec_announces_works_as_it_is_and_what_it_runs_find
         assert answer.status_code == 200, answer.text
         assert "data: []" in answer.text
         assert TOKEN not in running.words
-
-
-# The names it answers to
 
 
 async def statuses(url: str, *hosts: str | None) -> list[int]:
@@ -329,9 +323,6 @@ def test_with_tokens_or_insecure_a_server_answers_to_any_name_unless_some_are_gi
     auth = auth_options(token=token, insecure=insecure, allow_host=allow_host, **rest)
     assert auth.allowed_hosts == hosts
     assert auth.for_app["allowed_hosts"] == hosts
-
-
-# What is never shown
 
 
 @asynccontextmanager
@@ -460,9 +451,6 @@ async def test_no_secret_is_in_anything_that_a_server_prints_whatever_it_is_sent
             assert secret not in said
             assert secret[:-2] not in said
         assert not re.search("eyJ[A-Za-z0-9_-]{10}", said)
-
-
-# Workers
 
 
 async def test_a_link_that_one_worker_has_made_opens_the_stream_at_every_other(server: Endpoint) -> None:

@@ -42,9 +42,7 @@ def lasting(now: Series) -> Series:
     return {name: value for name, value in now.items() if name not in GAUGES}
 
 
-async def test_whichever_worker_answers_the_sum_is_right_and_stays_right_when_one_dies(
-    server: Endpoint, tmp_path: Path
-) -> None:
+async def test_the_sum_is_right_whichever_worker_answers_and_when_one_dies(server: Endpoint, tmp_path: Path) -> None:
     async with serving_workers(2, server.url, *AT_ONCE, env={"TMPDIR": str(tmp_path)}) as workers:
         (name,) = inside(tmp_path)
         assert name.startswith("penstock-metrics-")

@@ -154,9 +154,6 @@ async def test_a_frame_that_is_longer_than_a_frame_may_be_ends_its_connection() 
             await until_closed(stream)
 
 
-# TLS
-
-
 HELLO: Final = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 """The beginning of a handshake, of 512 bytes."""
 

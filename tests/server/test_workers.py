@@ -85,9 +85,7 @@ async def test_details_may_be_long(clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize("code, becomes", [(0, 1), (2, 2), (UNREACHABLE, 1)])
-async def test_the_code_of_a_first_worker_that_cannot_start_is_that_of_the_server(
-    clock: MockClock, code: int, becomes: int
-) -> None:
+async def test_the_servers_code_is_that_of_a_first_worker_that_fails(clock: MockClock, code: int, becomes: int) -> None:
     async with family(3) as ours:
         first = await ours.next()
         await first.ends(code)
@@ -287,9 +285,7 @@ async def test_signals_drain_then_hurry_twice_then_kill(clock: MockClock) -> Non
 
 
 @pytest.mark.parametrize("codes, becomes", [((0, 0), 0), ((0, 9), 1), ((3, 0), 3), ((1, 3), 3)])
-async def test_the_servers_code_is_that_of_its_workers_when_all_are_to_end(
-    clock: MockClock, codes: tuple[int, int], becomes: int
-) -> None:
+async def test_the_servers_code_is_that_of_its_workers(clock: MockClock, codes: tuple[int, int], becomes: int) -> None:
     async with family(2) as ours:
         puppets = await ours.ready(2)
         signal_here()

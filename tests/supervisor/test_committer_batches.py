@@ -245,9 +245,6 @@ async def test_a_completion_that_is_refused_as_the_last_of_several_gives_way_to_
         await nothing_is_left(works)
 
 
-# --- sent again -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kth", [*KTH, BATCHES])
 async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_it_was(
     autojump_clock: MockClock, kth: int
@@ -270,9 +267,6 @@ async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_i
             await end(works, run_id)
             assert works.owners[run_id].told == ["settled"]
         await nothing_is_left(works)
-
-
-# --- a cancel on record ---------------------------------------------------------------------------------------------
 
 
 async def test_a_cancel_on_record_is_told_with_the_first_of_several_batches(autojump_clock: MockClock) -> None:
@@ -315,9 +309,6 @@ async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_t
         assert owner.told == ["cancel: stop", "settled"]
         await is_whole(works)
         await nothing_is_left(works)
-
-
-# --- many runs ------------------------------------------------------------------------------------------------------
 
 
 def in_order(sent: list[tuple[str, int, int]], most: int = BATCHES) -> None:
@@ -622,9 +613,6 @@ async def test_a_run_that_is_given_up_while_it_waits_is_asked_for_no_more(autoju
         assert works.committer.pending_bytes == 0
 
 
-# --- with producers and readers -------------------------------------------------------------------------------------
-
-
 async def test_a_producer_is_held_by_backpressure_only_and_goes_on_with_room(autojump_clock: MockClock) -> None:
     log, notes, written = FullLog(), Notes(), [0]
     view = View(log)
@@ -653,9 +641,7 @@ async def test_a_producer_is_held_by_backpressure_only_and_goes_on_with_room(aut
         assert_nothing_is_left(other)
 
 
-async def test_a_run_that_the_log_refuses_is_given_up_and_ended_as_lost_by_a_reaper(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_that_the_log_refuses_is_given_up_and_ended_as_lost_by_a_reaper(autojump_clock: MockClock) -> None:
     log, witness, notes = FullLog(), Witness(), Notes()
     view = View(log)
 

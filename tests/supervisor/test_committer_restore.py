@@ -388,8 +388,6 @@ async def test_a_run_that_is_given_up_meanwhile_is_not_given_again(autojump_cloc
         assert works.warnings == []
 
 
-# --- everything at once ---------------------------------------------------------------------------------------------
-
 steps = st.lists(
     st.tuples(
         st.sampled_from(["put", "put", "put", "sleep", "away", "back", "reply", "forget", "lose", "find", "end"]),

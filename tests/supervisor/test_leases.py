@@ -162,10 +162,7 @@ async def test_a_renewal_that_fails_is_tried_again_before_the_lease_is_over(
 ) -> None:
     log, notes = Reconnecting(), Notes()
     view = View(log)
-    async with (
-        open_supervisor(log, lease=LEASE) as other,
-        open_supervisor(view, lease=LEASE, observer=notes) as owner,
-    ):
+    async with open_supervisor(log, lease=LEASE) as other, open_supervisor(view, lease=LEASE, observer=notes) as owner:
         run = await owner.start(Witness().waits)
         for number in range(20):
             await trio.sleep(LEASE + number / 10)
@@ -239,9 +236,6 @@ async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_no
         assert [each.status for each in notes.ended] == ["completed"]
         assert notes.fenced == []
         assert_nothing_is_left(owner)
-
-
-# --- cancel requests ------------------------------------------------------------------------------------------------
 
 
 # --- the reaper -----------------------------------------------------------------------------------------------------
@@ -342,9 +336,7 @@ async def test_a_process_that_stood_still_reaps_nobody_for_a_lease(autojump_cloc
         assert notes.warnings == []
 
 
-async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_outage(
-    autojump_clock: MockClock,
-) -> None:
+async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_outage(autojump_clock: MockClock) -> None:
     view, notes, witness = View(), Notes(), Witness()
     async with two_supervisors(view, lease=LEASE, outage_limit=4.0, observer=notes) as (owner, other):
         run = await owner.start(witness.waits)
@@ -365,9 +357,7 @@ async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_ou
         assert notes.warnings == []
 
 
-async def test_a_process_that_stood_still_with_its_log_away_declares_an_outage_once(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_process_that_stood_still_with_its_log_away_declares_an_outage_once(autojump_clock: MockClock) -> None:
     view, notes, witness = View(), Notes(), Witness()
     async with open_supervisor(view, lease=LEASE, outage_limit=4.0, observer=notes) as owner:
         await owner.start(witness.waits)

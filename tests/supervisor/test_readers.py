@@ -10,13 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, Follower, MemoryLog, Supervisor, open_supervisor
-from penstock.errors import (
-    CursorExpired,
-    LogUnavailable,
-    RunNotFound,
-    TooManyReaders,
-    TooManyReadersOfRun,
-)
+from penstock.errors import CursorExpired, LogUnavailable, RunNotFound, TooManyReaders, TooManyReadersOfRun
 from penstock.supervisor.follower import Readers
 from tests.support.serving import PRODUCERS, Tap, eventually, problem, serving
 from tests.support.supervising import View, count, gist, slow, unavailable
@@ -61,9 +55,6 @@ async def is_refused(follower: Follower, error: type[Exception]) -> None:
         async with follower:
             raise AssertionError("it was entered")
     assert type(refusal.value) is error
-
-
-# The count
 
 
 def test_readers_are_counted_by_their_runs() -> None:

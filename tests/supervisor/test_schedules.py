@@ -245,9 +245,6 @@ class Remote:
         self._supervisor.interrupt()
 
 
-# Any order of starts, cancels, cuts and pauses
-
-
 class World:
     """Two supervisors, their runs, and readers that are cut and come back."""
 

@@ -8,12 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from penstock.errors import (
-    CursorExpired,
-    Draining,
-    LogUnavailable,
-    RunNotFound,
-)
+from penstock.errors import CursorExpired, Draining, LogUnavailable, RunNotFound
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
 from tests.support.supervising import (
@@ -185,12 +180,6 @@ async def test_a_start_under_way_when_draining_begins_counts_as_begun_before(aut
         await wait_all_tasks_blocked()
         await supervisor.drain()
     assert (await ended(view, "late")).status == "completed"
-
-
-# Telling
-
-
-# Keeping
 
 
 async def test_nothing_is_kept_of_runs_that_ended_without_readers(autojump_clock: MockClock) -> None:

@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from penstock.errors import (
-    ConfigurationError,
-    IdempotencyConflict,
-    RunExists,
-)
+from penstock.errors import ConfigurationError, IdempotencyConflict, RunExists
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
 from tests.support.supervising import Notes, assert_nothing_is_left, count, ended, gists, read, two_supervisors

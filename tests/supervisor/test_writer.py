@@ -105,10 +105,7 @@ async def _cancel_after(seconds: float, supervisor: Supervisor, run_id: str) -> 
     await supervisor.cancel(run_id, "enough")
 
 
-@pytest.mark.parametrize(
-    "limits, at, stop_reason",
-    [({"timeout": 5}, 5, "timeout"), ({"max_silence": 5}, 7, "silent")],
-)
+@pytest.mark.parametrize("limits, at, stop_reason", [({"timeout": 5}, 5, "timeout"), ({"max_silence": 5}, 7, "silent")])
 async def test_a_clock_cuts_the_body_short_and_the_caller_is_told(
     autojump_clock: MockClock, limits: dict[str, Any], at: float, stop_reason: str
 ) -> None:

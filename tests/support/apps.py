@@ -1,7 +1,6 @@
-"""The same endpoints under plain Starlette, under a BaseHTTPMiddleware and under FastAPI, for `tests/servers.py`.
+"""The same endpoints under plain Starlette, under a BaseHTTPMiddleware and under FastAPI, for `servers.py`.
 
-A test follows what goes on in here by *marks*: a source makes them, `/happened/NAME` answers once the mark is there,
-and `/happen/NAME` makes one that a source may be waiting for. So nobody sleeps to wait for anything.
+Sources make *marks*: `/happened/NAME` answers once the mark is there, `/happen/NAME` makes one that a source awaits.
 """
 
 from __future__ import annotations

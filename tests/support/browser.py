@@ -1,8 +1,4 @@
-"""A real Chromium, with no driver in between: it opens a page that a test's server serves, and the page tells.
-
-    chromium(url)      the browser, in processes and a folder of its own, gone when the block is left
-    Site               a page whose script follows runs with `EventSource`, and what it and the server saw of that
-    browsing(...)      both, over TLS
+"""A real Chromium, without a driver: it opens a page that a test's server serves, and the page reports what it saw.
 
 The browser is Debian's `chromium-headless-shell` or `chromium`, or the one that PENSTOCK_TEST_CHROMIUM names;
 `just test` installs the first where it may. Nothing that it does leaves this machine.

@@ -97,9 +97,6 @@ class Ending:
             server.shutdown.set()
 
 
-# Clients
-
-
 async def small_socket(port: int) -> trio.SocketStream:
     sock = trio.socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
@@ -120,9 +117,6 @@ async def leave(client: Http2, how: str) -> None:
     if how == "reset":
         with_reset(client.socket)
     await client.socket.aclose()
-
-
-# The server's side
 
 
 def served(client: trio.SocketStream) -> Any:
@@ -194,11 +188,7 @@ def readers(server: Server, *run_ids: str) -> list[int]:
 
 @asynccontextmanager
 async def jammed(server: Server, run_ids: Sequence[str] = ()) -> AsyncIterator[tuple[Http2, trio.lowlevel.Task]]:
-    """A client that does not read, and so many streams on its connection, each of which waits in a send.
-
-    The first, of /endless, waits in mid-frame, in the headers that its own task sends; the others are readers of these
-    runs.
-    """
+    """A client that does not read: its first stream waits in mid-frame, the others are readers of these runs."""
     async with joined(server) as (stream, task):
         client = Http2(stream)
         await client.send()

@@ -51,14 +51,7 @@ Kind = TypeVar("Kind", bound=Process)
 async def process_of(
     kind: type[Kind], *command: str, env: Mapping[str, str], serves: bool = True
 ) -> AsyncIterator[Kind]:
-    """A process of this kind and a group of its own, which is killed when the block is left.
-
-    Args:
-        kind: what the test is given.
-        command: what is started.
-        env: its environment.
-        serves: wait until it has written its URL.
-    """
+    """A process of this kind in a group of its own, killed when the block is left; `serves`: wait for its URL."""
     environment = {**env, "PYTHONUNBUFFERED": "1"}
     with trio.fail_after(GUARD):
         child = await trio.lowlevel.open_process(

@@ -1,7 +1,6 @@
 """Real Redis Clusters for the suite: one for each test process to share, or one of a test's own.
 
-A cluster takes two seconds to form: a master that has just started refuses for that long. What is waited for here, by
-the real clock, is that every node says so that lives; one that was paused or killed is not asked.
+What is awaited here, by the real clock, is that every living node says so; a paused or killed one is not asked.
 """
 
 from __future__ import annotations
@@ -143,10 +142,7 @@ class Cluster(Generic[Node]):
         await self._until(self._is_settled)
 
     async def promote(self, replica: Node, how: Literal["FORCE", "TAKEOVER"] | None = None) -> None:
-        """Have this replica, in sync, take its master's place, and wait until all that live say that it has.
-
-        Its master hands over; "FORCE": only the other masters are asked; "TAKEOVER": nobody is.
-        """
+        """Have this replica, in sync, take its master's place, and wait until all that live say so."""
         await self._until(lambda views: replica.port in views and _is_known(views, replica.port))
         await replica.command("CLUSTER", "FAILOVER", *([how] if how else []))
         await self._taken_over([replica.port])

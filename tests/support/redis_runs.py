@@ -36,9 +36,6 @@ SOON: Final = 45.0
 FIELDS: Final = {"seq_id", "data", "timestamp"}
 
 
-# Waiting
-
-
 async def until(condition: Callable[[], object], seconds: float = SOON) -> None:
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  (what is looked at tells nobody of its changes)
@@ -51,27 +48,28 @@ async def until_it_is(look: Callable[[], Awaitable[Any]], wanted: object, second
             await trio.sleep(0.01)
 
 
-# Supervisors
+async def no_client_is_connected(server: Endpoint) -> None:
+    await until_it_is(server.clients, [])
 
 
 @asynccontextmanager
 async def supervisor_at(
-    url: str, *, observer: Observer | None = None, limits: Mapping[str, Any] | None = None, **knobs: Any
+    url: str, *, observer: Observer | None = None, limits: Mapping[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Supervisor]:
     """A supervisor with a log of its own; leaving interrupts its runs at once, unless it has a `drain_timeout`."""
     async with (
         open_log(url, **(limits or {})) as log,
-        open_supervisor(log, observer=observer, **{"drain_timeout": 0.0, **knobs}) as supervisor,
+        open_supervisor(log, observer=observer, **{"drain_timeout": 0.0, **settings}) as supervisor,
     ):
         yield supervisor
 
 
 @asynccontextmanager
-async def supervisors(*urls: str, limits: Mapping[str, Any] | None = None, **knobs: Any) -> AsyncIterator[Any]:
+async def supervisors(*urls: str, limits: Mapping[str, Any] | None = None, **settings: Any) -> AsyncIterator[Any]:
     """A supervisor at each of these URLs, as so many processes would be; what hangs with them fails."""
     with trio.fail_after(GUARD):
         async with AsyncExitStack() as stack:
-            yield [await stack.enter_async_context(supervisor_at(url, limits=limits, **knobs)) for url in urls]
+            yield [await stack.enter_async_context(supervisor_at(url, limits=limits, **settings)) for url in urls]
 
 
 async def all_may_reap(server: Endpoint, count: int = 2) -> None:
@@ -80,9 +78,6 @@ async def all_may_reap(server: Endpoint, count: int = 2) -> None:
     with trio.fail_after(SOON):
         while (await server.stats()).get("zrangebyscore", 0) < before + 2 * count:  # noqa: ASYNC110
             await trio.sleep(0.05)
-
-
-# Producers
 
 
 class Ticks:
@@ -107,9 +102,6 @@ class Ticks:
             raise
         finally:
             self.left = True
-
-
-# Entries
 
 
 def stream_of(run_id: str) -> str:
@@ -172,9 +164,6 @@ def counted(record: Mapping[str, str], ticks: Ticks) -> None:
     assert (record["status"], record["seq"]) == ("completed", str(ticks.said + 1))
 
 
-# What is left
-
-
 def left_over(supervisor: Supervisor) -> dict[str, Any]:
     committer, wakeups = supervisor._committer, cast("RedisNotifications", supervisor._fetcher._notifications)
     kept = {
@@ -194,9 +183,6 @@ async def nothing_is_left(supervisor: Supervisor) -> None:
     with suppress(trio.TooSlowError):
         await until(lambda: not left_over(supervisor), 5)
     assert not left_over(supervisor)
-
-
-# A process
 
 
 @asynccontextmanager

@@ -1,8 +1,4 @@
-"""Real redis-servers for the suite: one for each test process to share, or one of a test's own to kill and to pause.
-
-Each has a free port of 127.0.0.1 and a data folder of its own, and is gone afterwards. All of it is for the real clock:
-a server is waited for in threads, of which a clock that jumps knows nothing.
-"""
+"""Real redis-servers for the suite, on the real clock: one for each test process to share, or one of a test's own."""
 
 from __future__ import annotations
 

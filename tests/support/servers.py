@@ -69,10 +69,7 @@ def read_until(connection: socket.socket, words: bytes) -> bytes:
 
 @contextmanager
 def serving(kind: str) -> Iterator[Server]:
-    """A server of this kind, for the length of the block.
-
-    The socket listens before the process is there: whoever connects early waits in its backlog.
-    """
+    """A server of this kind. Its socket listens before the process is there: early clients wait in its backlog."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.servers", kind, str(listener.fileno())], pass_fds=[listener.fileno()]

@@ -1,7 +1,6 @@
-"""A real server on a real socket, the producers it runs, and clients that treat it well or badly.
+"""A real server on a real socket in the test's own Trio loop, the producers that it runs, and clients.
 
-In the test's own Trio loop: `serving()`, with an httpx client (`server.client`) and raw sockets (`server.wire()`). In a
-process of its own, for signals and exit codes: `tests/processes.py`.
+In a process of its own, for signals and exit codes: `tests/support/processes.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 GUARD: Final = 100.0
 """Seconds after which a test on a socket has hung. No test comes near it."""
-
-
-# Producers
 
 
 async def count(n: int) -> AsyncIterator[Event]:
@@ -82,9 +78,6 @@ class Tap:
 
     def end(self) -> None:
         self._feed.close()
-
-
-# Servers
 
 
 class Silence(LoggingObserver):

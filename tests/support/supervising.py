@@ -1,8 +1,4 @@
-"""What the tests of runs share: a view of a log that can be made slow or bad, an observer and producers that take
-notes, readers, and what must be true of every run that has ended.
-
-All of it is for virtual time: nothing here waits for anything real.
-"""
+"""What tests of runs in virtual time share: a log that can be slow or fail, observers, producers and readers."""
 
 from __future__ import annotations
 
@@ -69,10 +65,9 @@ def near(seconds: float) -> Any:
 
 
 class View:
-    """An event log that others use as well, as one supervisor sees it: counted, and delayed or failed on demand.
+    """An event log as one of its supervisors sees it: counted, and delayed or failed by hooks.
 
-    A hook in `before` is awaited before the operation of that name, one in `after` when the log has done it and its
-    reply is on the way.
+    A hook in `before` is awaited before the operation of that name, one in `after` between its effect and its reply.
     """
 
     def __init__(self, log: MemoryLog | None = None) -> None:

@@ -1,7 +1,4 @@
-"""Clients that see every byte: a TCP connection, and a reader of the stream on it.
-
-They know nothing of penstock: what a stream says is taken apart here by the letter of the specification.
-"""
+"""Clients that see every byte, and take a stream apart by the letter of the specification, without penstock."""
 
 from __future__ import annotations
 

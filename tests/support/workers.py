@@ -1,9 +1,6 @@
-"""`penstock serve` with several workers: a parent and its children in a process group of their own.
+"""`penstock serve` with several workers: a parent and its children in a process group of their own. Linux only.
 
-Whoever connects cannot choose a worker: any that waits for connections may take the next one. So for a moment all the
-others are stopped (`only`), and whatever is asked meanwhile is answered by the one that is left.
-
-What they serve is in `tests/support/worker_producers.py`. Linux only: who is whose child is read from `/proc`.
+A client cannot choose its worker. So all others are stopped for a moment (`only`), and the one that is left answers.
 """
 
 from __future__ import annotations
@@ -184,14 +181,8 @@ async def serving_workers(
 ) -> AsyncIterator[Workers]:
     """So many workers, over a Redis in which they have keys of their own. None of them may leave a traceback.
 
-    Args:
-        count: how many; None if the options or the environment say it.
-        log: the URL of the Redis.
-        options: of the command line, besides those that are needed.
-        before: what comes before `serve` on the command line.
-        through: a program that is given the whole command line, and becomes what that says.
-        serves: wait until it has said that it serves.
-        env: its environment, besides this process's own.
+    `before` comes before `serve` on the command line; `through` is a program that is given the whole line, and becomes
+    what that says; without `count`, the options or the environment say how many.
     """
     line: list[object] = [sys.executable, "-m", "penstock", *before, "serve", "--log", log, "--bind", "127.0.0.1:0"]
     line += ["--prefix", f"{secrets.token_hex(4)}:run:", "--producers", "tests.support.worker_producers:producers"]

@@ -124,7 +124,7 @@ async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(log: R
 
 
 @pytest.mark.parametrize("first, stored", [(1, 2), (3, 9), (1, 10), (3, 13)])
-async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
+async def test_of_a_batch_stored_in_part_the_rest_is_added(
     server: Endpoint, log: RedisLog, stored: int, first: int
 ) -> None:
     await log.start(record(), LEASE)
@@ -139,9 +139,7 @@ async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
 
 
 @pytest.mark.parametrize("stored", [0, 12])
-async def test_an_ending_that_is_sent_after_a_part_of_its_batch_is_there_marks_its_last_entry_alone(
-    log: RedisLog, stored: int
-) -> None:
+async def test_an_ending_sent_after_a_part_of_its_batch_marks_its_last_entry_alone(log: RedisLog, stored: int) -> None:
     await log.start(record(), LEASE)
     made = of_data(1, [b"data: %d\n\n" % seq for seq in range(1, 14)], terminal=True)
     if stored:

@@ -86,7 +86,7 @@ async def refused(cluster: Cluster, *commands: Command) -> str:
 # Sending
 
 
-async def test_commands_go_to_their_nodes_and_the_replies_come_in_their_order(
+async def test_commands_go_to_their_nodes_and_replies_keep_their_order(
     cluster: Cluster, shared: Nodes[Endpoint]
 ) -> None:
     keys = [f"key-{number}" for number in range(100)]
@@ -105,9 +105,7 @@ async def test_each_node_has_its_commands_in_their_order(cluster: Cluster) -> No
         assert await cluster.ask("LRANGE", key, 0, -1) == [b"%d" % n for n in range(300)]
 
 
-async def test_the_slots_are_asked_for_once_however_many_want_to_know(
-    cluster: Cluster, shared: Nodes[Endpoint]
-) -> None:
+async def test_the_slots_are_asked_for_once_for_many_commands(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
     assert cluster.topology.shards() == ("",)
     assert cluster.topology.shard(ONE) == ""
     async with trio.open_nursery() as nursery:
@@ -164,7 +162,7 @@ async def test_a_node_that_is_left_just_before_it_is_sent_something_is_not_conne
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_cancellations_anywhere_leave_the_cluster_usable_and_no_connections_behind(
+async def test_cancellations_anywhere_leave_a_usable_cluster_and_no_connections(
     shared: Nodes[Endpoint], seed: int
 ) -> None:
     chance = random.Random(seed)
@@ -200,9 +198,6 @@ async def test_cancellations_anywhere_leave_the_cluster_usable_and_no_connection
     await nobody_is_connected(*shared.nodes)
 
 
-# Finding it
-
-
 async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
     urls = ",".join(f"127.0.0.1:{_free_port()}" for _ in range(3))
     async with open_cluster(f"redis+cluster://{urls}") as cluster:
@@ -215,9 +210,6 @@ async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
                 async with cluster.subscription("127.0.0.1:1"):
                     pytest.fail("there is no such node")
         assert cluster.topology.shards() == ("",)
-
-
-# Slots that move
 
 
 @pytest.mark.parametrize("kind", ["unknown-endpoint", "hostname"])

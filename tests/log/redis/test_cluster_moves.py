@@ -107,9 +107,6 @@ def without_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", LONG)
 
 
-# Moved
-
-
 async def test_a_run_whose_slot_moves_goes_on_without_a_gap_or_a_repetition_over_the_connections_that_there_are(
     works: Works, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,9 +205,7 @@ async def more_rejected(node: Endpoint, command: str, times: int) -> bool:
 
 
 @pytest.mark.usefixtures("without_look_ups")
-async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_other_of_its_node_nor_their_readers(
-    works: Works,
-) -> None:
+async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_other_of_its_node(works: Works) -> None:
     notes, others_notes = Notes(), Notes()
     async with (
         supervisor_at(works.url, lease=LONG, observer=notes) as owner,
@@ -321,12 +316,7 @@ async def reaps_again(works: Works, supervisor: Any) -> None:
     assert (await supervisor.wait(dead)).status == "lost"
 
 
-# Another clock
-
-
-async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_the_clock_there_says(
-    works: Works,
-) -> None:
+async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_the_clock_says(works: Works) -> None:
     async with open_log(works.url) as log:
         run_id = works.run_on(works.first)
         await in_order(log).start(record(run_id), Lease("owner", "epoch", LONG))

@@ -73,9 +73,6 @@ def run_is_at_home(nodes: Nodes, lists: RunIndexes, run_id: str) -> bool:
     return nodes.shard(lists.live_of(run_id)) == nodes.shard(lists.runs_of(run_id)) == home
 
 
-# One server
-
-
 def test_one_server_has_two_indexes_whatever_the_run() -> None:
     lists = RunIndexes(KEYS, SingleServer())
     assert {lists.runs_of(run_id) for run_id in RUNS} == {"sse:runs"}

@@ -154,9 +154,6 @@ async def test_the_servers_have_one_password_and_the_sentinels_another() -> None
         assert "sentinel_password" in await unreachable(url)
 
 
-# Replicas
-
-
 async def in_sync(replica: Endpoint) -> bool:
     return bool((await replica.command("INFO", "replication"))["master_link_status"] == "up")
 
@@ -167,9 +164,7 @@ def wait_for_replicas(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 2.0 * GUARD)
 
 
-async def test_a_write_counts_when_the_replicas_have_it_and_is_repeated_until_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_write_is_repeated_until_the_replicas_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"repl_diskless_sync_delay": 0}
     async with (
         redis_server(**options) as primary,

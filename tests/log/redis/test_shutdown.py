@@ -154,9 +154,7 @@ async def refuses_runs(server: Served) -> None:
             await trio.sleep(0.01)
 
 
-async def test_a_producer_that_holds_on_for_ever_holds_up_no_server_whose_redis_is_dead(
-    serve: Sequence[object],
-) -> None:
+async def test_a_producer_that_never_ends_holds_up_no_server_whose_redis_is_dead(serve: Sequence[object]) -> None:
     async with redis_server() as redis, served(*serve, redis.url) as server, AsyncExitStack() as stack:
         (reader,) = await with_readers(server, stack, "clings", 1)
         await redis.kill()
@@ -170,12 +168,7 @@ async def test_a_producer_that_holds_on_for_ever_holds_up_no_server_whose_redis_
         assert [block.retry for block in await reader.rest()] == ["1000"]
 
 
-# Before it is ready
-
-
-async def test_a_server_that_is_shut_down_while_it_waits_for_a_redis_that_stands_still_just_ends(
-    serve: Sequence[object],
-) -> None:
+async def test_a_server_that_waits_for_a_stalled_redis_just_ends_at_a_shutdown(serve: Sequence[object]) -> None:
     async with redis_server() as redis, proxy(redis.port) as between:
         redis.pause()
         async with penstock(*serve, between.url) as program:
