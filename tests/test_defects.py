@@ -40,8 +40,6 @@ both_dialects = pytest.mark.parametrize("dialect", ["plain", "letta"])
 
 
 class Ticks:
-    """An iterator that is no generator."""
-
     def __init__(self) -> None:
         self.closed = False
 
@@ -88,9 +86,7 @@ async def test_d11_the_replay_of_a_cancelled_run_is_complete(autojump_clock: Moc
 
 
 @both_dialects
-async def test_d13_clients_get_one_schema_without_the_exceptions_message(
-    autojump_clock: MockClock, dialect: str
-) -> None:
+async def test_d13_clients_get_one_schema_without_messages(autojump_clock: MockClock, dialect: str) -> None:
     async def fails(how: str) -> AsyncIterator[Any]:
         yield FIRST
         if how == "raises":

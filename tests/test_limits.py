@@ -38,7 +38,6 @@ LIMIT: Final = 3
 
 
 async def waits() -> AsyncIterator[Event]:
-    """Never says anything."""
     await trio.sleep_forever()
     yield Event(data="never")
 
@@ -55,7 +54,6 @@ async def is_full(supervisor: Supervisor) -> None:
 
 
 async def has_room(supervisor: Supervisor, places: int = 1) -> None:
-    """So many runs can be started, and no more."""
     for _ in range(places):
         await supervisor.start(waits)
     await is_full(supervisor)
@@ -333,7 +331,6 @@ ENDED: Final = "the connection has ended"
 
 
 def config_of(max_header_bytes: int) -> Config:
-    """That of a server with this limit."""
     config, limits = quiet_config(), new_config(max_header_bytes)
     config.h11_max_incomplete_size = limits.h11_max_incomplete_size
     config.h2_max_header_list_size = limits.h2_max_header_list_size
@@ -341,7 +338,6 @@ def config_of(max_header_bytes: int) -> Config:
 
 
 def request_of(size: int) -> bytes:
-    """A request whose line and headers are exactly so long, with the blank line at their end."""
     begin, end = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: ", b"\r\n\r\n"
     return begin + b"x" * (size - len(begin) - len(end)) + end
 
@@ -395,7 +391,6 @@ async def test_over_http2_headers_may_have_so_many_bytes_and_one_more_ends_their
 
 
 async def in_pieces(server: Server, size: int, piece: int) -> httpx2.Response:
-    """Start a run with a body of this size, which comes in such pieces."""
     body = b'{"producer": "count", "input": 1}'.ljust(size)
 
     async def pieces() -> AsyncIterator[bytes]:

@@ -230,9 +230,7 @@ def agent(folder: Path) -> str:
     [(("--allow-host", "example.org"), {"PENSTOCK_TOKEN": TOKEN}), (("--bind", "[::1]:0"), {})],
     ids=["a name and a token", "no token, IPv6"],
 )
-async def test_the_line_that_serve_announces_works(
-    tmp_path: Path, options: tuple[str, ...], env: dict[str, Any]
-) -> None:
+async def test_the_line_of_serve_works(tmp_path: Path, options: tuple[str, ...], env: dict[str, Any]) -> None:
     bind = () if "--bind" in options else ("--bind", "127.0.0.1:0")
     async with penstock("serve", "--producers", agent(tmp_path), *bind, *options, **env) as program:
         line = (await program.until(r"try:\s+(curl .*)$"))[1]

@@ -36,7 +36,6 @@ def runs(server: Scripted, *args: object, **env: str) -> Result:
 
 
 async def runs_of(server: Server, *args: object) -> Result:
-    """The same while a real server runs in this thread."""
     return await trio.to_thread.run_sync(ran, "runs", "--url", server.url, *args)
 
 

@@ -76,7 +76,6 @@ async def terminal(url: str, *args: str, stdout: int | None = None, **env: str) 
 
 
 def seen(text: str) -> list[str]:
-    """The lines that stay on the terminal: of one that is erased, what was written after that."""
     kept: list[str] = []
     for line in text.replace(HIDE, "").replace(SHOW, "").split("\n"):
         *_, shown = re.split(r"\r?(?:\x1b\[1A)?\x1b\[2K", line)

@@ -179,9 +179,7 @@ async def test_d19_a_completed_ending_is_refused_while_a_cancel_is_on_record(log
     assert (run.status, run.cancel_reason, run.seq) == (RunStatus.CANCELLED, "stop", 3)
 
 
-async def test_an_owner_of_a_reaped_run_is_fenced_whatever_it_sends(
-    log: EventLog, clock: Clock, elapse: Elapse
-) -> None:
+async def test_the_owner_of_a_reaped_run_is_fenced(log: EventLog, clock: Clock, elapse: Elapse) -> None:
     await log.start(record(), Lease("owner", "epoch", 1.0))
     await append(log, batch(1, 2))
     await elapse(1.5)

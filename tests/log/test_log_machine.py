@@ -66,7 +66,6 @@ class Model:
 
     @property
     def epoch(self) -> str | None:
-        """The epoch that an append must show; None: one that nobody has."""
         return None if self.reaped else self.owner
 
     @property

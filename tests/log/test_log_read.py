@@ -66,9 +66,7 @@ async def test_d35_a_page_has_a_limit_and_pages_come_to_the_whole(log: EventLog,
 
 
 @pytest.mark.parametrize("limit", [1, 99, 100, 101, 250, 10_000])
-async def test_a_page_is_full_at_its_bytes_and_never_empty_before_the_end(
-    log: EventLog, clock: Clock, limit: int
-) -> None:
+async def test_a_page_is_full_at_its_bytes_and_never_empty(log: EventLog, clock: Clock, limit: int) -> None:
     await run_of(log, 7, size=100)
     cursor = 0
     while cursor < 7:

@@ -52,7 +52,6 @@ async def fails() -> AsyncIterator[Event]:
 
 
 async def holds_on() -> AsyncIterator[Event]:
-    """Takes three seconds to let go."""
     yield FIRST
     try:
         await trio.sleep_forever()

@@ -22,7 +22,6 @@ GAUGES = ("runs", "readers", "pending_bytes", "tail_bytes", "log_away")
 
 
 async def scraped_at(workers: Workers, pid: int) -> Series:
-    """What this worker shows."""
     async with workers.only(pid):
         return await scraped(workers)
 
@@ -33,12 +32,10 @@ async def some(workers: Workers, pid: int, *names: str) -> list[float]:
 
 
 def inside(folder: Path) -> dict[str, Path]:
-    """What is in a folder now, by name."""
     return {each.name: each for each in folder.iterdir()}
 
 
 def lasting(now: Series) -> Series:
-    """All that never falls."""
     return {name: value for name, value in now.items() if name not in GAUGES}
 
 

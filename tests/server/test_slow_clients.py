@@ -103,7 +103,6 @@ async def until_closed(stream: trio.abc.ReceiveStream) -> None:
 
 
 def kept() -> int:
-    """The connections that are in memory, with all that belongs to them, whether they are served or not."""
     gc.collect()
     return sum(isinstance(each, TCPServer) for each in gc.get_objects())
 

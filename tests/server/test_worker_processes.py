@@ -62,9 +62,7 @@ async def test_a_redis_that_is_not_there_is_reported_once_and_ends_the_server_wi
 
 
 @pytest.mark.parametrize("number, started", [(SIGTERM, 1), (SIGINT, 2)])
-async def test_a_signal_to_starting_workers_ends_them_quietly(
-    server: Endpoint, number: signal.Signals, started: int
-) -> None:
+async def test_a_signal_ends_starting_workers_quietly(server: Endpoint, number: signal.Signals, started: int) -> None:
     async with serving_workers(2, server.url, serves=False) as workers:
         await eventually(lambda: len(workers.pids()) >= started)
         workers.signal_group(number)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def clock() -> MockClock:
-    """Stands still; the test lets time pass."""
     return MockClock()
 
 
@@ -363,8 +362,6 @@ class RecordedShutdown(Shutdown):
 
 
 class Linked:
-    """A worker's link in this process, and its parent's end."""
-
     def __init__(self, link: ParentLink, parent: LineChannel) -> None:
         self.link = link
         self.parent = parent

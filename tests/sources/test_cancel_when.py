@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class Switch:
-    """What is asked: `answer` is returned, or raised if it is an exception."""
-
     def __init__(self, answer: Any = False) -> None:
         self.answer = answer
         self.asked: list[float] = []
@@ -48,7 +46,6 @@ class Warnings(LoggingObserver):
 
 
 def after(seconds: float, answer: Any) -> Callable[[], Awaitable[Any]]:
-    """Something that says no for that long, and then `answer`."""
     start = trio.current_time()
 
     async def ask() -> Any:

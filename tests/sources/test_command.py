@@ -54,8 +54,6 @@ async def events_of(source: Source) -> list[Event]:
 
 
 class Report:
-    """A FIFO that programs write to; it ends when the last process that holds it is gone."""
-
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
         self.path = str(path)
@@ -63,7 +61,6 @@ class Report:
         self._writer = os.open(path, os.O_WRONLY)
 
     async def read(self) -> str:
-        """All that was written, once no process holds the FIFO any more."""
         self.close_writer()
         text = ""
         while part := await self.receive():
@@ -684,9 +681,7 @@ async def test_what_runs_on_without_output_is_ended_at_once(report: Report) -> N
     assert trio.current_time() - begin < 5
 
 
-async def test_an_empty_group_is_not_signalled_again(
-    monkeypatch: pytest.MonkeyPatch, started: list[trio.Process]
-) -> None:
+async def test_an_empty_group_gets_no_signals(monkeypatch: pytest.MonkeyPatch, started: list[trio.Process]) -> None:
     calls = []
     killpg = os.killpg
 

@@ -90,9 +90,7 @@ async def test_a_wait_that_is_cancelled_does_nothing_to_the_run(autojump_clock: 
         assert (await owner.wait(run.id)).status == "completed"
 
 
-async def test_an_id_that_is_used_again_after_its_run_expired_is_a_new_run_to_everyone(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_id_that_is_used_again_after_its_run_expired_is_a_new_run(autojump_clock: MockClock) -> None:
     log = MemoryLog(ttl=5)
     async with two_supervisors(log) as (owner, other):
         await owner.start(count, 3, run_id="again")

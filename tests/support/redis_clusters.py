@@ -138,7 +138,6 @@ class Cluster(Generic[Node]):
             await let_pass(node, seconds)
 
     async def settled(self) -> None:
-        """Wait until all that live agree on who has which slots, find the cluster whole, and replicas are in sync."""
         await self._until(self._is_settled)
 
     async def promote(self, replica: Node, how: Literal["FORCE", "TAKEOVER"] | None = None) -> None:
@@ -148,7 +147,6 @@ class Cluster(Generic[Node]):
         await self._taken_over([replica.port])
 
     async def failed_over(self, master: Node) -> Node:
-        """Wait until all that live say that another has this one's slots; who that is."""
         others = [node.port for node in self.nodes if node is not master and self._shard(node) == self._shard(master)]
         return await self._taken_over(others)
 
@@ -325,7 +323,6 @@ def _owners(views: Mapping[int, _View]) -> dict[int, int]:
 
 
 def _claimants(views: Mapping[int, _View], ports: Iterable[int]) -> list[int]:
-    """Those of these that say of themselves that they have slots."""
     return [port for port in ports if port in views and views[port].is_master and views[port].own.slots]
 
 
@@ -394,7 +391,6 @@ async def redis_cluster(
 
 @contextmanager
 def started_cluster(*, node_timeout: float) -> Iterator[Cluster[RedisServer]]:
-    """Three masters as `redis_cluster` makes them, outside of any loop: its tests run in loops of their own."""
     with tempfile.TemporaryDirectory(prefix="penstock-redis-", ignore_cleanup_errors=True) as folder:
         nodes = []
         for number in range(3):

@@ -138,7 +138,6 @@ class Sentinels:
         return f"redis+sentinel://{self.servers[0]._credentials}{hosts}/{NAME}/0{query}"
 
     async def master(self) -> Server:
-        """The server that a majority of all sentinels name now, dead or alive; LookupError if there is none."""
         view = await self._asked()
         named = Counter(said.master for said in view.sentinels.values())
         for port, votes in named.most_common(1):
@@ -174,7 +173,6 @@ class Sentinels:
         return next(server for server in self.servers if server.port == port)
 
     def _agreed(self, view: _View) -> int | None:
-        """The port of the master that all sentinels name that live."""
         named = {said.master for said in view.sentinels.values()}
         return named.pop() if len(named) == 1 else None
 

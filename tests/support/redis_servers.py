@@ -216,7 +216,6 @@ class RedisServer(Endpoint):
         self._signal(signal.SIGCONT)
 
     async def kill(self) -> None:
-        """Let it die as in a crash, and wait until it is gone. Does nothing if it is gone already."""
         self._signal(signal.SIGKILL)
         await self._gone()
 

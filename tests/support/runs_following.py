@@ -92,8 +92,6 @@ async def _read(stream: Any, lines: list[str]) -> None:
 
 
 class HttpProxy(Proxy):
-    """What stands between a client and a server of HTTP: the same controls, and bytes go through as they come."""
-
     async def _read_replies(self, server: trio.SocketStream, late: trio.MemorySendChannel[tuple[float, bytes]]) -> None:
         with late, suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for piece in server:

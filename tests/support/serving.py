@@ -81,8 +81,6 @@ class Tap:
 
 
 class Silence(LoggingObserver):
-    """The observer of a test's server: records errors, for the test to compare with those it expects."""
-
     def __init__(self) -> None:
         self.errors: list[tuple[str, str]] = []
         """The type and message of each error, and its id."""
@@ -131,7 +129,6 @@ class Client:
     async def opened(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, json_body: Any = None, **query: Any
     ) -> AsyncIterator[Reader]:
-        """A reader of whatever answers this request, with its headers; leaving the block closes its connection."""
         if query:
             path += "?" + str(httpx2.QueryParams(query))
         body = b"" if json_body is None else json.dumps(json_body).encode()
@@ -179,7 +176,6 @@ class Server(Client):
 
 
 def problem(answer: httpx2.Response, status: int, code: str) -> Any:
-    """The answer's body, which is a problem of RFC 9457."""
     assert answer.headers["content-type"] == "application/problem+json"
     body = answer.json()
     assert (answer.status_code, body["code"]) == (status, code), body
@@ -211,7 +207,6 @@ class _Complaints(logging.Handler):
 
 
 def quiet_config() -> Config:
-    """Any free port, and no lines on the terminal."""
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = logging.Logger("hypercorn.test")  # noqa: LOG001  (one for each server)

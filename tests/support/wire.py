@@ -42,7 +42,6 @@ def block_of(text: str) -> Block:
 
 
 def blocks_of(body: str | bytes) -> list[Block]:
-    """The whole blocks of a body; half a block at its end is a failure."""
     text = body if isinstance(body, str) else body.decode()
     *blocks, rest = text.split("\n\n")
     assert not rest, f"half a block: {rest!r}"

@@ -96,7 +96,6 @@ class Workers(Process):
             yield
 
     async def start_at(self, pid: int, producer: str) -> str:
-        """Start a run in this worker; its id."""
         body = {"producer": producer, "input": None}
         async with self.only(pid), self.opened("POST", "/v1/runs", json_body=body) as reader:
             assert reader.status == 201
@@ -150,7 +149,6 @@ async def has_stopped(server: Workers, code: int = 0) -> None:
 
 
 async def nothing_comes(reader: Reader) -> None:
-    """Nothing for a while that is long beside what is done at once."""
     with trio.move_on_after(0.5) as scope:
         assert await reader.next() is None, "the stream went on"
         raise AssertionError("the stream ended")

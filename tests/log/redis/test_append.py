@@ -124,9 +124,7 @@ async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(log: R
 
 
 @pytest.mark.parametrize("first, stored", [(1, 2), (3, 9), (1, 10), (3, 13)])
-async def test_of_a_batch_stored_in_part_the_rest_is_added(
-    server: Endpoint, log: RedisLog, stored: int, first: int
-) -> None:
+async def test_of_a_batch_in_part_the_rest_follows(server: Endpoint, log: RedisLog, stored: int, first: int) -> None:
     await log.start(record(), LEASE)
     there = of_data(1, [text(3 * seq, b"there") for seq in range(1, stored + 1)])
     await append(log, *there)

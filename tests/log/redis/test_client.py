@@ -78,9 +78,7 @@ async def received(server: Endpoint) -> int:
         (2 * COMMANDS_PER_ROUND_TRIP + 5, [COMMANDS_PER_ROUND_TRIP, COMMANDS_PER_ROUND_TRIP, 5]),
     ],
 )
-async def test_a_round_trip_has_a_limit_of_commands(
-    client: Client, sent: list[int], commands: int, pieces: list[int]
-) -> None:
+async def test_a_round_trip_has_limits(client: Client, sent: list[int], commands: int, pieces: list[int]) -> None:
     assert await client.execute([("ECHO", n) for n in range(commands)]) == [b"%d" % n for n in range(commands)]
     assert sent == pieces
 
@@ -160,9 +158,7 @@ async def test_a_script_that_was_never_sent_is_sent_once(client: Client, between
     assert (between.requests["SCRIPT"], between.requests["EVALSHA"]) == (1, 3)
 
 
-async def test_of_a_pipeline_only_forgotten_ones_are_sent_again(
-    client: Client, between: Proxy, server: Endpoint
-) -> None:
+async def test_of_a_pipeline_only_forgotten_scripts_go_again(client: Client, between: Proxy, server: Endpoint) -> None:
     await client.ask(*ENLIST)
     await server.command("SCRIPT", "FLUSH")
     await server.command("DEL", "live")
@@ -195,9 +191,7 @@ async def test_connections_that_break_while_nobody_uses_them_go_unnoticed(client
 
 
 @pytest.mark.parametrize("others", [0, 2])
-async def test_a_connection_broken_before_the_effect_is_tried_again(
-    client: Client, between: Proxy, others: int
-) -> None:
+async def test_a_connection_lost_before_the_effect_is_tried_again(client: Client, between: Proxy, others: int) -> None:
     await client.ask("PING")
     between.stall()
     async with trio.open_nursery() as nursery:
@@ -221,9 +215,7 @@ async def test_a_connection_broken_after_the_effect_is_tried_again(client: Clien
 
 
 @pytest.mark.parametrize("others", [0, 2])
-async def test_a_connection_broken_twice_is_an_error(
-    client: Client, between: Proxy, server: Endpoint, others: int
-) -> None:
+async def test_a_connection_lost_twice_raises(client: Client, between: Proxy, server: Endpoint, others: int) -> None:
     between.drop_reply_when(lambda reply: reply.command == "INCR", times=2)
     with pytest.raises(LogUnavailable, match=f"cannot reach Redis at 127.0.0.1:{between.port}: "):
         await client.execute([("INCR", "n"), *[("ECHO", 1)] * others])

@@ -73,7 +73,6 @@ async def nobody_is_connected(*nodes: Endpoint) -> None:
 
 
 async def ours(node: Endpoint) -> list[dict[str, str]]:
-    """The connections of clients; those of replicas and to masters are none."""
     return [client for client in await node.clients() if not {*client["flags"]} & {"S", "M"}]
 
 
@@ -86,9 +85,7 @@ async def refused(cluster: Cluster, *commands: Command) -> str:
 # Sending
 
 
-async def test_commands_go_to_their_nodes_and_replies_keep_their_order(
-    cluster: Cluster, shared: Nodes[Endpoint]
-) -> None:
+async def test_commands_go_to_their_nodes_and_replies_keep_order(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
     keys = [f"key-{number}" for number in range(100)]
     assert await cluster.execute([("SET", key, n) for n, key in enumerate(keys)]) == [b"OK"] * 100
     assert await cluster.execute([("GET", key) for key in keys]) == [b"%d" % n for n in range(100)]
@@ -162,9 +159,7 @@ async def test_a_node_that_is_left_just_before_it_is_sent_something_is_not_conne
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_cancellations_anywhere_leave_a_usable_cluster_and_no_connections(
-    shared: Nodes[Endpoint], seed: int
-) -> None:
+async def test_cancellations_leave_a_usable_cluster_and_no_connections(shared: Nodes[Endpoint], seed: int) -> None:
     chance = random.Random(seed)
     keys = [f"{name}-{n}" for n in range(40) for name in (ONE, TWO, THREE)]
     async with open_cluster(shared.url) as cluster:
@@ -303,7 +298,6 @@ async def has(cluster: Cluster, key: str) -> bool:
 
 
 async def asked(cluster: Cluster, *commands: Command) -> list[Any]:
-    """The replies, or what is wrong with all of them."""
     try:
         return await cluster.execute(commands)
     except LogUnavailable as error:

@@ -59,7 +59,6 @@ def at(node: Endpoint) -> str:
 
 
 async def begin(works: Works, run_id: str, to: RedisServer, *, keys: int = 0) -> None:
-    """Begin to move a run's slot; so many of its keys come along at once."""
     slot = works.cluster.slot(record_of(run_id))
     await works.cluster.begin_move(slot, to)
     assert await works.cluster.move_keys(slot, to, at_most=keys) == keys
@@ -293,8 +292,6 @@ async def test_a_run_whose_slot_is_half_moved_for_longer_than_its_lease_is_renew
 
 
 def count_then(gate: Gate) -> Any:
-    """A producer that says one thing, and then is this one."""
-
     async def producer() -> AsyncIterator[Event]:
         yield Event(data="first")
         async for event in gate():
@@ -358,34 +355,24 @@ async def test_the_script_that_reaps_leaves_a_run_alone_that_has_been_here_for_l
 
 
 @pytest.mark.usefixtures("without_look_ups")
-async def test_what_is_written_while_a_runs_keys_are_beyond_an_ask_reaches_readers_elsewhere(works: Works) -> None:
+@pytest.mark.parametrize("moves", ["half", "there and back"])
+async def test_what_is_written_while_a_slot_moves_reaches_readers_elsewhere(works: Works, moves: str) -> None:
     async with supervisor_at(works.url, lease=LONG) as owner, supervisor_at(works.url, lease=LONG) as other:
         ticks = Ticks()
         run = await owner.start(ticks, run_id=works.run_on(works.first))
         async with readers((other, run.id)) as (reader,):
             await until(lambda: last_seq(reader) > 5)
-            await begin(works, run.id, works.second, keys=2)
-            assert await keys_on(works, works.second, run.id) == {record_of(run.id), stream_of(run.id)}
-            said = ticks.said
-            await until(lambda: last_seq(reader) > said + 10)
-            assert await works.cluster.node_of(record_of(run.id)) is works.first
-            await finish(works, run.id, works.second)
-            said = ticks.said
-            await until(lambda: last_seq(reader) > said + 10)
-            ticks.enough.set()
-        counted(await same_everywhere(works.server, run.id, [reader]), ticks)
-
-
-@pytest.mark.usefixtures("without_look_ups")
-async def test_the_channels_of_a_slot_that_was_moved_away_and_back_are_listened_to_again(works: Works) -> None:
-    async with supervisor_at(works.url, lease=LONG) as owner, supervisor_at(works.url, lease=LONG) as other:
-        ticks = Ticks()
-        run = await owner.start(ticks, run_id=works.run_on(works.first))
-        async with readers((other, run.id)) as (reader,):
-            await until(lambda: last_seq(reader) > 5)
-            there_and_back(works, works.cluster.slot(record_of(run.id)), works.first, works.second)
-            said = ticks.said
-            await until(lambda: last_seq(reader) > said + 10)
+            if moves == "half":  # its keys are beyond an ASK
+                await begin(works, run.id, works.second, keys=2)
+                assert await keys_on(works, works.second, run.id) == {record_of(run.id), stream_of(run.id)}
+                said = ticks.said
+                await until(lambda: last_seq(reader) > said + 10)
+                assert await works.cluster.node_of(record_of(run.id)) is works.first
+                await finish(works, run.id, works.second)
+            else:
+                there_and_back(works, works.cluster.slot(record_of(run.id)), works.first, works.second)
+            now = ticks.said
+            await until(lambda: last_seq(reader) > now + 10)
             ticks.enough.set()
         counted(await same_everywhere(works.server, run.id, [reader]), ticks)
 

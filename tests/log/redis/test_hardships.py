@@ -193,15 +193,11 @@ async def test_runs_are_renewed_and_the_dead_reaped_beside_what_no_supervisor_wr
 
             await until_it_is(renewed_for_three_leases, wanted=True)
             await until_it_is(lambda: server.command("HGET", record_of("dead"), "status"), "lost")
-            assert not {"dead", NO_TEXT.decode(errors="surrogateescape")} & {*await live_runs(server)}
+            live = await server.command("ZRANGE", KEYS.live(), 0, -1)
+            assert not {"dead", NO_TEXT.decode(errors="surrogateescape")} & {*live}
             assert not silent.left
             await other.cancel(run.id)
         assert (await same_everywhere(server, run.id, following))["status"] == "cancelled"
-
-
-async def live_runs(server: Endpoint) -> list[str]:
-    found: list[str] = await server.command("ZRANGE", KEYS.live(), 0, -1)
-    return found
 
 
 @pytest.mark.parametrize("spoil", [replace_record, unknown_status, odd_number])
@@ -296,9 +292,7 @@ async def test_a_start_that_is_held_up_takes_no_run_from_its_repetition(server: 
 
 @pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("known", [False, True], ids=["before it is known", "when it is known"])
-async def test_a_cancelled_start_takes_no_run_from_another_of_its_key(
-    server: Endpoint, between: Proxy, *, known: bool
-) -> None:
+async def test_a_cancelled_start_takes_no_run_from_another(server: Endpoint, between: Proxy, *, known: bool) -> None:
     answers: list[Started] = []
     async with supervisors(between.url, server.url) as (one, other), trio.open_nursery() as nursery:
         await one.wait((await one.start(says_hello)).id)

@@ -37,7 +37,6 @@ SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
 
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start waits for another one under its key, but not for long."""
     monkeypatch.setattr("penstock.log.redis.start.PENDING_LIMIT", 0.1)
 
 
@@ -196,9 +195,7 @@ async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_run_that_nobody
     assert cancelled > 0
 
 
-async def test_a_start_that_is_not_undone_ends_with_its_lease(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_start_that_stays_ends_with_its_lease(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.start.FORGET_TIMEOUT", 0.01)
     async with proxy(server.port) as between, open_log(between.url) as log:
         await log.start(record("earlier"), LEASE)

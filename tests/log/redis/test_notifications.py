@@ -41,7 +41,6 @@ LONG = 3600.0
 
 @pytest.fixture
 async def log(server: Endpoint) -> AsyncIterator[EventLog]:
-    """What others do with the runs: straight to the server, past any proxy."""
     async with open_log(server.url) as log:
         yield log
 
@@ -115,7 +114,6 @@ class Listener:
 
 @asynccontextmanager
 async def listening(url: str, *runs: str, owner: str = "me") -> AsyncIterator[Listener]:
-    """Wake-ups at this server, subscribed to these runs, with a task that takes all news."""
     async with open_log(url) as log, log.wakeups(owner) as wakeups, trio.open_nursery() as nursery:
         listener = Listener(wakeups)
         nursery.start_soon(listener.run)
@@ -170,9 +168,7 @@ async def test_what_is_appended_right_after_subscribing_is_told(server: Endpoint
 
 
 @pytest.mark.parametrize("late", [0, 0.002])
-async def test_what_is_appended_after_any_flicker_of_subscriptions_is_told(
-    between: Proxy, log: EventLog, pace: Pace, late: float
-) -> None:
+async def test_no_append_is_missed_after_any_flicker(between: Proxy, log: EventLog, pace: Pace, late: float) -> None:
     pace(LONG, LONG)
     chance = random.Random(1)
     runs = [f"r{n}" for n in range(10)]
@@ -336,9 +332,7 @@ async def test_a_killed_connection_is_replaced_and_that_is_told(server: Endpoint
     assert await subscribers(server) == []
 
 
-async def test_a_connection_killed_while_more_is_asked_for_over_it_is_replaced_by_one(
-    server: Endpoint, pace: Pace
-) -> None:
+async def test_a_connection_killed_during_requests_is_replaced_by_one(server: Endpoint, pace: Pace) -> None:
     pace(LONG, LONG)
 
     async def flicker(listener: Listener, run_id: str) -> None:
@@ -373,9 +367,7 @@ async def test_what_moved_while_the_connection_was_away_is_told(between: Proxy, 
         assert listener.reconnections == 1
 
 
-async def test_a_run_that_is_gone_is_told_as_far_beyond(
-    between: Proxy, log: EventLog, server: Endpoint, pace: Pace
-) -> None:
+async def test_a_run_that_is_gone_has_moved_beyond(between: Proxy, log: EventLog, server: Endpoint, pace: Pace) -> None:
     pace(LONG, LONG)
     await started(log, "gone", "there")
     await move(log, 1, "there")
@@ -404,9 +396,7 @@ async def test_a_server_that_comes_back_empty_is_listened_to_again() -> None:
             await listener.hears(lambda: listener.cancels == 1)
 
 
-async def test_a_connection_broken_before_its_confirmations_is_replaced(
-    between: Proxy, server: Endpoint, log: EventLog
-) -> None:
+async def test_a_connection_lost_while_unconfirmed_is_replaced(between: Proxy, server: Endpoint, log: EventLog) -> None:
     await started(log, "r")
     async with listening(between.url, "r") as listener:
         between.drop_confirmations = True
@@ -498,9 +488,7 @@ async def test_a_ping_that_is_answered_keeps_the_connection(between: Proxy, serv
         assert listener.reconnections == 0
 
 
-async def test_a_run_whose_messages_are_swallowed_from_some_moment_on_is_looked_up_soon(
-    between: Proxy, log: EventLog, pace: Pace
-) -> None:
+async def test_a_run_whose_messages_begin_to_be_lost_is_looked_up(between: Proxy, log: EventLog, pace: Pace) -> None:
     pace(PING, LONG)
     runs = [f"r{n:03}" for n in range(100)]  # one of them in turn with each ping
     active = runs[60:65]
@@ -519,9 +507,7 @@ async def test_a_run_whose_messages_are_swallowed_from_some_moment_on_is_looked_
         assert between.swallowed >= 5
 
 
-async def test_a_run_of_which_no_message_ever_came_is_looked_up_within_the_interval(
-    between: Proxy, log: EventLog, pace: Pace
-) -> None:
+async def test_a_run_without_messages_is_looked_up_in_time(between: Proxy, log: EventLog, pace: Pace) -> None:
     pace(PING, 4 * PING)
     runs = [f"r{n}" for n in range(17)]
     await started(log, *runs)
@@ -567,9 +553,7 @@ async def test_garbage_on_a_runs_channel_is_harmless(server: Endpoint, log: Even
         assert listener.reconnections == listener.cancels == 0
 
 
-async def test_garbage_on_the_channel_of_a_process_is_no_more_than_a_look_at_its_inbox(
-    server: Endpoint, log: EventLog, pace: Pace
-) -> None:
+async def test_garbage_on_a_processs_channel_is_harmless(server: Endpoint, log: EventLog, pace: Pace) -> None:
     pace(LONG, LONG)
     await started(log, "r")
     async with listening(server.url, "r") as listener:
@@ -582,7 +566,7 @@ async def test_garbage_on_the_channel_of_a_process_is_no_more_than_a_look_at_its
 
 
 @pytest.mark.parametrize("words", [("SET", "x"), ("HSET", "seq", "garbage")], ids=str)
-async def test_garbage_in_place_of_a_record_is_harmless(
+async def test_garbage_records_are_harmless(
     server: Endpoint, log: EventLog, pace: Pace, words: tuple[str, ...]
 ) -> None:
     pace(LONG, LONG)

@@ -209,9 +209,7 @@ def commands(stats: dict[str, int]) -> int:
     return sum(stats.values())
 
 
-async def test_d42_idle_readers_cost_few_commands_and_no_connection(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_d42_idle_readers_cost_few_commands(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, most, window = 200, 30, 2.0
     monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", 1.0)  # what else comes in a lump every 5 s
     named = f"{server.url}?client_name=readers"

@@ -209,7 +209,7 @@ async def test_a_stream_is_trimmed_by_whole_nodes_and_never_below_its_limit(serv
 
 @pytest.mark.parametrize("ending", [None, FAILED], ids=["going on", "ending"])
 @everywhere
-async def test_a_stream_lost_under_its_record_is_restored(
+async def test_a_vanished_stream_is_a_hole_and_is_restored(
     server: Endpoint, log: RedisLog, ending: Ending | None
 ) -> None:
     await running(log, 5)
@@ -349,9 +349,7 @@ async def test_d32_a_cancel_request_keeps_record_and_stream_alike(server: Endpoi
     assert await lives(server) == (about(120), about(120))
 
 
-async def test_scripts_flushed_in_mid_run_are_sent_again_and_store_nothing_twice(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_flushed_scripts_are_sent_again_and_store_nothing_twice(server: Endpoint, log: RedisLog) -> None:
     await running(log)
     await log.start(record("other"), LEASE)
     for seq in range(1, 6):

@@ -32,7 +32,6 @@ ENLIST = call(scripts.ENLIST, ["live"], 60_000, "1", "r")
 
 
 async def ours(server: Endpoint) -> list[dict[str, str]]:
-    """The connections of penstock: all others have names, or are of replicas and primaries."""
     clients = await server.clients()
     return [each for each in clients if not each["name"] and not {*each["flags"]} & {"S", "M"}]
 
@@ -52,7 +51,6 @@ async def is_taken(client: Client, value: str) -> bool:
 
 
 async def unreachable(url: str) -> str:
-    """What is said of a URL that leads to no server; no password."""
     async with open_client(url) as client:
         with trio.fail_after(GUARD), pytest.raises(LogUnavailable) as raised:
             await client.ask("PING")

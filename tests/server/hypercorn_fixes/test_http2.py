@@ -62,9 +62,7 @@ async def test_the_api_works_over_http2() -> None:
 
 
 @pytest.mark.parametrize("method, path, status", [("POST", "/v1/runs", 413), ("GET", "/healthz", 200)])
-async def test_a_request_still_being_sent_is_answered_and_the_server_goes_on(
-    method: str, path: str, status: int
-) -> None:
+async def test_a_request_still_being_sent_is_answered(method: str, path: str, status: int) -> None:
     async with serving() as server, httpx2.AsyncClient(base_url=server.url, http1=False, http2=True) as client:
         run_id = await server.start("silent")
         for _ in range(2):

@@ -159,8 +159,6 @@ NO_END: Final = 40 * AT_ONCE
 
 
 class Turns:
-    """A task that does nothing, and counts its turns."""
-
     def __init__(self) -> None:
         self.taken = 0
 
@@ -433,7 +431,6 @@ async def test_over_http2_many_streams_and_pings_come_byte_by_byte_on_a_connecti
 
 @asynccontextmanager
 async def connection() -> AsyncIterator[tuple[PatchedTCPServer, trio.SocketStream]]:
-    """A connection whose sends are the test's, with small buffers, and its client."""
     listening = trio.socket.socket()
     await listening.bind(("127.0.0.1", 0))
     listening.listen()
@@ -476,8 +473,6 @@ async def test_sends_that_begin_while_another_waits_are_in_order() -> None:
 
 
 class Moody:
-    """A system that takes what it likes of each write: nothing, a part or all of it; or is interrupted or full."""
-
     def __init__(self, seed: int, write: Callable[[int, Any], int]) -> None:
         self._rng = random.Random(seed)
         self._write = write
