@@ -50,12 +50,9 @@ Elapse = Callable[[float], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of event log.
+    """One kind of event log: opens an empty one, makes the clock that a test runs by, and lets time pass for the log.
 
-    Attributes:
-        open: opens one that is empty; takes `ttl`, `max_entries`, and `prefix` if it has one.
-        clock: makes the clock that the test runs by; None: the real one, for a log behind a socket.
-        elapse: lets so many seconds pass for the log.
+    `clock` makes None where the log is behind a socket: the real one.
     """
 
     open: Callable[..., AbstractAsyncContextManager[EventLog]]

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 class Away:
-    """A log that is away for so many calls. Notes when each call came, and what was warned of."""
-
     def __init__(self, failures: int) -> None:
         self.failures = failures
         self.times: list[float] = []

@@ -40,8 +40,6 @@ both_dialects = pytest.mark.parametrize("dialect", ["plain", "letta"])
 
 
 class Ticks:
-    """An iterator that is no generator."""
-
     def __init__(self) -> None:
         self.closed = False
 
@@ -88,9 +86,7 @@ async def test_d11_the_replay_of_a_cancelled_run_is_complete(autojump_clock: Moc
 
 
 @both_dialects
-async def test_d13_clients_get_one_schema_a_code_and_an_error_id_and_not_the_exceptions_words(
-    autojump_clock: MockClock, dialect: str
-) -> None:
+async def test_d13_clients_get_one_schema_without_messages(autojump_clock: MockClock, dialect: str) -> None:
     async def fails(how: str) -> AsyncIterator[Any]:
         yield FIRST
         if how == "raises":
@@ -197,9 +193,7 @@ async def test_d31_an_owner_that_comes_back_neither_begins_again_nor_goes_on(aut
         assert gists(await entries_of(view, "stalled")) == ["1", "error RUN_LOST", "[DONE]"]
 
 
-async def test_d40_a_run_that_goes_on_for_longer_than_ended_ones_are_kept_does_not_expire(
-    autojump_clock: MockClock,
-) -> None:
+async def test_d40_a_run_longer_than_ended_ones_are_kept_does_not_expire(autojump_clock: MockClock) -> None:
     async with two_supervisors(MemoryLog(ttl=18)) as (owner, other):
         run = await owner.start(count, 5, 12)
         await trio.sleep(42)

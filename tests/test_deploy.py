@@ -43,7 +43,6 @@ def unit() -> ConfigParser:
 
 
 def arguments(unit: ConfigParser) -> list[str]:
-    """What `penstock serve` is started with."""
     _, command, *rest = shlex.split(unit["Service"]["ExecStart"])
     assert command == "serve"
     return rest

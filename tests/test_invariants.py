@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from penstock.runs import Run
 
 
-# I1: nothing is shown before the log has acknowledged it.
-
-
 @pytest.mark.parametrize("trouble", [slow(0.7), unavailable], ids=["slow", "away"])
 async def test_i1_no_reader_sees_what_the_log_does_not_have(autojump_clock: MockClock, trouble: Any) -> None:
     # Fails if `WriteBuffer.put` adds to the tail, or if `Committer._append` takes LogUnavailable for success.
@@ -82,9 +79,6 @@ async def test_i1_what_is_stored_is_shown_once_its_acknowledgement_is_there(auto
         await supervisor.cancel(run.id)
 
 
-# I2: exactly once, in order.
-
-
 async def bursts(rng: random.Random, events: int) -> AsyncIterator[Event]:
     for number in range(1, events + 1):
         if rng.random() < 0.3:
@@ -108,9 +102,7 @@ async def read_with_cuts(rng: random.Random, supervisors: list[Supervisor], run_
     return got
 
 
-async def test_i2_many_runs_read_through_broken_connections_are_complete_once_and_in_order(
-    autojump_clock: MockClock,
-) -> None:
+async def test_i2_many_runs_over_broken_connections_are_complete_once_in_order(autojump_clock: MockClock) -> None:
     # Fails if `Tail.take` begins one too early or too late, if `Follower.__anext__` moves the cursor to the end of the
     # page, and if `_fill` lets a checkpoint come between looking and parking (then readers sleep for ever).
     rng = random.Random(7)
@@ -132,9 +124,6 @@ async def test_i2_many_runs_read_through_broken_connections_are_complete_once_an
     assert whole == 200
     assert_nothing_is_left(owner)
     assert_nothing_is_left(other)
-
-
-# I3: every run ends, exactly once.
 
 
 BY_REASON = {
@@ -190,9 +179,6 @@ async def test_i3_of_many_endings_at_once_the_first_is_stored_and_stays(autojump
     assert stop_reasons == {"end_turn", "error", *BY_REASON.values()}
 
 
-# I4: every reader ends.
-
-
 async def test_i4_no_reader_waits_for_what_cannot_come(autojump_clock: MockClock) -> None:
     # Fails if `MemoryLog.reap` does nothing, if `Follower._fill` does not look at `tail.ended`, if `Tail.extend` never
     # sets it, and if `Follower.__aenter__` does not compare the cursor with the oldest seq.
@@ -217,9 +203,6 @@ async def test_i4_no_reader_waits_for_what_cannot_come(autojump_clock: MockClock
         assert gists(there.entries) == gists(here.entries) == ["first", "error RUN_LOST", "[DONE]"]
         assert there.ended_at is not None
         assert there.ended_at - silent_from <= 6 + 2
-
-
-# I5: a run's life is not a request's life.
 
 
 async def test_i5_neither_cancel_reaches_the_other(autojump_clock: MockClock) -> None:
@@ -248,9 +231,6 @@ async def test_i5_neither_cancel_reaches_the_other(autojump_clock: MockClock) ->
                     assert gists([entry async for entry in entries]) == ["cancelled", "[DONE]"]
                     await trio.sleep(1)
             assert reader.cancelled_caught is (supervisor is owner)
-
-
-# I6: cancel is prompt.
 
 
 @pytest.mark.parametrize("wakeups", [True, False], ids=["by the wake-up", "by the poll alone"])

@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from penstock.log import Entry
 
 
-# I8: one bad run harms no other.
-
-
 async def test_i8_good_runs_among_bad_ones_are_whole_and_in_time(autojump_clock: MockClock) -> None:
     # Fails if `Execution.leave` returns a run's own error, and if `Committer._commit` stops at a reply that is not OK.
     view, notes, let_go = View(), Notes(), trio.Event()
@@ -97,12 +94,7 @@ async def test_i8_good_runs_among_bad_ones_are_whole_and_in_time(autojump_clock:
         assert_nothing_is_left(supervisor)
 
 
-# I9: memory is bounded.
-
-
-async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_limit(
-    autojump_clock: MockClock,
-) -> None:
+async def test_i9_no_fast_producer_and_no_slow_reader_costs_more_than_its_limit(autojump_clock: MockClock) -> None:
     # Fails if `Execution.write` does not wait for room, and if `Tail.extend` or `MemoryLog._store` does not trim.
     view = View(MemoryLog(max_entries=500))
     pending: list[int] = []
@@ -137,9 +129,6 @@ async def test_i9_neither_a_fast_producer_nor_a_slow_reader_costs_more_than_its_
 async def _kept(view: View, run_id: str) -> list[Entry]:
     page = await view.log.read(run_id, 0, max_entries=10_000, max_bytes=10**9)
     return list(page.entries)
-
-
-# I10: the log's cost does not grow with readers.
 
 
 async def test_i10_an_idle_reader_asks_the_log_for_nothing(autojump_clock: MockClock) -> None:

@@ -38,7 +38,6 @@ LIMIT: Final = 3
 
 
 async def waits() -> AsyncIterator[Event]:
-    """Never says anything."""
     await trio.sleep_forever()
     yield Event(data="never")
 
@@ -55,7 +54,6 @@ async def is_full(supervisor: Supervisor) -> None:
 
 
 async def has_room(supervisor: Supervisor, places: int = 1) -> None:
-    """So many runs can be started, and no more."""
     for _ in range(places):
         await supervisor.start(waits)
     await is_full(supervisor)
@@ -64,9 +62,7 @@ async def has_room(supervisor: Supervisor, places: int = 1) -> None:
 # Runs
 
 
-async def test_as_many_runs_as_are_allowed_start_and_one_that_has_ended_makes_room_for_one(
-    autojump_clock: MockClock,
-) -> None:
+async def test_as_many_runs_as_are_allowed_start_and_an_ended_one_makes_room(autojump_clock: MockClock) -> None:
     async with open_supervisor(MemoryLog(), max_runs=LIMIT, drain_timeout=0) as supervisor:
         await has_room(supervisor, LIMIT)
         for run in await supervisor.list():
@@ -251,9 +247,6 @@ async def test_over_http_metadata_that_are_too_large_are_answered_413() -> None:
         assert len((await server.client.get("/v1/runs")).json()["runs"]) == 1
 
 
-# Events
-
-
 async def test_an_event_may_have_so_many_bytes_and_not_one_more(autojump_clock: MockClock) -> None:
     size = 1000
     async with open_supervisor(MemoryLog(), max_event_bytes=size) as supervisor:
@@ -338,7 +331,6 @@ ENDED: Final = "the connection has ended"
 
 
 def config_of(max_header_bytes: int) -> Config:
-    """That of a server with this limit."""
     config, limits = quiet_config(), new_config(max_header_bytes)
     config.h11_max_incomplete_size = limits.h11_max_incomplete_size
     config.h2_max_header_list_size = limits.h2_max_header_list_size
@@ -346,7 +338,6 @@ def config_of(max_header_bytes: int) -> Config:
 
 
 def request_of(size: int) -> bytes:
-    """A request whose line and headers are exactly so long, with the blank line at their end."""
     begin, end = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: ", b"\r\n\r\n"
     return begin + b"x" * (size - len(begin) - len(end)) + end
 
@@ -399,11 +390,7 @@ async def test_over_http2_headers_may_have_so_many_bytes_and_one_more_ends_their
                 assert await healthz_with(stream, size) == how, size
 
 
-# Bodies
-
-
 async def in_pieces(server: Server, size: int, piece: int) -> httpx2.Response:
-    """Start a run with a body of this size, which comes in such pieces."""
     body = b'{"producer": "count", "input": 1}'.ljust(size)
 
     async def pieces() -> AsyncIterator[bytes]:

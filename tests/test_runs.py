@@ -8,17 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.runs import (
-    CAUSES,
-    Cause,
-    Ending,
-    Run,
-    RunError,
-    RunStatus,
-    StopReason,
-    check_run_id,
-    new_run_id,
-)
+from penstock.runs import CAUSES, Cause, Ending, Run, RunError, RunStatus, StopReason, check_run_id, new_run_id
 
 TERMINAL = [status for status in RunStatus if status.terminal]
 
@@ -94,8 +84,7 @@ def test_a_run_id_is_returned_as_it_is(run_id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "run_id",
-    ["", ".", "..", "a" * 129, "a\n", "\na", "a b", "a/b", "ä", "٣", "a\0", "a{b}", None, 7, b"a"],
+    "run_id", ["", ".", "..", "a" * 129, "a\n", "\na", "a b", "a/b", "ä", "٣", "a\0", "a{b}", None, 7, b"a"]
 )
 def test_what_is_no_run_id_is_refused(run_id: Any) -> None:
     with pytest.raises(ValueError, match="1 to 128 letters"):

@@ -23,14 +23,12 @@ COMMAND, CUTS, LINES, IDS, DONE = range(5)
 
 
 def reading() -> Reading:
-    """What a reading without a fault received."""
     events = [Received(number, "stdout", line) for number, line in enumerate(WRITTEN, 1)]
     events += [Received(len(events) + 1, "exit", '{"exit_code":0}'), Received(len(events) + 2, "message", "[DONE]")]
     return Reading(events, [Cut(5, True, 3), Cut(10, True, 2)], 204)
 
 
 def failed(got: Reading, written: list[str] = WRITTEN, compiled: int = COMPILED) -> list[int]:
-    """Which of the checks failed."""
     return [number for number, check in enumerate(check_reading(got, written, compiled)) if not check.held]
 
 
@@ -55,7 +53,6 @@ async def test_a_signal_in_mid_stream_leaves_nothing_behind(tmp_path: Path) -> N
 
 
 def assert_nothing_left(folder: Path, pid: int) -> None:
-    """Neither the server nor what it started, nor a file."""
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not commands_in(folder)
@@ -63,7 +60,6 @@ def assert_nothing_left(folder: Path, pid: int) -> None:
 
 
 def commands_in(folder: Path) -> list[bytes]:
-    """The processes whose command line names a folder."""
     return [words for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in (words := read(path))]
 
 
@@ -83,7 +79,6 @@ async def test_a_port_in_use_fails_with_the_servers_words() -> None:
 
 
 def data(number: int, text: str) -> Callable[[Reading], None]:
-    """Change what an event says."""
     return lambda got: got.events.__setitem__(number, got.events[number]._replace(data=text))
 
 

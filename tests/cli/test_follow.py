@@ -50,14 +50,12 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def follow(server: Scripted, *options: object, code: int = 0) -> Result:
-    """Follow the run `r1`, in this process."""
     result = ran("runs", "follow", "r1", "--url", server.url, *options)
     assert result.exit_code == code, result.output
     return result
 
 
 def ids(result: Result) -> list[int]:
-    """Of the events that were printed."""
     return [json.loads(line)["id"] for line in result.stdout.splitlines()]
 
 
@@ -238,8 +236,6 @@ def test_an_error_that_ends_it_names_the_cursor(monkeypatch: pytest.MonkeyPatch,
 
 @dataclass
 class FakeScreen(Screen):
-    """What is printed, and a clock of its own for pauses."""
-
     pauses: list[float] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -421,9 +417,7 @@ def test_the_silence_of_a_stream_has_a_limit_of_its_own() -> None:
         (404, {"retry-after": "7"}, True, Action.SEEK, 0),
     ],
 )
-def test_what_a_reader_does_after_a_response(
-    status: int, headers: dict[str, str], seen: bool, step: Action, pause: float
-) -> None:
+def test_a_readers_next_step(status: int, headers: dict[str, str], seen: bool, step: Action, pause: float) -> None:
     decision = decide(ApiResponse(status, headers), cursor=5, seen=seen)
     assert (decision.action, decision.pause) == (step, pause)
     assert bool(decision.reason) is (step not in {Action.READ, Action.OVER})

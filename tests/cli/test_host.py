@@ -86,14 +86,11 @@ print(json.dumps(seen))
 
 
 def default() -> list[int]:
-    """The thresholds that Python has of itself."""
     argv = [sys.executable, "-c", "import gc; print(*gc.get_threshold())"]
     return [*map(int, subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split())]
 
 
-async def test_a_process_that_serves_looks_rarely_and_never_at_what_it_has_imported_and_times_its_clients_out(
-    tmp_path: Path,
-) -> None:
+async def test_a_process_that_serves_collects_rarely_freezes_its_imports_and_times_clients_out(tmp_path: Path) -> None:
     (tmp_path / "asked.py").write_text(PRODUCERS)
     args = ("serve", "--producers", "asked:producers", *ANY_PORT, "--tcp-user-timeout", 7)
     async with penstock(*args, cwd=tmp_path) as program, httpx2.AsyncClient(timeout=GUARD) as client:

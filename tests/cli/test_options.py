@@ -192,9 +192,6 @@ def test_a_worker_accepts_the_tokens_that_its_parent_has_read_whatever_the_file_
     assert TOKEN not in str(parent.for_workers)
 
 
-# Serving
-
-
 async def url_of(program: Program) -> str:
     return (await program.until(r"(?:serving on|open) (http://[^ /]+)"))[1]
 
@@ -207,7 +204,6 @@ def as_a_shell_takes(line: str, **env: str) -> list[str]:
 
 
 async def curl(line: str, **env: str) -> httpx2.Response:
-    """What the line gets that a server has announced."""
     words = as_a_shell_takes(line, **env)
     headers = dict(words[at + 1].split(": ", 1) for at, word in enumerate(words) if word == "-H")
     body = next((words[at + 1] for at, word in enumerate(words) if word == "-d"), None)
@@ -234,9 +230,7 @@ def agent(folder: Path) -> str:
     [(("--allow-host", "example.org"), {"PENSTOCK_TOKEN": TOKEN}), (("--bind", "[::1]:0"), {})],
     ids=["a name and a token", "no token, IPv6"],
 )
-async def test_the_line_that_serve_announces_works_as_it_is(
-    tmp_path: Path, options: tuple[str, ...], env: dict[str, Any]
-) -> None:
+async def test_the_line_of_serve_works(tmp_path: Path, options: tuple[str, ...], env: dict[str, Any]) -> None:
     bind = () if "--bind" in options else ("--bind", "127.0.0.1:0")
     async with penstock("serve", "--producers", agent(tmp_path), *bind, *options, **env) as program:
         line = (await program.until(r"try:\s+(curl .*)$"))[1]
@@ -264,11 +258,7 @@ async def test_the_line_that_exec_announces_works_as_it_is_and_what_it_runs_find
         assert TOKEN not in running.words
 
 
-# The names it answers to
-
-
 async def statuses(url: str, *hosts: str | None) -> list[int]:
-    """What requests with these names get; None is HTTP/1.0 without one."""
     port = httpx2.URL(url).port
     assert port
     found = []
@@ -331,9 +321,6 @@ def test_with_tokens_or_insecure_a_server_answers_to_any_name_unless_some_are_gi
     auth = auth_options(token=token, insecure=insecure, allow_host=allow_host, **rest)
     assert auth.allowed_hosts == hosts
     assert auth.for_app["allowed_hosts"] == hosts
-
-
-# What is never shown
 
 
 @asynccontextmanager
@@ -462,9 +449,6 @@ async def test_no_secret_is_in_anything_that_a_server_prints_whatever_it_is_sent
             assert secret not in said
             assert secret[:-2] not in said
         assert not re.search("eyJ[A-Za-z0-9_-]{10}", said)
-
-
-# Workers
 
 
 async def test_a_link_that_one_worker_has_made_opens_the_stream_at_every_other(server: Endpoint) -> None:

@@ -36,12 +36,10 @@ def runs(server: Scripted, *args: object, **env: str) -> Result:
 
 
 async def runs_of(server: Server, *args: object) -> Result:
-    """The same while a real server runs in this thread."""
     return await trio.to_thread.run_sync(ran, "runs", "--url", server.url, *args)
 
 
 def failed_with_one_line(result: Result) -> str:
-    """The only line of the output."""
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -390,10 +388,7 @@ def test_a_standard_output_without_a_reader_or_that_is_full_ends_without_a_trace
 
 @pytest.mark.parametrize(
     "body,code,detail",
-    [
-        ({"code": "A", "detail": "b", "oldest_seq": 1}, "A", "b"),
-        ({"detail": {"code": "A", "message": "b"}}, "A", "b"),
-    ],
+    [({"code": "A", "detail": "b", "oldest_seq": 1}, "A", "b"), ({"detail": {"code": "A", "message": "b"}}, "A", "b")],
 )
 def test_refusals_of_both_dialects_are_understood(body: dict[str, Any], code: str, detail: str) -> None:
     refusal = refusal_in(ApiResponse(410, body=json.dumps(body).encode()))

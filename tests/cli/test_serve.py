@@ -41,9 +41,9 @@ def test_help_names_every_command() -> None:
 
 def test_serves_help_shows_every_setting_with_its_variable_its_unit_and_its_default() -> None:
     output = " ".join(ran("serve", "--help").output.split())
-    for knob in fields(Settings):
-        assert f"--{knob.name.replace('_', '-')} " in output
-        assert f"PENSTOCK_{knob.name.upper()}" in output
+    for setting in fields(Settings):
+        assert f"--{setting.name.replace('_', '-')} " in output
+        assert f"PENSTOCK_{setting.name.upper()}" in output
     assert "--cancel-grace SECONDS" in output
     assert "default: 10.0; x>=0" in output
     assert "67108864 = 64 MiB" in output
@@ -85,9 +85,6 @@ def test_everything_can_come_from_the_environment(served: list[Served]) -> None:
     assert "agent" in served[0].lifespan.producers
 
 
-# What it refuses
-
-
 @pytest.mark.parametrize(
     "args,words",
     [
@@ -106,9 +103,6 @@ def test_wrong_values_are_refused(args: tuple[str, ...], words: str) -> None:
 
 def test_a_wrong_variable_is_refused_by_the_options_name() -> None:
     assert "'--cancel-grace'" in refused("serve", "--producers", PRODUCERS, PENSTOCK_CANCEL_GRACE="soon")
-
-
-# What it says
 
 
 @pytest.mark.parametrize(

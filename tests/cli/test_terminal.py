@@ -27,20 +27,16 @@ HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 @dataclass
 class Terminal:
-    """A terminal, and whatever was written there."""
-
     master: int
     process: trio.Process
     text: str = ""
 
     async def until(self, pattern: str) -> None:
-        """Wait until this was written."""
         while not re.search(pattern, self.text):
             piece = await self._piece()
             assert piece, f"it ended without {pattern!r}: {self.text!r}"
 
     async def end(self) -> int:
-        """Its exit code, when all is read that it has written."""
         while await self._piece():
             pass
         return await self.process.wait()
@@ -80,7 +76,6 @@ async def terminal(url: str, *args: str, stdout: int | None = None, **env: str) 
 
 
 def seen(text: str) -> list[str]:
-    """The lines that stay on the terminal: of one that is erased, what was written after that."""
     kept: list[str] = []
     for line in text.replace(HIDE, "").replace(SHOW, "").split("\n"):
         *_, shown = re.split(r"\r?(?:\x1b\[1A)?\x1b\[2K", line)

@@ -30,9 +30,6 @@ async def stored(log: EventLog, run_id: str = "r") -> list[int]:
     return seqs((await log.read(run_id, 0)).entries)
 
 
-# --- start ----------------------------------------------------------------------------------------------------------
-
-
 async def test_a_started_run_is_there_for_any_reader_and_has_nothing_yet(log: EventLog, clock: Clock) -> None:
     run = record()
     started = await log.start(run, LEASE)
@@ -83,9 +80,7 @@ async def test_d27_a_batch_that_is_sent_twice_is_stored_once(log: EventLog, cloc
     assert await stored(log) == [1, 2, 3]
 
 
-async def test_d31_an_owner_with_another_epoch_is_fenced_and_nothing_of_it_is_stored(
-    log: EventLog, clock: Clock
-) -> None:
+async def test_d31_an_owner_with_another_epoch_is_fenced_and_stores_nothing(log: EventLog, clock: Clock) -> None:
     await log.start(record(), LEASE)
     await append(log, batch(1, 2))
     for epoch in ("", "epoch2", "Epoch", "epoc"):
@@ -130,9 +125,7 @@ async def test_no_batches_have_no_replies(log: EventLog, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("ending", [COMPLETED, FAILED, CANCELLED], ids=lambda ending: ending.status)
-async def test_the_terminal_entry_and_the_terminal_status_are_one_step(
-    log: EventLog, clock: Clock, ending: Ending
-) -> None:
+async def test_the_terminal_entry_and_status_are_one_step(log: EventLog, clock: Clock, ending: Ending) -> None:
     started = await log.start(record(), LEASE)
     assert await append(log, batch(1, 3, ending)) == Appended(AppendStatus.OK, 3)
     run = await log.get("r")
@@ -164,18 +157,13 @@ async def test_d21_a_second_terminal_entry_with_seq_1_changes_nothing(log: Event
     ]
 
 
-async def test_d27_a_terminal_append_that_is_sent_again_is_stored_once_and_accepted(
-    log: EventLog, clock: Clock
-) -> None:
+async def test_d27_a_terminal_append_sent_again_is_stored_once_and_accepted(log: EventLog, clock: Clock) -> None:
     await log.start(record(), LEASE)
     await append(log, batch(1, 2))
     for _ in range(3):
         assert await append(log, batch(2, 4, COMPLETED)) == Appended(AppendStatus.OK, 4)
     assert await stored(log) == [1, 2, 3, 4]
     assert (await log.get("r")).status is RunStatus.COMPLETED
-
-
-# --- cancel and append ----------------------------------------------------------------------------------------------
 
 
 async def test_d19_a_completed_ending_is_refused_while_a_cancel_is_on_record(log: EventLog, clock: Clock) -> None:
@@ -191,12 +179,7 @@ async def test_d19_a_completed_ending_is_refused_while_a_cancel_is_on_record(log
     assert (run.status, run.cancel_reason, run.seq) == (RunStatus.CANCELLED, "stop", 3)
 
 
-# --- after the run was taken away -----------------------------------------------------------------------------------
-
-
-async def test_an_owner_whose_run_was_reaped_is_fenced_whatever_it_sends(
-    log: EventLog, clock: Clock, elapse: Elapse
-) -> None:
+async def test_the_owner_of_a_reaped_run_is_fenced(log: EventLog, clock: Clock, elapse: Elapse) -> None:
     await log.start(record(), Lease("owner", "epoch", 1.0))
     await append(log, batch(1, 2))
     await elapse(1.5)

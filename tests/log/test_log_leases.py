@@ -100,9 +100,6 @@ async def test_renewals_are_answered_run_by_run(log: EventLog, clock: Clock, ela
     }
 
 
-# --- cancel requests ------------------------------------------------------------------------------------------------
-
-
 async def test_requests_are_taken_by_the_owner_once(log: EventLog, clock: Clock) -> None:
     async with log.wakeups("owner"), log.wakeups("other"):
         await start(log, "a")

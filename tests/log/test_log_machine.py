@@ -50,8 +50,6 @@ epochs = st.sampled_from(EPOCHS)
 
 @dataclass
 class Model:
-    """One run, as plain as can be."""
-
     owner: str
     """The epoch under which it was started."""
     lease: float
@@ -68,7 +66,6 @@ class Model:
 
     @property
     def epoch(self) -> str | None:
-        """The epoch that an append must show; None: one that nobody has."""
         return None if self.reaped else self.owner
 
     @property
@@ -78,8 +75,6 @@ class Model:
 
 @dataclass
 class World:
-    """All there is, by the model."""
-
     runs: dict[str, Model] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -100,21 +95,17 @@ class LogMachine(RuleBasedStateMachine):
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[EventLog]:
-        """The log, open for one step."""
         if self.memory is None:
             self.memory = MemoryLog(max_entries=MAX_ENTRIES, ttl=TTL)
         yield self.memory
 
     def make_clock(self) -> Clock | None:
-        """The clock that the steps run by."""
         return MockClock(autojump_threshold=0)
 
     async def elapse(self, seconds: float) -> None:
-        """Let time pass for the log."""
         await trio.sleep(seconds)
 
     def empty(self) -> None:
-        """Let the log lose all that it has."""
         self.memory = None
 
     def oldest(self, model: Model) -> range:
@@ -193,7 +184,6 @@ class LogMachine(RuleBasedStateMachine):
         self.step(action)
 
     def started(self, epoch: str) -> Model:
-        """A run that is there from now on."""
         return Model(epoch, LEASE, self.now + LEASE, self.kept_until(LEASE))
 
     @rule(
@@ -428,7 +418,6 @@ class LogMachine(RuleBasedStateMachine):
         self.step(action)
 
     def oldest_after(self, model: Model, after: int) -> list[int]:
-        """What the oldest seq may be for a reader with this cursor."""
         return [max(each, min(after, model.last) + 1) for each in self.oldest(model)]
 
     def check(self, page: Page, model: Model, after: int, limit: int) -> None:

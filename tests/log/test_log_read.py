@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 async def run_of(log: EventLog, last: int, run_id: str = "r", size: int = 0, *, ended: bool = False) -> None:
-    """A run with entries 1 to `last`."""
     await log.start(record(run_id), LEASE)
     for first in range(1, last + 1, 200):
         upto = min(first + 199, last)
@@ -36,10 +35,8 @@ async def test_it_has_what_the_protocol_asks_for(log: EventLog, clock: Clock) ->
 # --- read -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 4, 5, 1_000_000])
-async def test_a_page_holds_what_follows_the_cursor_and_the_record_of_the_same_moment(
-    log: EventLog, clock: Clock, after: int
-) -> None:
+@pytest.mark.parametrize("after", [0, 4, 5, 2**53])
+async def test_a_page_holds_what_follows_the_cursor_and_its_record(log: EventLog, clock: Clock, after: int) -> None:
     await run_of(log, 5)
     page = await log.read("r", after)
     assert seqs(page.entries) == list(range(after + 1, 6))
@@ -57,9 +54,7 @@ async def test_d33_nothing_yet_and_nothing_more_differ_by_the_record(log: EventL
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 8])
-async def test_d35_a_page_holds_at_most_so_many_entries_and_pages_come_to_the_whole(
-    log: EventLog, clock: Clock, limit: int
-) -> None:
+async def test_d35_a_page_has_a_limit_and_pages_come_to_the_whole(log: EventLog, clock: Clock, limit: int) -> None:
     await run_of(log, 7)
     cursor, sizes = 0, []
     while cursor < 7:
@@ -71,9 +66,7 @@ async def test_d35_a_page_holds_at_most_so_many_entries_and_pages_come_to_the_wh
 
 
 @pytest.mark.parametrize("limit", [1, 99, 100, 101, 250, 10_000])
-async def test_a_page_is_full_when_its_bytes_are_reached_and_never_empty_before_the_end(
-    log: EventLog, clock: Clock, limit: int
-) -> None:
+async def test_a_page_is_full_at_its_bytes_and_never_empty(log: EventLog, clock: Clock, limit: int) -> None:
     await run_of(log, 7, size=100)
     cursor = 0
     while cursor < 7:
@@ -111,9 +104,6 @@ async def test_d37_a_page_says_what_is_the_oldest_entry_that_there_is(kind: Kind
         assert (await log.read("r", page.oldest_seq)).oldest_seq == page.oldest_seq + 1
         assert (await log.read("r", 5_000)).oldest_seq == 2_001
         assert page.oldest_seq <= 2_000 - 100 + 1
-
-
-# --- fetch ----------------------------------------------------------------------------------------------------------
 
 
 async def test_fetch_is_read_for_many_runs(log: EventLog, clock: Clock) -> None:
@@ -156,9 +146,6 @@ async def test_the_records_of_one_status_can_be_listed(log: EventLog, clock: Clo
     assert list(await log.list(status=RunStatus.LOST)) == []
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------
-
-
 async def test_the_same_request_under_the_same_key_is_the_run_that_it_started(log: EventLog, clock: Clock) -> None:
     key = Idempotency("key", "request 1")
     await log.start(record("first"), LEASE, key)
@@ -183,7 +170,6 @@ async def test_another_request_under_the_same_key_is_refused(log: EventLog, cloc
 
 
 async def gone(log: EventLog, operation: str) -> bool:
-    """Whether the run `r` is not there, as far as this operation knows."""
     if operation == "fetch":
         return (await log.fetch({"r": 0}))["r"] is None
     if operation == "append":
@@ -204,9 +190,7 @@ async def gone(log: EventLog, operation: str) -> bool:
     return False
 
 
-async def test_an_ended_run_is_kept_for_its_time_and_then_gone_for_every_operation(
-    kind: Kind, clock: Clock, elapse: Elapse
-) -> None:
+async def test_an_ended_run_is_gone_for_every_operation_in_time(kind: Kind, clock: Clock, elapse: Elapse) -> None:
     operations = ["get", "read", "fetch", "append", "renew", "list", "cancel"]
     async with kind.open(ttl=4) as log:
         await run_of(log, 2, ended=True)
@@ -228,9 +212,7 @@ async def test_the_id_and_the_key_of_a_run_that_is_gone_are_free(
         assert (await log.get("r")).seq == 0
 
 
-async def test_d32_d40_the_history_of_a_silent_run_is_there_as_long_as_its_owner_renews(
-    kind: Kind, clock: Clock, elapse: Elapse
-) -> None:
+async def test_d32_d40_a_silent_run_is_kept_while_its_owner_renews(kind: Kind, clock: Clock, elapse: Elapse) -> None:
     async with kind.open(ttl=3) as log:
         await log.start(record(), LEASE, Idempotency("key", "request"))
         await log.append([batch(1, 3)])

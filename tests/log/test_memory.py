@@ -40,7 +40,6 @@ async def page_of(log: MemoryLog, run_id: str) -> Page:
 
 
 def empty(log: MemoryLog) -> bool:
-    """Nothing of any run is left, wherever it might be."""
     return not (log._runs or log._ended or log._keys or log._inboxes or log._size)
 
 
@@ -105,9 +104,7 @@ async def test_the_newest_entry_is_kept_however_large_and_small_the_limits(autoj
 # --- the limit of all runs ------------------------------------------------------------------------------------------
 
 
-async def test_all_runs_together_keep_so_many_bytes_and_the_run_that_ended_first_goes_first(
-    autojump_clock: MockClock,
-) -> None:
+async def test_all_runs_share_so_many_bytes_and_the_run_that_ended_first_goes_first(autojump_clock: MockClock) -> None:
     log = MemoryLog(max_bytes=4 * (RUN_OVERHEAD + 500))
     for run_id in ("a", "b", "c", "d"):
         await run_of(log, run_id, 4)
@@ -135,9 +132,7 @@ async def test_starting_a_run_makes_room_as_well(autojump_clock: MockClock) -> N
     assert await there(log) == [f"r{number}" for number in range(91, 100)]
 
 
-async def test_a_run_that_is_still_going_is_never_dropped_but_gives_up_its_oldest_entries(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_live_run_is_never_dropped_but_gives_up_its_oldest_entries(autojump_clock: MockClock) -> None:
     log = MemoryLog(max_bytes=2 * RUN_OVERHEAD + 1_000)
     await run_of(log, "a", 5)
     await run_of(log, "b", 5)
@@ -159,9 +154,6 @@ async def test_the_run_that_is_being_ended_is_not_dropped_for_its_own_last_words
     assert (seqs(page.entries), page.run.status) == ([6, 7, 8], RunStatus.COMPLETED)
     await log.start(record("s"), LEASE)
     assert await there(log) == ["s"]
-
-
-# --- time -----------------------------------------------------------------------------------------------------------
 
 
 async def test_an_ended_run_is_kept_for_exactly_its_time(autojump_clock: MockClock) -> None:

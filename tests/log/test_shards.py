@@ -21,8 +21,6 @@ LATER = SHARDS_INTERVAL + 0.1
 
 
 class Worker(ShardWorker):
-    """Waits, and notes whether it runs."""
-
     def __init__(self, shard: str) -> None:
         super().__init__(shard)
         self.runs = False

@@ -122,12 +122,7 @@ LINES: Final[list[tuple[Callable[[Observer], None], str, str, dict[str, Any]]]] 
         "a request was refused: 404 RUN_NOT_FOUND",
         {"event": "refused", "status": 404, "cause": "RUN_NOT_FOUND"},
     ),
-    (
-        lambda observer: observer.outage_began(),
-        "WARNING",
-        "the event log cannot be reached",
-        {"event": "outage_began"},
-    ),
+    (lambda observer: observer.outage_began(), "WARNING", "the event log cannot be reached", {"event": "outage_began"}),
     (
         lambda observer: observer.outage_ended(2.5),
         "WARNING",
@@ -157,11 +152,7 @@ LINES: Final[list[tuple[Callable[[Observer], None], str, str, dict[str, Any]]]] 
 
 @pytest.mark.parametrize("tell, level, words, parts", LINES, ids=[parts["event"] for *_, parts in LINES])
 def test_each_thing_is_a_sentence_with_its_parts(
-    caplog: pytest.LogCaptureFixture,
-    tell: Callable[[Observer], None],
-    level: str,
-    words: str,
-    parts: dict[str, Any],
+    caplog: pytest.LogCaptureFixture, tell: Callable[[Observer], None], level: str, words: str, parts: dict[str, Any]
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="penstock")
     tell(LoggingObserver())

@@ -69,9 +69,7 @@ def test_every_observer_has_every_hook(make: Callable[[], Observer]) -> None:
 
 
 @every_hook
-def test_several_observers_are_notified_in_order_whatever_one_of_them_raises(
-    hook: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_observers_are_notified_in_order_whatever_one_raises(hook: str, caplog: pytest.LogCaptureFixture) -> None:
     first, failing, last = RecordingObserver(), FailingObserver(), RecordingObserver()
     call(Observers(first, failing, Observers(last)), hook)
     assert failing.called == [hook]

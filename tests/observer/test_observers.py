@@ -52,7 +52,6 @@ async def fails() -> AsyncIterator[Event]:
 
 
 async def holds_on() -> AsyncIterator[Event]:
-    """Takes three seconds to let go."""
     yield FIRST
     try:
         await trio.sleep_forever()
@@ -176,9 +175,7 @@ async def test_of_a_run_that_is_not_created_nothing_is_recorded(autojump_clock: 
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["at its owner", "elsewhere"])
-async def test_how_long_a_cancelled_run_took_is_recorded_from_when_its_owner_heard(
-    autojump_clock: MockClock, elsewhere: bool
-) -> None:
+async def test_a_cancels_time_is_recorded_from_when_the_owner_heard(autojump_clock: MockClock, elsewhere: bool) -> None:
     recorded, view = RecordingObserver(), View()
     async with open_supervisor(view.log) as other, open_supervisor(view, observer=recorded) as owner:
         run_id = (await owner.start(holds_on)).id
@@ -272,9 +269,7 @@ async def fails_late_in_its_cleanup() -> AsyncIterator[Event]:
 
 
 @pytest.mark.parametrize("producer", [fails_late, fails_late_in_its_cleanup])
-async def test_an_error_after_a_runs_end_is_recorded_with_an_id_of_its_own(
-    autojump_clock: MockClock, producer: Any
-) -> None:
+async def test_an_error_after_a_runs_end_has_an_id_of_its_own(autojump_clock: MockClock, producer: Any) -> None:
     recorded = RecordingObserver()
     async with open_supervisor(MemoryLog(), observer=recorded, cancel_grace=1.0) as supervisor:
         run_id = (await supervisor.start(producer)).id
@@ -366,9 +361,6 @@ async def test_an_outage_is_recorded_when_it_begins_and_when_it_ends(autojump_cl
     assert all(seconds == pytest.approx(away, abs=1.2) for seconds in recorded.of("outage_ended"))
     order = [name for name, _ in recorded.calls if name.startswith("outage")]
     assert order == ["outage_began", "outage_ended"] * (3 * noticed)
-
-
-# Figures
 
 
 async def test_figures_are_recorded_once_a_second_when_asked_for_and_at_the_end(autojump_clock: MockClock) -> None:

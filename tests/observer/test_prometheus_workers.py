@@ -22,7 +22,6 @@ GAUGES = ("runs", "readers", "pending_bytes", "tail_bytes", "log_away")
 
 
 async def scraped_at(workers: Workers, pid: int) -> Series:
-    """What this worker shows."""
     async with workers.only(pid):
         return await scraped(workers)
 
@@ -33,18 +32,14 @@ async def some(workers: Workers, pid: int, *names: str) -> list[float]:
 
 
 def inside(folder: Path) -> dict[str, Path]:
-    """What is in a folder now, by name."""
     return {each.name: each for each in folder.iterdir()}
 
 
 def lasting(now: Series) -> Series:
-    """All that never falls."""
     return {name: value for name, value in now.items() if name not in GAUGES}
 
 
-async def test_whichever_worker_answers_the_sum_is_right_and_stays_right_when_one_dies(
-    server: Endpoint, tmp_path: Path
-) -> None:
+async def test_the_sum_is_right_whichever_worker_answers_and_when_one_dies(server: Endpoint, tmp_path: Path) -> None:
     async with serving_workers(2, server.url, *AT_ONCE, env={"TMPDIR": str(tmp_path)}) as workers:
         (name,) = inside(tmp_path)
         assert name.startswith("penstock-metrics-")

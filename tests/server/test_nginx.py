@@ -36,26 +36,21 @@ PING: Final = Block(comment="ping")
 
 
 class Http2Reader:
-    """The blocks of one stream of an HTTP/2 connection."""
-
     def __init__(self, connection: Connection, number: int) -> None:
         self.connection = connection
         self.number = number
         self._taken = 0
 
     async def take(self, n: int) -> list[Block]:
-        """The next `n` blocks."""
         self._taken += n
         return (await self.connection.blocks(self.number, self._taken))[-n:]
 
     async def rest(self) -> list[Block]:
-        """What comes until the end of the stream."""
         return (await self.connection.whole(self.number))[self._taken :]
 
 
 @asynccontextmanager
 async def reading(nginx: Nginx, protocol: str, run_id: str, after: int = 0) -> AsyncIterator[Http2Reader | Reader]:
-    """A reader of a run's stream, whose connection closes when the block is left."""
     path, cursor = f"/v1/runs/{run_id}/stream", str(after)
     if protocol == "HTTP/2":
         async with nginx.http2() as connection:
@@ -66,7 +61,6 @@ async def reading(nginx: Nginx, protocol: str, run_id: str, after: int = 0) -> A
 
 
 async def is_cut(reader: Reader) -> list[Block]:
-    """The blocks that still come before the connection is lost in the middle of the stream."""
     seen: list[Block] = []
     try:
         while True:
@@ -223,9 +217,6 @@ def test_the_shipped_file_agrees_with_penstocks_defaults() -> None:
     assert int(after("large_client_header_buffers", "2").removesuffix("k")) * 2048 < Config().h11_max_incomplete_size
 
 
-# Silence
-
-
 async def test_pings_keep_a_stream_open_for_longer_than_nginx_waits() -> None:
     tap = Tap()
     async with (
@@ -321,11 +312,7 @@ async def test_a_stream_that_a_reload_cuts_resumes_without_gap_or_repeat() -> No
         assert ids(seen) == list(range(1, 6))
 
 
-# Without penstock
-
-
 def at(port: int) -> Config:
-    """The configuration of a server that has this port of 127.0.0.1."""
     config = quiet_config()
     config.bind = [f"127.0.0.1:{port}"]
     return config
@@ -380,9 +367,6 @@ async def test_a_browser_outlasts_a_server_that_is_started_again_behind_nginx() 
         assert [(asked.last_event_id, asked.status) for asked in site.asked] == [(None, 200), ("1", 200), ("3", 204)]
 
 
-# Several servers
-
-
 def before_both(*ports: int, **options: Any) -> Any:
     """An nginx before two servers, which take turns: one worker counts."""
     first, second = ports
@@ -435,9 +419,6 @@ async def test_only_a_request_that_starts_nothing_is_tried_with_a_second_server(
         answer = await nginx.client.request(method, "/v1/runs", json={"producer": "x"} if method == "POST" else None)
         assert answer.status_code == 502
         assert len(seen) + len(more) == asked
-
-
-# Logs
 
 
 SECRET: Final = "link=c2VjcmV0"  # noqa: S105  (of nothing)

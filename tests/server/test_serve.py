@@ -103,9 +103,6 @@ async def test_readers_of_runs_that_live_elsewhere_are_sent_back_when_the_drain_
         assert (await here.run(elsewhere))["status"] == "running"
 
 
-# Deaths
-
-
 class Dying(MemoryLog):
     """A log that raises an unexpected error once `dying` is set."""
 
@@ -136,33 +133,6 @@ async def test_when_a_service_dies_readers_are_sent_back_and_serve_raises() -> N
     assert {(await log.get(run_id)).status for run_id in run_ids} == {"running"}, "nothing is pretended"
 
 
-async def test_a_producer_that_keeps_its_task_is_passed_to_abandon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penstock.server.serve, "ABANDON_AFTER", 0.05)
-    let_go = trio.Event()
-    given_up: list[StuckRun] = []
-
-    async def stubborn(_input: Any) -> AsyncIterator[Event]:
-        yield Event(data="mine")
-        with trio.move_on_after(50, shield=True):
-            await let_go.wait()
-
-    def abandon(stuck: Sequence[StuckRun]) -> None:
-        given_up.extend(stuck)
-        let_go.set()  # a program would end itself here
-
-    async with serving({"stubborn": stubborn}, cancel_grace=0.05, abandon=abandon) as server:
-        run_id = await server.start("stubborn")
-        async with server.reading(run_id) as reader:
-            await reader.take(1)
-            server.shutdown.set()
-            error, done = await reader.rest()  # long before the producer lets go
-            assert (error.json["code"], done.data) == ("INTERRUPTED", DONE)
-        await server.ended.wait()
-    ((stuck_id, stack),) = [(stuck.run_id, stuck.stack) for stuck in given_up]
-    assert stuck_id == run_id
-    assert "let_go.wait()" in stack
-
-
 async def test_a_cancellation_from_outside_skips_the_drain_and_runs_get_their_ends() -> None:
     tap, log = Tap(), MemoryLog()
     app = create_app({**PRODUCERS, "tap": tap}, log, drain_timeout=3600.0)
@@ -179,9 +149,6 @@ async def test_a_cancellation_from_outside_skips_the_drain_and_runs_get_their_en
         run = await log.get(run_id)
         assert (run.status, run.stop_reason) == ("failed", "interrupted")
         assert (await log.read(run_id, 0)).entries[-1].terminal
-
-
-# Before the start is over
 
 
 class Slow(MemoryLog):
@@ -252,9 +219,6 @@ LONG = 30.0
 """Seconds that no test waits for."""
 
 
-# A shutdown in several steps
-
-
 class Stubborn:
     """A producer that keeps its task until it is allowed to end; in the end it does, or a failure would be a hang."""
 
@@ -275,15 +239,14 @@ def impatient() -> Config:
 
 
 def asked_by(
-    shutdown: Shutdown, producers: dict[str, Any], *, log: Any = "memory://", abandon: Any = None, **knobs: Any
+    shutdown: Shutdown, producers: dict[str, Any], *, log: Any = "memory://", abandon: Any = None, **settings: Any
 ) -> AbstractAsyncContextManager[Server]:
     """A server that ends when this shutdown is asked for."""
     run = partial(serve, signals=(), shutdown=shutdown, abandon=abandon)
-    return serving(producers, log, config=impatient(), run=run, **knobs)
+    return serving(producers, log, config=impatient(), run=run, **settings)
 
 
 async def does_not_accept(server: Server) -> None:
-    """Wait until the server has closed its sockets."""
     with suppress(OSError):
         while True:
             await (await trio.open_tcp_stream("127.0.0.1", server.port)).aclose()
@@ -297,7 +260,6 @@ async def goes_on(server: Server) -> None:
 
 
 async def has_ended(server: Server) -> None:
-    """Wait until the server has ended, long before any time limit is over."""
     with trio.fail_after(LONG / 2):
         await server.ended.wait()
 
@@ -374,9 +336,6 @@ async def test_the_first_force_is_a_drain_and_skips_nothing() -> None:
     assert tap.reason == "shutdown"
 
 
-# Producers that keep their tasks
-
-
 @pytest.mark.parametrize("step, forces", [("stop_accepting", 0), ("stop_accepting", 2), ("drain", 1)])
 async def test_a_producer_that_keeps_its_task_is_abandoned_however_far_the_shutdown_was_forced(
     monkeypatch: pytest.MonkeyPatch, step: str, forces: int
@@ -395,9 +354,11 @@ async def test_a_producer_that_keeps_its_task_is_abandoned_however_far_the_shutd
         await server.start("silent")
         async with server.reading(run_id) as reader:
             await reader.take(1)
-        getattr(shutdown, step)()
-        if forces:
-            shutdown.force()
+            getattr(shutdown, step)()
+            if forces:
+                shutdown.force()
+            error, done = await reader.rest()  # long before the producer lets go
+            assert (error.json["code"], done.data) == ("INTERRUPTED", DONE)
         await eventually(lambda: shutdown.phase is Phase.DRAINED)
         if forces > 1:
             shutdown.force()
@@ -430,11 +391,7 @@ async def test_a_producer_that_lets_go_in_time_ends_the_server_at_once_and_is_no
     assert given_up == []
 
 
-# What a server takes and leaves
-
-
 def open_files(pid: int) -> set[str]:
-    """What a process has open, as the system names it."""
     return {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
 
 

@@ -14,13 +14,11 @@ from tests.support.wire import DONE, Block, Reader, ids
 
 
 async def drains(server: Process) -> None:
-    """Wait until the server is not ready any more."""
     while (await server.client.get("/readyz")).status_code != 503:  # noqa: ASYNC110  (each look is a request)
         await trio.lowlevel.checkpoint()
 
 
 async def does_not_accept(server: Process) -> None:
-    """Wait until the server has closed its socket."""
     with suppress(OSError):
         while True:
             async with await server.wire():
@@ -28,7 +26,6 @@ async def does_not_accept(server: Process) -> None:
 
 
 def ends(blocks: list[Block]) -> list[str | None]:
-    """What the last two blocks of a stream are."""
     return [block.json["code"] if block.event == "error" else block.data for block in blocks[-2:]]
 
 

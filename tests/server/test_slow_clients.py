@@ -32,13 +32,10 @@ SETTLED: Final = PREFACE + struct.pack(">I", 0)[1:] + bytes([SETTINGS, 0]) + byt
 
 
 def frame(kind: int, payload: bytes = b"", *, flags: int = 0, stream: int = 0) -> bytes:
-    """A frame of HTTP/2 (RFC 9113, 4.1)."""
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
 class Says(NamedTuple):
-    """What a client sends: this at once, and that again and again."""
-
     begin: bytes
     again: bytes = b""
     pace: float = PACE
@@ -106,7 +103,6 @@ async def until_closed(stream: trio.abc.ReceiveStream) -> None:
 
 
 def kept() -> int:
-    """The connections that are in memory, with all that belongs to them, whether they are served or not."""
     gc.collect()
     return sum(isinstance(each, TCPServer) for each in gc.get_objects())
 
@@ -157,18 +153,11 @@ async def test_a_frame_that_is_longer_than_a_frame_may_be_ends_its_connection() 
             await until_closed(stream)
 
 
-# TLS
-
-
 HELLO: Final = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 """The beginning of a handshake, of 512 bytes."""
 
 
-@pytest.mark.parametrize(
-    "says",
-    [Says(b""), Says(HELLO, b"x")],
-    ids=["nothing", "a byte now and then"],
-)
+@pytest.mark.parametrize("says", [Says(b""), Says(HELLO, b"x")], ids=["nothing", "a byte now and then"])
 async def test_a_handshake_that_does_not_end_is_closed_and_leaves_nothing(says: Says) -> None:
     before = kept()
     with tls_config("h2", "http/1.1") as (config, trusts):

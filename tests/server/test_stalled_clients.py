@@ -34,7 +34,6 @@ SERVE: Final = ("serve", "--producers", f"{EXAMPLE}:producers", *ANY_PORT)
 
 
 def giving_up_after(seconds: float, **knobs: Any) -> AbstractAsyncContextManager[Server]:
-    """A server with this TCP user timeout."""
     return serving(run=partial(serve, signals=(), tcp_user_timeout=seconds), **knobs)
 
 
@@ -42,9 +41,7 @@ def giving_up_after(seconds: float, **knobs: Any) -> AbstractAsyncContextManager
     "seconds, milliseconds, inherited",
     [(0.0001, 1, False), (0, 0, False), (MAX_USER_TIMEOUT, 2**31 - 1, False), (None, 30_000, True)],
 )
-async def test_listening_and_accepted_sockets_have_the_timeout(
-    seconds: float | None, milliseconds: int, *, inherited: bool
-) -> None:
+async def test_all_sockets_have_the_timeout(seconds: float | None, milliseconds: int, *, inherited: bool) -> None:
     config = quiet_config()
     if inherited:
         config.bind = [f"fd://{socket.create_server(('127.0.0.1', 0)).detach()}"]
@@ -101,9 +98,6 @@ async def test_a_client_that_stops_reading_is_disconnected_and_its_run_and_other
             assert (await server.run(run_id))["status"] == "running"
             tap.end()
             assert [block.data for block in await reader.rest()] == [DONE]
-
-
-# The end of a server
 
 
 @pytest.mark.parametrize(

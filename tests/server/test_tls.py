@@ -65,9 +65,7 @@ def test_a_certificate_and_its_key_may_be_two_files_or_one(pem: Path, files: tup
         ("broken.pem", "key.pem", "are not a whole certificate and its private key"),
     ],
 )
-def test_what_is_wrong_with_a_certificate_is_said_before_anything_starts(
-    pem: Path, certfile: str, keyfile: str, words: str
-) -> None:
+def test_a_wrong_certificate_is_refused_before_the_start(pem: Path, certfile: str, keyfile: str, words: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         check_certificate(str(pem / certfile), str(pem / keyfile))
     assert words in str(caught.value)

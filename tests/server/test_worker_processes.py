@@ -62,9 +62,7 @@ async def test_a_redis_that_is_not_there_is_reported_once_and_ends_the_server_wi
 
 
 @pytest.mark.parametrize("number, started", [(SIGTERM, 1), (SIGINT, 2)])
-async def test_a_signal_to_all_workers_while_they_start_ends_them_quietly(
-    server: Endpoint, number: signal.Signals, started: int
-) -> None:
+async def test_a_signal_ends_starting_workers_quietly(server: Endpoint, number: signal.Signals, started: int) -> None:
     async with serving_workers(2, server.url, serves=False) as workers:
         await eventually(lambda: len(workers.pids()) >= started)
         workers.signal_group(number)
@@ -79,9 +77,6 @@ def test_several_workers_cannot_share_the_memory_of_one() -> None:
         assert result.exit_code == 2
         assert "Invalid value for --workers: memory:// is one process's memory" in said
         assert "--log redis://localhost, or serve with one" in said
-
-
-# Together
 
 
 async def test_workers_serve_the_runs_of_all_and_a_signal_to_the_whole_group_counts_as_one(server: Endpoint) -> None:
@@ -135,9 +130,6 @@ async def test_workers_serve_the_runs_of_all_and_a_signal_to_the_whole_group_cou
         assert workers.said.count("serving on") == 1
         assert f"serving on {workers.url} (2 workers, log: {server.url})" in workers.said
         assert REPLACED not in workers.said
-
-
-# A worker that gets SIGTERM
 
 
 async def test_a_worker_that_gets_sigterm_is_replaced_and_the_others_do_not_notice(server: Endpoint) -> None:
@@ -209,9 +201,6 @@ async def test_a_worker_that_leaves_accepts_no_more_while_its_runs_have_their_ti
         await has_stopped(workers)
 
 
-# Deaths
-
-
 async def test_a_worker_that_is_killed_is_replaced_and_only_its_own_runs_are_lost(server: Endpoint) -> None:
     async with serving_workers(2, server.url, *MOMENT, "--lease", 3) as workers:
         dies, stays = workers.pids()[1], workers.pids()[2]
@@ -241,22 +230,6 @@ async def test_a_worker_that_is_killed_is_replaced_and_only_its_own_runs_are_los
         assert workers.last_line == "penstock: stopped; the runs of workers that died end when their leases are over"
 
 
-async def test_too_many_deaths_end_the_server_and_one_fewer_does_not(server: Endpoint) -> None:
-    async with serving_workers(2, server.url, *MOMENT, "--max-worker-deaths", 2) as workers:
-        dies, stays = workers.pids()[1], workers.pids()[2]
-        run_id = await workers.start_at(stays, "silent")
-        async with workers.reading_at(stays, run_id) as reader:
-            await reader.take(1)
-            send(dies, SIGKILL)
-            dies = await workers.successor(1, dies)
-            assert (await workers.run(run_id))["status"] == "running"
-            send(dies, SIGKILL)
-            assert ends(await reader.rest()) == INTERRUPTED
-        await has_stopped(workers, 1)
-        died = f"worker 1 (process {dies}) was ended by signal 9"
-        assert f"penstock: {died}; 2 workers have died within 30 s, and the server ends\n" in workers.said
-
-
 # The command line
 
 
@@ -266,9 +239,7 @@ def test_the_number_of_workers_has_no_shorter_name() -> None:
     assert "--workers" in said
 
 
-async def test_the_second_signal_to_the_parent_interrupts_and_the_fourth_kills_what_stands_still(
-    server: Endpoint,
-) -> None:
+async def test_the_second_signal_interrupts_and_the_fourth_kills_what_stands_still(server: Endpoint) -> None:
     async with serving_workers(2, server.url, *HOUR) as workers:
         still, other = workers.pids().values()
         run_id = await workers.start_at(other, "silent")

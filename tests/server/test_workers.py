@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def clock() -> MockClock:
-    """Stands still; the test lets time pass."""
     return MockClock()
 
 
@@ -85,9 +84,7 @@ async def test_details_may_be_long(clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize("code, becomes", [(0, 1), (2, 2), (UNREACHABLE, 1)])
-async def test_the_code_of_a_first_worker_that_cannot_start_is_that_of_the_server(
-    clock: MockClock, code: int, becomes: int
-) -> None:
+async def test_the_servers_code_is_that_of_a_first_worker_that_fails(clock: MockClock, code: int, becomes: int) -> None:
     async with family(3) as ours:
         first = await ours.next()
         await first.ends(code)
@@ -132,7 +129,6 @@ async def test_signals_are_blocked_in_a_worker_that_begins_and_as_before_in_the_
 
 
 async def die(ours: Family, puppet: Puppet, code: int = 1) -> str:
-    """End it; the line that the parent reports then."""
     said = len(ours.said)
     await puppet.ends(code)
     await until(lambda: len(ours.said) > said)
@@ -195,9 +191,7 @@ async def test_a_worker_that_ends_without_a_signal_has_died_whatever_its_code(cl
         assert "in 0.2 s" in await die(ours, puppet, 3)
 
 
-async def test_a_worker_that_cannot_reach_the_event_log_is_replaced_and_has_not_died(
-    clock: MockClock,
-) -> None:
+async def test_a_worker_that_cannot_reach_the_event_log_is_replaced_and_has_not_died(clock: MockClock) -> None:
     async with family(2, max_deaths=1) as ours:
         puppet, other = await ours.ready(2)
         for times in range(1, 4):
@@ -290,9 +284,7 @@ async def test_signals_drain_then_hurry_twice_then_kill(clock: MockClock) -> Non
 
 
 @pytest.mark.parametrize("codes, becomes", [((0, 0), 0), ((0, 9), 1), ((3, 0), 3), ((1, 3), 3)])
-async def test_the_servers_code_is_that_of_its_workers_when_all_are_to_end(
-    clock: MockClock, codes: tuple[int, int], becomes: int
-) -> None:
+async def test_the_servers_code_is_that_of_its_workers(clock: MockClock, codes: tuple[int, int], becomes: int) -> None:
     async with family(2) as ours:
         puppets = await ours.ready(2)
         signal_here()
@@ -352,8 +344,6 @@ async def test_the_second_signal_ends_a_worker_that_is_not_ready_and_no_other(cl
 
 
 class RecordedShutdown(Shutdown):
-    """A shutdown that records what it is asked for."""
-
     def __init__(self) -> None:
         super().__init__()
         self._steps, self._recorded = trio.open_memory_channel[str](100)
@@ -372,8 +362,6 @@ class RecordedShutdown(Shutdown):
 
 
 class Linked:
-    """A worker's link in this process, and its parent's end."""
-
     def __init__(self, link: ParentLink, parent: LineChannel) -> None:
         self.link = link
         self.parent = parent
@@ -382,7 +370,6 @@ class Linked:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Restores the mask and the handlers of signals."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     handlers = {number: signal.getsignal(number) for number in (SIGTERM, SIGINT)}
     try:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class Switch:
-    """What is asked: `answer` is returned, or raised if it is an exception."""
-
     def __init__(self, answer: Any = False) -> None:
         self.answer = answer
         self.asked: list[float] = []
@@ -48,7 +46,6 @@ class Warnings(LoggingObserver):
 
 
 def after(seconds: float, answer: Any) -> Callable[[], Awaitable[Any]]:
-    """Something that says no for that long, and then `answer`."""
     start = trio.current_time()
 
     async def ask() -> Any:
@@ -67,9 +64,7 @@ async def test_a_silent_block_is_cut_short_within_one_interval(autojump_clock: M
     assert (caught.value.run_id, caught.value.reason) == ("run-1", "user pressed stop")
 
 
-async def test_the_block_is_told_why_and_the_reason_is_recorded_before_it_is_cancelled(
-    autojump_clock: MockClock,
-) -> None:
+async def test_the_block_gets_the_reason_which_is_recorded_before(autojump_clock: MockClock) -> None:
     seen = []
     with pytest.raises(RunCancelled):
         async with cancel_when(after(1, "enough")) as watch:
@@ -111,9 +106,7 @@ async def test_it_is_asked_at_once_and_then_at_every_interval(autojump_clock: Mo
     assert [when - start for when in switch.asked] == [0, 2, 4, 6]
 
 
-async def test_a_cancel_that_is_there_from_the_start_stops_the_block_before_its_first_wait_is_over(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_cancel_from_the_start_stops_the_block_before_its_first_wait_is_over(autojump_clock: MockClock) -> None:
     start = trio.current_time()
     with pytest.raises(RunCancelled):
         async with cancel_when(Switch(True)):
@@ -200,9 +193,7 @@ async def test_a_cancel_after_failures_is_still_a_cancel(autojump_clock: MockClo
             await trio.sleep_forever()
 
 
-async def test_without_an_observer_a_failure_is_logged(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_failure_is_logged_by_default(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
     async with cancel_when(Switch(ConnectionError("gone"))):
         await trio.sleep(0.1)
     assert [(record.name, record.levelno) for record in caplog.records] == [("penstock", logging.WARNING)]

@@ -54,8 +54,6 @@ async def events_of(source: Source) -> list[Event]:
 
 
 class Report:
-    """A FIFO that programs write to; it ends when the last process that holds it is gone."""
-
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
         self.path = str(path)
@@ -63,7 +61,6 @@ class Report:
         self._writer = os.open(path, os.O_WRONLY)
 
     async def read(self) -> str:
-        """All that was written, once no process holds the FIFO any more."""
         self.close_writer()
         text = ""
         while part := await self.receive():
@@ -71,7 +68,6 @@ class Report:
         return text
 
     async def receive(self) -> str:
-        """What was written so far, as soon as there is something."""
         with trio.fail_after(10):
             return (await self._stream.receive_some()).decode()
 
@@ -202,9 +198,7 @@ def test_lines_end_at_lf_and_long_ones_are_cut_between_characters(data: bytes, l
 @given(
     st.lists(st.sampled_from([b"\n", b"\r", b"a", "é".encode(), "😀".encode(), b"\x80"])), st.integers(4, 9), st.data()
 )
-def test_it_does_not_matter_how_the_bytes_were_cut_when_they_were_read(
-    pieces: list[bytes], limit: int, data: st.DataObject
-) -> None:
+def test_it_does_not_matter_how_the_bytes_were_cut(pieces: list[bytes], limit: int, data: st.DataObject) -> None:
     whole = b"".join(pieces)
     places = sorted(data.draw(st.sets(st.integers(0, len(whole)))) | {0, len(whole)})
     chunks = [whole[start:end] for start, end in itertools.pairwise(places)]
@@ -461,9 +455,7 @@ async def test_without_grace_a_program_is_killed_at_once(report: Report) -> None
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-async def test_cancelling_ends_grandchildren_too_even_when_the_program_goes_first(
-    report: Report, stubborn: bool
-) -> None:
+async def test_cancelling_ends_grandchildren_even_when_the_program_goes_first(report: Report, stubborn: bool) -> None:
     ignore = "trap '' TERM;" if stubborn else ""
     source = command(
         sh(f'exec 9>"$REPORT"; ({ignore} echo lines; while :; do sleep 30; done) & exec 9>&-; wait'),
@@ -606,9 +598,6 @@ async def test_it_can_be_cancelled_at_every_await(started: list[trio.Process]) -
     assert seen[-1] == 3
 
 
-# ---------------------------------------------------------------------------------------------- being slow
-
-
 async def test_a_program_waits_for_a_slow_consumer(report: Report) -> None:
     code = r"""
 import os, select
@@ -692,9 +681,7 @@ async def test_what_runs_on_without_output_is_ended_at_once(report: Report) -> N
     assert trio.current_time() - begin < 5
 
 
-async def test_a_group_that_was_seen_empty_is_never_signalled_again(
-    monkeypatch: pytest.MonkeyPatch, started: list[trio.Process]
-) -> None:
+async def test_an_empty_group_gets_no_signals(monkeypatch: pytest.MonkeyPatch, started: list[trio.Process]) -> None:
     calls = []
     killpg = os.killpg
 

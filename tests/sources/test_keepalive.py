@@ -98,9 +98,7 @@ async def test_d01_leaving_the_block_of_a_fast_source_is_immediate(autojump_cloc
     assert trio.current_time() == start
 
 
-async def test_d01_leaving_the_block_of_a_silent_source_is_immediate_and_runs_its_finally(
-    autojump_clock: MockClock,
-) -> None:
+async def test_d01_leaving_a_silent_sources_block_is_immediate_and_runs_its_finally(autojump_clock: MockClock) -> None:
     events = []
 
     async def silent() -> AsyncIterator[bytes]:

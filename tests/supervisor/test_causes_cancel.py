@@ -156,9 +156,7 @@ async def test_a_poll_that_fails_cancels_nothing_and_recovers(autojump_clock: Mo
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.4, 0.6])
-async def test_a_cancel_before_the_log_has_the_end_never_ends_completed(
-    autojump_clock: MockClock, delay: float
-) -> None:
+async def test_a_cancel_before_the_end_is_stored_never_ends_completed(autojump_clock: MockClock, delay: float) -> None:
     view = View()
     async with two_supervisors(view, view.log) as (owner, other):
         run = await owner.start(count, 1)

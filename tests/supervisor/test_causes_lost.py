@@ -70,9 +70,7 @@ async def _read_in_the_background(*which: Any, task_status: trio.TaskStatus[Any]
         task_status.started(following)
 
 
-async def test_an_owner_whose_renewals_stall_is_fenced_and_its_readers_get_the_others_words(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_owner_whose_renewals_stall_is_fenced_and_its_readers_get_the_end(autojump_clock: MockClock) -> None:
     view, notes, witness = View(), Notes(), Witness()
     async with (
         open_supervisor(view.log, lease=LEASE) as other,
@@ -140,9 +138,7 @@ async def test_a_reply_that_comes_after_the_run_was_given_up_changes_nothing(aut
 
 
 @pytest.mark.parametrize("operation", ["subscribe", "fetch"])
-async def test_the_readers_of_a_fenced_run_wait_while_the_log_is_away(
-    autojump_clock: MockClock, operation: str
-) -> None:
+async def test_readers_of_a_fenced_run_wait_while_the_log_is_away(autojump_clock: MockClock, operation: str) -> None:
     view, notes = View(), Notes()
     async with (
         open_supervisor(view.log, lease=LEASE) as other,

@@ -94,7 +94,6 @@ async def house(**knobs: Any) -> AsyncIterator[House]:
 
 
 async def refused(call: Any) -> PenstockError:
-    """The error with which a call, or the entering of a follower, is refused."""
     with pytest.raises(PenstockError) as caught:
         await (call.__aenter__() if hasattr(call, "__aenter__") else call)
     return caught.value
@@ -104,9 +103,7 @@ async def refused(call: Any) -> PenstockError:
 
 
 @pytest.mark.parametrize("away", [0.1, 1.0, LIMIT - 0.6])
-async def test_an_outage_below_the_limit_costs_runs_and_readers_time_and_nothing_else(
-    autojump_clock: MockClock, away: float
-) -> None:
+async def test_an_outage_below_the_limit_costs_nothing_but_time(autojump_clock: MockClock, away: float) -> None:
     async with house() as works:
         mine = await works.owner.start(count, 100, 0.1)
         theirs = await works.other.start(count, 100, 0.1)
@@ -193,9 +190,7 @@ async def test_an_outage_beyond_the_limit_gives_up_the_runs_and_a_reaper_ends_th
         await works.serves_again()
 
 
-async def test_a_log_that_is_back_before_the_lease_is_over_has_the_run_lost_when_it_is(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_log_that_is_back_before_the_lease_ends_has_the_run_lost_then(autojump_clock: MockClock) -> None:
     async with house(lease=30.0) as works:
         await trio.sleep(60)
         run = await works.owner.start(Witness().waits)
@@ -242,9 +237,7 @@ async def test_during_an_outage_beyond_the_limit_nothing_new_is_begun(autojump_c
         await works.serves_again()
 
 
-async def test_the_readers_of_a_run_that_is_over_read_on_from_the_tail_and_the_others_are_released(
-    autojump_clock: MockClock,
-) -> None:
+async def test_readers_of_an_ended_run_read_on_from_the_tail_and_others_are_released(autojump_clock: MockClock) -> None:
     async with house(tail_entries=100) as works:
         short, long = await works.other.start(count, 50), await works.other.start(count, 3000)
         for run in (short, long):
@@ -296,9 +289,7 @@ async def test_whoever_waits_for_a_run_is_released_and_can_wait_again(autojump_c
         assert (await works.owner.wait(theirs.id)).status == "completed"
 
 
-async def test_a_run_whose_ending_was_pending_is_lost_and_one_whose_ending_was_stored_is_not(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_with_a_pending_ending_is_lost_and_one_with_a_stored_one_is_not(autojump_clock: MockClock) -> None:
     async with house(finalize_timeout=60) as works:
         pending = await works.owner.start(count, 10, 0.1)
         stored = await works.owner.start(count, 1)
@@ -312,9 +303,7 @@ async def test_a_run_whose_ending_was_pending_is_lost_and_one_whose_ending_was_s
         assert [run.id for run in works.notes.ended] == [stored.id]
 
 
-async def test_an_outage_that_begins_again_before_anybody_was_lost_is_as_long_as_its_parts(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_outage_that_begins_again_before_a_loss_is_as_long_as_its_parts(autojump_clock: MockClock) -> None:
     async with house(lease=30.0) as works:
         witness = Witness()
         run = await works.owner.start(witness.waits)
@@ -381,9 +370,7 @@ async def test_i4_a_log_that_is_back_in_the_instant_after_the_runs_were_given_up
 
 
 @pytest.mark.parametrize("what", ["flush", "write"])
-async def test_a_body_that_waits_for_the_log_is_let_go_when_its_run_is_given_up(
-    autojump_clock: MockClock, what: str
-) -> None:
+async def test_a_body_that_waits_for_the_log_ends_with_its_run(autojump_clock: MockClock, what: str) -> None:
     async with house(max_pending_bytes=1_000) as works:
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -445,9 +432,7 @@ async def test_a_start_whose_reply_comes_after_the_outage_is_a_run_like_any_othe
 
 @pytest.mark.parametrize("away", [1.0, 3 * LIMIT])
 @pytest.mark.parametrize("producers", [0, 1, 10])
-async def test_leaving_the_supervisor_during_an_outage_ends_within_its_time(
-    autojump_clock: MockClock, away: float, producers: int
-) -> None:
+async def test_leaving_during_an_outage_ends_in_time(autojump_clock: MockClock, away: float, producers: int) -> None:
     view, log = View(), MemoryLog()
     view.log = log
     async with open_supervisor(view, drain_timeout=3, outage_limit=LIMIT, lease=LEASE) as owner:
@@ -487,9 +472,7 @@ async def bounded(view: View, operation: str, most: int) -> list[float]:
     return calls
 
 
-async def test_a_run_that_is_gone_when_the_log_is_back_is_not_looked_for_without_a_pause(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_that_is_gone_after_an_outage_is_not_sought_without_pause(autojump_clock: MockClock) -> None:
     async with house() as works:
         run = await works.owner.start(Witness().waits)
         await trio.sleep(1)
@@ -506,7 +489,6 @@ async def test_a_run_that_is_gone_when_the_log_is_back_is_not_looked_for_without
 
 
 async def reads_slowly(supervisor: Supervisor, run_id: str, seen: list[str], pause: float) -> None:
-    """Take an entry, and be busy with it for a while, as one whose client does not read."""
     async with supervisor.follow(run_id) as entries:
         async for each in entries:
             seen.extend(gists([each]))
@@ -514,9 +496,7 @@ async def reads_slowly(supervisor: Supervisor, run_id: str, seen: list[str], pau
 
 
 @pytest.mark.parametrize("whose", ["mine", "theirs"])
-async def test_i4_a_reader_that_slept_through_an_outage_ends_all_the_same(
-    autojump_clock: MockClock, whose: str
-) -> None:
+async def test_i4_a_reader_that_slept_through_an_outage_ends(autojump_clock: MockClock, whose: str) -> None:
     async with house(lease=30.0) as works:
         home = works.owner if whose == "mine" else works.other
         run = await home.start(Witness().waits)
@@ -542,9 +522,7 @@ async def test_i4_a_reader_that_slept_through_an_outage_ends_all_the_same(
         assert (seen, errors) == (ending, []) or (seen == ["first"] and errors)
 
 
-async def test_i4_a_reader_that_comes_in_the_instant_in_which_the_log_is_back_ends_all_the_same(
-    autojump_clock: MockClock,
-) -> None:
+async def test_i4_a_reader_that_comes_when_the_log_is_back_ends_all_the_same(autojump_clock: MockClock) -> None:
     async with house() as works:
         run = await works.other.start(count, 40, 1)
         await trio.sleep(1)

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from penstock.log.memory import MemoryLog
-from tests.support.supervising import (
-    Witness,
-    assert_nothing_is_left,
-    count,
-    gists,
-    read,
-    readers,
-    two_supervisors,
-)
+from tests.support.supervising import Witness, assert_nothing_is_left, count, gists, read, readers, two_supervisors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

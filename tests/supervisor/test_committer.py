@@ -95,9 +95,7 @@ async def test_under_load_commits_start_at_least_the_spacing_apart(autojump_cloc
 
 
 @pytest.mark.parametrize("entries", [1, LOADED - 1, LOADED, 10 * LOADED])
-async def test_a_commit_is_followed_by_the_part_of_the_spacing_that_its_entries_make(
-    autojump_clock: MockClock, entries: int
-) -> None:
+async def test_a_commit_is_followed_by_its_share_of_the_spacing(autojump_clock: MockClock, entries: int) -> None:
     async with committing(commit_spacing=1.0) as works:
         first, second = await works.run("first"), await works.run("second")
         works.put(first, entries // 2)  # those of all runs count
@@ -146,9 +144,7 @@ async def test_a_commit_waits_its_interval_for_more_to_join_it(autojump_clock: M
 
 
 @pytest.mark.parametrize("count, when", [(2, 10.5), (3, 10.2), (4, 10.2)])
-async def test_so_many_pending_entries_of_a_run_end_the_wait(
-    autojump_clock: MockClock, count: int, when: float
-) -> None:
+async def test_so_many_pending_entries_end_the_wait(autojump_clock: MockClock, count: int, when: float) -> None:
     async with committing(flush_interval=0.5, flush_size=3) as works:
         buffer, other = await works.run(), await works.run("other")
         await trio.sleep(10)
@@ -258,7 +254,7 @@ async def test_a_batch_holds_at_most_so_many_entries_and_an_append_so_many_batch
         (BATCH_BYTES, [[(n, n) for n in range(1, 6)], [(n, n) for n in range(6, 11)], [(11, 11)]]),
     ],
 )
-async def test_a_batch_is_full_when_its_bytes_are_reached(
+async def test_a_batch_is_cut_by_its_size(
     autojump_clock: MockClock, size: int, appends: list[list[tuple[int, int]]]
 ) -> None:
     async with committing(max_pending_bytes=100 * BATCH_BYTES) as works:
@@ -335,9 +331,7 @@ async def test_a_run_waits_when_so_much_of_it_is_pending(autojump_clock: MockClo
 
 
 @pytest.mark.parametrize("size, full", [(249, False), (250, True)])
-async def test_runs_wait_when_so_much_of_all_of_them_is_pending(
-    autojump_clock: MockClock, size: int, full: bool
-) -> None:
+async def test_runs_wait_when_too_much_is_pending_in_all(autojump_clock: MockClock, size: int, full: bool) -> None:
     async with committing(max_pending_bytes=600, max_process_pending_bytes=1_000) as works:
         works.log.latency = 1.0
         one, other, idle = await works.run("one"), await works.run("other"), await works.run("idle")
@@ -457,9 +451,7 @@ async def test_a_run_that_is_given_up_makes_room_for_others_at_once(autojump_clo
 
 
 @pytest.mark.parametrize("reply", ["ok", "fenced"])
-async def test_a_run_given_up_while_its_commit_is_under_way_is_given_up_once(
-    autojump_clock: MockClock, reply: str
-) -> None:
+async def test_a_run_given_up_during_its_commit_is_given_up_once(autojump_clock: MockClock, reply: str) -> None:
     async with committing() as works:
         works.log.latency = 1.0
         buffer = await works.run(epoch="epoch" if reply == "ok" else "another's")

@@ -88,7 +88,6 @@ def log_of(works: Works) -> Between:
 
 
 def says(status: AppendStatus) -> Callable[[Batch], Appended]:
-    """The log says so, and stores nothing."""
     return lambda _: Appended(status, words=f"it is {status.name}")
 
 
@@ -98,7 +97,6 @@ def away(_: Batch) -> Appended:
 
 
 async def nothing_is_left(works: Works) -> None:
-    """Nothing is pending, and nothing is asked of the log any more."""
     committer = works.committer
     await trio.sleep(1)
     assert all(worker.idle for worker in committer.shards)
@@ -111,7 +109,6 @@ async def nothing_is_left(works: Works) -> None:
 
 
 async def is_whole(works: Works, run_id: str = "r") -> None:
-    """The log and the readers have all of a run, once and in order, to the byte."""
     buffer = works.owners[run_id].buffer
     assert await works.stored(run_id) == seqs(shown(buffer.tail)) == list(range(1, buffer.seq + 1))
     page = await works.log.read(run_id, 0, max_entries=100_000, max_bytes=2**40)
@@ -119,7 +116,6 @@ async def is_whole(works: Works, run_id: str = "r") -> None:
 
 
 async def end(works: Works, run_id: str = "r") -> None:
-    """End a run, which is whole then."""
     works.committer.close(works.owners[run_id].buffer, [DONE], COMPLETED)
     await works.settled(run_id)
     await is_whole(works, run_id)
@@ -129,9 +125,7 @@ async def end(works: Works, run_id: str = "r") -> None:
 
 
 @pytest.mark.parametrize("kth", [*KTH, BATCHES])
-async def test_after_a_batch_without_room_the_rest_waits_with_it_and_follows_it(
-    autojump_clock: MockClock, kth: int
-) -> None:
+async def test_after_a_batch_without_room_the_rest_waits_and_follows(autojump_clock: MockClock, kth: int) -> None:
     async with committing(Between()) as works:
         buffer = await works.run()
         log_of(works).at(kth, says(AppendStatus.FULL))
@@ -156,9 +150,7 @@ async def test_after_a_batch_without_room_the_rest_waits_with_it_and_follows_it(
 
 @pytest.mark.parametrize("kth", KTH)
 @pytest.mark.parametrize("loss", ["some", "all"])
-async def test_what_is_lost_between_two_batches_is_given_again_before_the_rest(
-    autojump_clock: MockClock, kth: int, loss: str
-) -> None:
+async def test_what_is_lost_between_batches_is_restored_first(autojump_clock: MockClock, kth: int, loss: str) -> None:
     async with committing(Between()) as works:
         buffer = await works.run()
         works.put(buffer, 50)
@@ -245,13 +237,8 @@ async def test_a_completion_that_is_refused_as_the_last_of_several_gives_way_to_
         await nothing_is_left(works)
 
 
-# --- sent again -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kth", [*KTH, BATCHES])
-async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_it_was(
-    autojump_clock: MockClock, kth: int
-) -> None:
+async def test_an_append_that_fails_half_way_is_sent_again_as_it_was(autojump_clock: MockClock, kth: int) -> None:
     async with committing(Between()) as works:
         buffer, other = await works.run(), await works.run("other")
         log_of(works).at(kth, away)
@@ -270,9 +257,6 @@ async def test_an_append_that_fails_after_some_of_its_batches_is_sent_again_as_i
             await end(works, run_id)
             assert works.owners[run_id].told == ["settled"]
         await nothing_is_left(works)
-
-
-# --- a cancel on record ---------------------------------------------------------------------------------------------
 
 
 async def test_a_cancel_on_record_is_told_with_the_first_of_several_batches(autojump_clock: MockClock) -> None:
@@ -296,9 +280,7 @@ async def test_a_cancel_on_record_is_told_with_the_first_of_several_batches(auto
         await nothing_is_left(works)
 
 
-async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_that_was_sent(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_ending_for_a_cancel_between_two_replies_follows_all_that_was_sent(autojump_clock: MockClock) -> None:
     async with committing() as works:
         buffer, owner = await works.run(), works.owners["r"]
 
@@ -315,9 +297,6 @@ async def test_an_ending_that_answers_a_cancel_between_two_replies_follows_all_t
         assert owner.told == ["cancel: stop", "settled"]
         await is_whole(works)
         await nothing_is_left(works)
-
-
-# --- many runs ------------------------------------------------------------------------------------------------------
 
 
 def in_order(sent: list[tuple[str, int, int]], most: int = BATCHES) -> None:
@@ -470,7 +449,6 @@ class FullLog(Unreliable):
         return super()._append(batch)
 
     def pauses(self, run_id: str) -> list[float]:
-        """The seconds between two askings for a run."""
         asked = [when for asked, when in self.asked if asked == run_id]
         return [round(after - before, 9) for before, after in pairwise(asked)]  # what is left is no time at all
 
@@ -503,9 +481,7 @@ async def test_a_run_without_room_is_stored_whole_once_there_is_some(autojump_cl
 
 
 @pytest.mark.parametrize("flush_interval", [0.0, 0.2])
-async def test_a_full_log_is_asked_after_every_pause_and_not_with_every_write(
-    autojump_clock: MockClock, flush_interval: float
-) -> None:
+async def test_a_full_log_is_asked_after_pauses_alone(autojump_clock: MockClock, flush_interval: float) -> None:
     async with committing(FullLog(), flush_interval=flush_interval, flush_size=2) as works:
         buffer = await works.run()
         full_log(works).has_room = False
@@ -518,9 +494,7 @@ async def test_a_full_log_is_asked_after_every_pause_and_not_with_every_write(
         assert works.warnings == [WARNING]
 
 
-async def test_what_is_written_while_a_full_log_is_asked_does_not_make_it_asked_again_at_once(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_write_while_a_full_log_is_asked_does_not_repeat_the_question(autojump_clock: MockClock) -> None:
     async with committing(FullLog()) as works:
         buffer = await works.run()
         full_log(works).has_room = False
@@ -592,9 +566,7 @@ async def test_an_ending_is_stored_at_once_with_all_that_comes_before_it(
 
 
 @pytest.mark.parametrize("pending", [2 * BATCH_ENTRIES, 2 * BATCHES * BATCH_ENTRIES])
-async def test_an_ending_for_which_there_is_no_room_either_is_asked_for_again(
-    autojump_clock: MockClock, pending: int
-) -> None:
+async def test_an_ending_without_room_is_asked_for_again(autojump_clock: MockClock, pending: int) -> None:
     async with committing(FullLog()) as works:
         buffer = await works.run()
         full_log(works).has_room = full_log(works).takes_ends = False
@@ -620,9 +592,6 @@ async def test_a_run_that_is_given_up_while_it_waits_is_asked_for_no_more(autoju
         await trio.sleep(10)
         assert full_log(works).asked == []
         assert works.committer.pending_bytes == 0
-
-
-# --- with producers and readers -------------------------------------------------------------------------------------
 
 
 async def test_a_producer_is_held_by_backpressure_only_and_goes_on_with_room(autojump_clock: MockClock) -> None:
@@ -653,9 +622,7 @@ async def test_a_producer_is_held_by_backpressure_only_and_goes_on_with_room(aut
         assert_nothing_is_left(other)
 
 
-async def test_a_run_that_the_log_refuses_is_given_up_and_ended_as_lost_by_a_reaper(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_that_the_log_refuses_is_given_up_and_ended_as_lost_by_a_reaper(autojump_clock: MockClock) -> None:
     log, witness, notes = FullLog(), Witness(), Notes()
     view = View(log)
 

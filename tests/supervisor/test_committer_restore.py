@@ -52,7 +52,6 @@ APPEND_ENTRIES = BATCHES * BATCH_ENTRIES
 
 
 async def finish(works: Works, *run_ids: str) -> None:
-    """End these runs, and see that the log has each of them whole, and that nothing is pending."""
     for run_id in run_ids or tuple(works.owners):
         works.committer.close(works.owners[run_id].buffer, [DONE], COMPLETED)
     for run_id in run_ids or tuple(works.owners):
@@ -70,9 +69,7 @@ async def finish(works: Works, *run_ids: str) -> None:
 @pytest.mark.parametrize(
     "before, after", [(1, 1), (BATCH_ENTRIES, 2), (2 * APPEND_ENTRIES + 50, 3 * BATCH_ENTRIES), (3, 3 * APPEND_ENTRIES)]
 )
-async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
-    autojump_clock: MockClock, before: int, after: int
-) -> None:
+async def test_a_log_that_lost_a_run_gets_all_of_it_again(autojump_clock: MockClock, before: int, after: int) -> None:
     async with committing() as works:
         buffer = await works.run()
         works.put(buffer, before)
@@ -86,9 +83,7 @@ async def test_a_log_that_lost_a_run_is_given_all_of_it_and_then_what_is_new(
 
 
 @pytest.mark.parametrize("lost", [1, BATCH_ENTRIES + 10, APPEND_ENTRIES + 10])
-async def test_a_log_that_lost_the_last_entries_of_a_run_is_given_them_again(
-    autojump_clock: MockClock, lost: int
-) -> None:
+async def test_a_log_that_lost_the_last_entries_of_a_run_gets_them_again(autojump_clock: MockClock, lost: int) -> None:
     before = 2 * APPEND_ENTRIES
     async with committing() as works:
         buffer = await works.run()
@@ -123,9 +118,7 @@ async def test_an_ending_that_was_pending_comes_last_in_the_log_that_had_lost_th
 
 
 @pytest.mark.parametrize("lost", [1, 4, 6])
-async def test_an_ending_whose_reply_was_lost_and_then_itself_is_stored_once(
-    autojump_clock: MockClock, lost: int
-) -> None:
+async def test_an_ending_lost_after_its_lost_reply_is_stored_once(autojump_clock: MockClock, lost: int) -> None:
     async with committing() as works:
         buffer = await works.run()
         works.put(buffer, 2)
@@ -214,9 +207,7 @@ async def test_a_loss_that_the_tail_covers_to_the_entry_is_made_good(autojump_cl
 
 
 @pytest.mark.parametrize("lost, pending", [(6, 0), (19, 3), (20, 0), (20, APPEND_ENTRIES + 7)])
-async def test_a_loss_beyond_the_tail_ends_the_run_after_what_is_left(
-    autojump_clock: MockClock, lost: int, pending: int
-) -> None:
+async def test_a_loss_beyond_the_tail_ends_the_run(autojump_clock: MockClock, lost: int, pending: int) -> None:
     async with committing(tail_entries=5) as works:
         buffer = await works.run()
         works.put(buffer, 20)
@@ -233,7 +224,6 @@ async def test_a_loss_beyond_the_tail_ends_the_run_after_what_is_left(
 
 
 async def is_what_is_left(works: Works, *, first: int, last: int) -> None:
-    """The log has entries `first` to `last` of a run that failed, and nothing is pending."""
     page = await works.log.read("r", first - 1)
     assert page.oldest_seq == first
     assert [each.seq for each in (await works.log.read("r", first - 1, max_entries=ALL)).entries] == [
@@ -280,9 +270,7 @@ async def test_entries_that_are_pending_again_are_kept_although_the_tail_has_giv
 
 
 @pytest.mark.parametrize("refusal", [AppendStatus.FENCED, AppendStatus.ENDED])
-async def test_a_run_that_is_anothers_or_over_by_then_is_given_up_as_fenced(
-    autojump_clock: MockClock, refusal: AppendStatus
-) -> None:
+async def test_a_run_that_is_anothers_or_over_is_fenced(autojump_clock: MockClock, refusal: AppendStatus) -> None:
     async with committing() as works:
         buffer, other = await works.run(), await works.run("other")
         works.put(buffer, 5, 100)
@@ -388,8 +376,6 @@ async def test_a_run_that_is_given_up_meanwhile_is_not_given_again(autojump_cloc
         assert works.warnings == []
 
 
-# --- everything at once ---------------------------------------------------------------------------------------------
-
 steps = st.lists(
     st.tuples(
         st.sampled_from(["put", "put", "put", "sleep", "away", "back", "reply", "forget", "lose", "find", "end"]),
@@ -433,7 +419,6 @@ async def everything(log: MemoryLog, run_id: str) -> list[object]:
 
 
 async def take(works: Works, step: str, run_id: str, amount: int) -> None:
-    """Take one step of the example above."""
     log = works.log
     buffer = works.owners[run_id].buffer
     if step == "sleep":
@@ -578,9 +563,7 @@ async def test_a_run_of_which_nobody_has_the_beginning_any_more_ends_and_says_so
         assert [each.status for each in notes.ended] == ["failed"]
 
 
-async def test_an_ending_that_was_on_its_way_is_replaced_by_one_that_says_what_was_lost(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_ending_on_its_way_is_replaced_by_one_that_says_what_was_lost(autojump_clock: MockClock) -> None:
     view, notes = View(), Notes()
     async with open_supervisor(view, tail_entries=5, observer=notes, finalize_timeout=60) as owner:
         run = await owner.start(count, 20, 0.1)
@@ -598,14 +581,10 @@ async def test_an_ending_that_was_on_its_way_is_replaced_by_one_that_says_what_w
 
 
 @pytest.mark.parametrize("cleanup", [1.0, 8.0])
-async def test_a_run_whose_producer_only_cleans_up_ends_as_diverged_all_the_same(
-    autojump_clock: MockClock, cleanup: float
-) -> None:
+async def test_a_run_whose_producer_cleans_up_ends_as_diverged(autojump_clock: MockClock, cleanup: float) -> None:
     view = View()
 
     class Lingers:
-        """Numbers, and then a cleanup that takes its time."""
-
         def __init__(self) -> None:
             self.numbers = count(20)
 

@@ -35,7 +35,6 @@ def away(log: Parted, shard: str, how: str) -> Callable[[], None]:
 
 
 def sizes(works: Works) -> dict[str, int]:
-    """The bytes that are pending on each shard."""
     return {worker.shard: worker.size for worker in works.committer.shards}
 
 
@@ -275,9 +274,7 @@ async def test_a_run_that_moves_leaves_its_room_to_those_that_stay(autojump_cloc
         await all_is_stored(works, buffer, other)
 
 
-async def test_a_run_that_is_lost_is_put_back_where_it_is_now_though_nothing_is_written(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_lost_run_is_put_back_where_it_is_now_without_a_write(autojump_clock: MockClock) -> None:
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log) as works:
@@ -355,9 +352,7 @@ async def test_a_worker_with_something_pending_is_not_closed(autojump_clock: Moc
         await all_is_stored(works, buffer, other)
 
 
-async def test_a_run_that_has_left_does_not_wait_for_another_to_be_put_back_on_a_shard_that_is_away(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_moved_run_does_not_wait_for_a_restore_on_a_shard_that_is_away(autojump_clock: MockClock) -> None:
     log = Parted("a", "b")
     log.where = {"r": "a", "other": "a"}
     async with committing(log) as works:

@@ -47,8 +47,6 @@ LEASE = 6.0
 
 
 class Told:
-    """Wake-ups that can also tell that the log was out of reach."""
-
     def __init__(self, wakeups: Notifications) -> None:
         self.wakeups = wakeups
         self.came_back = trio.Event()
@@ -91,8 +89,6 @@ class Told:
 
 
 class Reconnecting(MemoryLog):
-    """A log whose wake-ups can tell that it was out of reach; and that notes its renewals."""
-
     def __init__(self) -> None:
         super().__init__()
         self.told: list[Told] = []
@@ -157,15 +153,10 @@ async def test_leases_are_renewed_at_once_when_the_log_is_back(autojump_clock: M
 
 
 @pytest.mark.parametrize("away", [0.5, 1.0, 1.5])
-async def test_a_renewal_that_fails_is_tried_again_before_the_lease_is_over(
-    autojump_clock: MockClock, away: float
-) -> None:
+async def test_a_failed_renewal_is_tried_again_before_the_lease_ends(autojump_clock: MockClock, away: float) -> None:
     log, notes = Reconnecting(), Notes()
     view = View(log)
-    async with (
-        open_supervisor(log, lease=LEASE) as other,
-        open_supervisor(view, lease=LEASE, observer=notes) as owner,
-    ):
+    async with open_supervisor(log, lease=LEASE) as other, open_supervisor(view, lease=LEASE, observer=notes) as owner:
         run = await owner.start(Witness().waits)
         for number in range(20):
             await trio.sleep(LEASE + number / 10)
@@ -195,9 +186,7 @@ async def test_many_leases_are_renewed_in_pieces_and_none_is_left_out(autojump_c
         await trio.sleep(1)
 
 
-async def test_a_run_that_settles_while_its_renewal_is_under_way_is_neither_given_up_nor_given_again(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_that_settles_during_its_renewal_is_neither_fenced_nor_restored(autojump_clock: MockClock) -> None:
     view, notes = View(), Notes()
     async with open_supervisor(view, lease=LEASE, observer=notes) as owner:
         run = await owner.start(count, 3, 1)
@@ -212,9 +201,7 @@ async def test_a_run_that_settles_while_its_renewal_is_under_way_is_neither_give
         assert_nothing_is_left(owner)
 
 
-async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_not_called_fenced(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_that_is_found_gone_and_then_settles_is_not_fenced(autojump_clock: MockClock) -> None:
     view, notes = View(), Notes()
     async with open_supervisor(view, lease=3.0, observer=notes) as owner:
         run = await owner.start(count, 2, 1)
@@ -241,15 +228,11 @@ async def test_a_run_that_is_found_gone_and_settles_before_that_is_seen_to_is_no
         assert_nothing_is_left(owner)
 
 
-# --- cancel requests ------------------------------------------------------------------------------------------------
-
-
 # --- the reaper -----------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def reaping(log: MemoryLog | None = None) -> AsyncIterator[tuple[View, Notes]]:
-    """A supervisor that has been in contact for longer than a lease, and so reaps."""
     view, notes = View(log), Notes()
     async with open_supervisor(view, lease=LEASE, observer=notes, outage_limit=1000):
         await trio.sleep(2 * LEASE + 0.5)
@@ -307,9 +290,7 @@ async def test_a_look_that_takes_longer_than_a_third_of_a_lease_counts_as_lost_c
             assert notes.warnings == []
 
 
-async def test_a_look_that_is_slow_each_time_reaps_nobody_and_does_not_warn_each_time(
-    autojump_clock: MockClock,
-) -> None:
+async def test_slow_looks_reap_no_run_and_do_not_warn_each_time(autojump_clock: MockClock) -> None:
     async with reaping() as (view, notes):
         view.before["reap"] = view.before["check"] = slow(LEASE)
         await trio.sleep(1.1)
@@ -342,9 +323,7 @@ async def test_a_process_that_stood_still_reaps_nobody_for_a_lease(autojump_cloc
         assert notes.warnings == []
 
 
-async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_outage(
-    autojump_clock: MockClock,
-) -> None:
+async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_outage(autojump_clock: MockClock) -> None:
     view, notes, witness = View(), Notes(), Witness()
     async with two_supervisors(view, lease=LEASE, outage_limit=4.0, observer=notes) as (owner, other):
         run = await owner.start(witness.waits)
@@ -365,9 +344,7 @@ async def test_processes_that_stood_still_together_lose_no_run_and_declare_no_ou
         assert notes.warnings == []
 
 
-async def test_a_process_that_stood_still_with_its_log_away_declares_an_outage_once(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_process_that_stood_still_with_its_log_away_declares_an_outage_once(autojump_clock: MockClock) -> None:
     view, notes, witness = View(), Notes(), Witness()
     async with open_supervisor(view, lease=LEASE, outage_limit=4.0, observer=notes) as owner:
         await owner.start(witness.waits)

@@ -29,8 +29,6 @@ BACK = LONGEST_PAUSE + REAP_INTERVAL + 0.1
 
 
 class Outages(Notes):
-    """Notes when each outage began, and when it ended, after how many seconds."""
-
     def __init__(self) -> None:
         super().__init__()
         self.told: list[tuple[str, float]] = []
@@ -43,8 +41,6 @@ class Outages(Notes):
 
 
 class House:
-    """A supervisor on a log of several parts, with a run on each of them."""
-
     def __init__(self, *shards: str) -> None:
         self.log = Parted(*shards)
         self.log.where = {f"on-{shard}": shard for shard in shards}
@@ -52,7 +48,6 @@ class House:
         self.supervisor: Supervisor
 
     def asked(self, shard: str, call: str | None = None, since: float = 0.0) -> list[float]:
-        """When this part was asked, for this or for anything."""
         return [at for at, what, of in self.log.asked if of == shard and call in {None, what} and at >= since]
 
     def renewals(self, run_id: str, since: float) -> list[float]:
@@ -128,9 +123,7 @@ async def test_the_rounds_of_a_part_that_is_no_more_end(autojump_clock: MockCloc
 
 
 @pytest.mark.parametrize("how", ["gone", "silent"])
-async def test_an_outage_of_a_part_gives_up_its_runs_and_readers_and_no_others(
-    autojump_clock: MockClock, how: str
-) -> None:
+async def test_an_outage_of_a_shard_ends_its_runs_and_readers_alone(autojump_clock: MockClock, how: str) -> None:
     async with house("a", "b") as works:
         async with readers(*((works.supervisor, run_id) for run_id in ("on-a", "on-b"))) as (stays, goes):
             works.log.silence("b") if how == "silent" else works.log.gone.add("b")
@@ -158,9 +151,7 @@ async def test_an_outage_of_a_part_gives_up_its_runs_and_readers_and_no_others(
         assert (await ended(works.log, "again")).status == "completed"
 
 
-async def test_an_outage_lasts_from_the_first_part_that_is_away_to_the_last_that_is_back(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_outage_lasts_from_the_first_shard_away_to_the_last_one_back(autojump_clock: MockClock) -> None:
     async with house("a", "b", "c", outage_limit=3_600.0) as works:
         began = trio.current_time()
         works.log.gone.add("a")

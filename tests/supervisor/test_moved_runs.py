@@ -25,8 +25,6 @@ BACK = LONGEST_PAUSE + 1.0
 
 
 def numbers(upto: int, every: float) -> Any:
-    """A producer of so many events that never ends by itself."""
-
     async def producer() -> AsyncIterator[Event]:
         for number in range(1, upto + 1):
             yield Event(data=str(number))
@@ -46,9 +44,7 @@ async def parted(*names: str, **knobs: Any) -> AsyncIterator[tuple[Parted, Super
         assert_nothing_is_left(supervisor)
 
 
-async def test_a_quiet_run_that_was_moved_from_a_part_that_then_dies_is_committed_where_it_is_now(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_quiet_run_that_moved_from_a_dead_shard_is_committed_where_it_is_now(autojump_clock: MockClock) -> None:
     async with parted("a", "b", outage_limit=1e6) as (log, supervisor):
         await supervisor.start(numbers(2, 10.0), run_id="quiet")
         await supervisor.start(numbers(10_000, 0.1), run_id="busy")
@@ -67,9 +63,7 @@ async def test_a_quiet_run_that_was_moved_from_a_part_that_then_dies_is_committe
         await trio.sleep(BACK)
 
 
-async def test_what_a_part_has_lost_of_a_run_that_was_moved_from_a_dead_part_is_put_back_where_it_is_now(
-    autojump_clock: MockClock,
-) -> None:
+async def test_what_is_lost_of_a_run_that_moved_from_a_dead_shard_is_restored(autojump_clock: MockClock) -> None:
     async with parted("a", "b", outage_limit=1e6) as (log, supervisor):
         await supervisor.start(numbers(2, 10.0), run_id="quiet")
         await supervisor.start(numbers(10_000, 0.1), run_id="busy")

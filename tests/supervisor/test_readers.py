@@ -10,13 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from penstock import Event, Follower, MemoryLog, Supervisor, open_supervisor
-from penstock.errors import (
-    CursorExpired,
-    LogUnavailable,
-    RunNotFound,
-    TooManyReaders,
-    TooManyReadersOfRun,
-)
+from penstock.errors import CursorExpired, LogUnavailable, RunNotFound, TooManyReaders, TooManyReadersOfRun
 from penstock.supervisor.follower import Readers
 from tests.support.serving import PRODUCERS, Tap, eventually, problem, serving
 from tests.support.supervising import View, count, gist, slow, unavailable
@@ -33,13 +27,11 @@ LIMITS: Final = {"max_readers": 4, "max_readers_per_run": 3}
 
 
 async def waits() -> AsyncIterator[Event]:
-    """Never says anything."""
     await trio.sleep_forever()
     yield Event(data="never")
 
 
 def live(owner: Supervisor | Server) -> int:
-    """How many readers are counted."""
     supervisor = owner if isinstance(owner, Supervisor) else owner.service.supervisor
     readers = supervisor._readers
     assert readers.live == sum(readers._of_runs.values())
@@ -49,7 +41,6 @@ def live(owner: Supervisor | Server) -> int:
 
 @asynccontextmanager
 async def supervising(log: Any = None, **knobs: Any) -> AsyncIterator[Supervisor]:
-    """A supervisor with these limits, in which no reader is counted in the end."""
     log = MemoryLog() if log is None else log
     async with open_supervisor(log, drain_timeout=0, **{**LIMITS, **knobs}) as supervisor:
         yield supervisor
@@ -61,9 +52,6 @@ async def is_refused(follower: Follower, error: type[Exception]) -> None:
         async with follower:
             raise AssertionError("it was entered")
     assert type(refusal.value) is error
-
-
-# The count
 
 
 def test_readers_are_counted_by_their_runs() -> None:
@@ -85,9 +73,7 @@ def test_readers_are_counted_by_their_runs() -> None:
 # In process
 
 
-async def test_as_many_readers_of_a_run_as_are_allowed_may_come_and_other_runs_are_free_for_others(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_run_has_as_many_readers_as_are_allowed_and_other_runs_their_own(autojump_clock: MockClock) -> None:
     async with supervising() as supervisor, AsyncExitStack() as stack:
         run, other = [(await supervisor.start(waits)).id for _ in range(2)]
         first = await stack.enter_async_context(supervisor.follow(run))
@@ -159,9 +145,7 @@ async def test_an_entry_that_is_cancelled_takes_no_room(autojump_clock: MockCloc
             assert live(elsewhere) == 0
 
 
-async def test_readers_that_come_at_the_same_time_are_counted_before_they_have_looked_their_run_up(
-    autojump_clock: MockClock,
-) -> None:
+async def test_readers_that_come_at_once_count_before_their_look_up(autojump_clock: MockClock) -> None:
     view = View()
     async with supervising(view) as supervisor, trio.open_nursery() as nursery:
         run = await supervisor.start(waits)

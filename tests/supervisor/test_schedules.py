@@ -190,7 +190,7 @@ async def test_i7_a_supervisor_that_is_cancelled_in_any_wait_ends_its_runs_and_g
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
-async def test_i7_a_run_that_is_cancelled_in_any_wait_of_its_own_has_one_end(
+async def test_i7_a_run_that_is_cancelled_in_any_of_its_waits_has_one_end(
     autojump_clock: MockClock, after: int
 ) -> None:
     # Fails if `Execution.finish` does not set `ended`, so that causes are recorded after the loop.
@@ -245,12 +245,7 @@ class Remote:
         self._supervisor.interrupt()
 
 
-# Any order of starts, cancels, cuts and pauses
-
-
 class World:
-    """Two supervisors, their runs, and readers that are cut and come back."""
-
     def __init__(self, owners: tuple[Supervisor, Supervisor], view: View, nursery: trio.Nursery) -> None:
         self.owners = owners
         self.view = view

@@ -129,9 +129,7 @@ async def test_ctrl_c_in_a_producer_is_no_end_of_its_own_and_goes_on(autojump_cl
         assert gists(await entries_of(log, run_id)) == INTERRUPTED
 
 
-async def test_a_stuck_producer_keeps_it_from_returning_and_is_reported_every_ten_seconds(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_stuck_producer_holds_it_up_and_is_reported_every_ten_seconds(autojump_clock: MockClock) -> None:
     log, notes, let_go = MemoryLog(), Notes(), trio.Event()
 
     async def holds_on() -> AsyncIterator[Event]:
@@ -194,8 +192,6 @@ async def read_on(follower: Follower) -> None:
 
 
 class Catch:
-    """What a call raises in a task of its own."""
-
     error: BaseException | None = None
 
     async def run(self, call: Callable[[], Any]) -> None:
@@ -243,9 +239,7 @@ DEADLY = {
 
 
 @pytest.mark.parametrize("operation", DEADLY)
-async def test_a_service_that_dies_takes_the_supervisor_with_it_and_pretends_nothing(
-    autojump_clock: MockClock, operation: str
-) -> None:
+async def test_a_service_that_dies_ends_the_supervisor_honestly(autojump_clock: MockClock, operation: str) -> None:
     view, notes, witness = View(), Notes(), Witness()
     other_view = View(view.log)
     refused, waited = Catch(), Catch()

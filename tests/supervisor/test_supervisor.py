@@ -8,12 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from penstock.errors import (
-    CursorExpired,
-    Draining,
-    LogUnavailable,
-    RunNotFound,
-)
+from penstock.errors import CursorExpired, Draining, LogUnavailable, RunNotFound
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
 from tests.support.supervising import (
@@ -95,9 +90,7 @@ async def test_a_wait_that_is_cancelled_does_nothing_to_the_run(autojump_clock: 
         assert (await owner.wait(run.id)).status == "completed"
 
 
-async def test_an_id_that_is_used_again_after_its_run_expired_is_a_new_run_to_everyone(
-    autojump_clock: MockClock,
-) -> None:
+async def test_an_id_that_is_used_again_after_its_run_expired_is_a_new_run(autojump_clock: MockClock) -> None:
     log = MemoryLog(ttl=5)
     async with two_supervisors(log) as (owner, other):
         await owner.start(count, 3, run_id="again")
@@ -185,12 +178,6 @@ async def test_a_start_under_way_when_draining_begins_counts_as_begun_before(aut
         await wait_all_tasks_blocked()
         await supervisor.drain()
     assert (await ended(view, "late")).status == "completed"
-
-
-# Telling
-
-
-# Keeping
 
 
 async def test_nothing_is_kept_of_runs_that_ended_without_readers(autojump_clock: MockClock) -> None:

@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from penstock.errors import (
-    ConfigurationError,
-    IdempotencyConflict,
-    RunExists,
-)
+from penstock.errors import ConfigurationError, IdempotencyConflict, RunExists
 from penstock.log.memory import MemoryLog
 from penstock.supervisor import open_supervisor
 from tests.support.supervising import Notes, assert_nothing_is_left, count, ended, gists, read, two_supervisors
@@ -62,8 +58,6 @@ async def test_run_ids_are_the_callers_or_made_and_made_ones_sort_by_time(autoju
 
 
 class Iterator:
-    """An iterator that is no generator: it has nothing to close."""
-
     def __init__(self, numbers: int) -> None:
         self._numbers = iter(range(1, numbers + 1))
 
@@ -153,9 +147,7 @@ async def test_a_key_starts_one_run_and_the_same_key_for_something_else_is_refus
     ],
     ids=repr,
 )
-async def test_a_wrong_argument_is_a_value_error_and_starts_nothing(
-    autojump_clock: MockClock, wrong: dict[str, Any]
-) -> None:
+async def test_a_wrong_argument_is_refused_and_starts_nothing(autojump_clock: MockClock, wrong: dict[str, Any]) -> None:
     async with open_supervisor(MemoryLog()) as supervisor:
         with pytest.raises(ValueError, match=r"."):
             await supervisor.start(count, 1, **wrong)

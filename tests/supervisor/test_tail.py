@@ -132,9 +132,6 @@ async def test_tails_that_are_retired_stay_with_those_who_have_them_and_others_g
     assert (len(tails.all()), tails.size) == (0, 0)
 
 
-# --- what is at hand ------------------------------------------------------------------------------------------------
-
-
 async def test_all_that_is_at_hand_is_what_the_limits_have_left() -> None:
     tail = tails_of(max_entries=4, max_bytes=170).acquire("r")
     assert tail.recent() == []

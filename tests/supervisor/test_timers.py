@@ -35,8 +35,6 @@ def nothing() -> None:
 
 
 class Calls:
-    """What was called, and how long after the test had begun."""
-
     def __init__(self) -> None:
         self.start = trio.current_time()
         self.seen: list[tuple[str, float]] = []

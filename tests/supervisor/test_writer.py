@@ -105,10 +105,7 @@ async def _cancel_after(seconds: float, supervisor: Supervisor, run_id: str) -> 
     await supervisor.cancel(run_id, "enough")
 
 
-@pytest.mark.parametrize(
-    "limits, at, stop_reason",
-    [({"timeout": 5}, 5, "timeout"), ({"max_silence": 5}, 7, "silent")],
-)
+@pytest.mark.parametrize("limits, at, stop_reason", [({"timeout": 5}, 5, "timeout"), ({"max_silence": 5}, 7, "silent")])
 async def test_a_clock_cuts_the_body_short_and_the_caller_is_told(
     autojump_clock: MockClock, limits: dict[str, Any], at: float, stop_reason: str
 ) -> None:
@@ -199,9 +196,7 @@ async def test_nothing_is_written_after_what_ends_the_run(autojump_clock: MockCl
         assert (await ended(log, "run")).status == status
 
 
-async def test_a_body_that_goes_on_after_what_ends_the_run_is_cut_short_after_the_grace(
-    autojump_clock: MockClock,
-) -> None:
+async def test_a_body_that_goes_on_after_the_runs_end_is_cut_short(autojump_clock: MockClock) -> None:
     log = MemoryLog()
     async with open_supervisor(log, cancel_grace=4) as supervisor:
         with pytest.raises(RunEnded):  # noqa: PT012

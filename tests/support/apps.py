@@ -1,7 +1,6 @@
-"""The same endpoints under plain Starlette, under a BaseHTTPMiddleware and under FastAPI, for `tests/servers.py`.
+"""The same endpoints under plain Starlette, under a BaseHTTPMiddleware and under FastAPI, for `servers.py`.
 
-A test follows what goes on in here by *marks*: a source makes them, `/happened/NAME` answers once the mark is there,
-and `/happen/NAME` makes one that a source may be waiting for. So nobody sleeps to wait for anything.
+Sources make *marks*: `/happened/NAME` answers once the mark is there, `/happen/NAME` makes one that a source awaits.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ async def waiting(name: str) -> AsyncIterator[Any]:
 
 
 async def endless(name: str) -> AsyncIterator[Any]:
-    """Never waits for anything itself."""
     try:
         while True:
             yield b"data: x\n\n"
@@ -143,8 +141,6 @@ ENDPOINTS: dict[str, Callable[[Request], Awaitable[Response]]] = {
 
 
 class PassThrough(BaseHTTPMiddleware):
-    """Does nothing, in the way in which most middlewares are written."""
-
     async def dispatch(self, request: Request, call_next: Any) -> Response:
         response: Response = await call_next(request)
         return response

@@ -121,7 +121,6 @@ class Client:
         await self.point("sent")
 
     def leave(self) -> None:
-        """The client goes away."""
         self._gone.set()
 
     async def call(self, response: EventStreamResponse) -> None:
@@ -180,8 +179,6 @@ async def get(source: Any, **options: Any) -> Client:
 
 
 class Errors(LoggingObserver):
-    """An observer that keeps what it is told."""
-
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
         self.ids: list[str] = []
@@ -197,8 +194,6 @@ class Errors(LoggingObserver):
 
 
 class Log(list[str]):
-    """What a source has lived through."""
-
     async def source(self, *chunks: Any, then: Any = None) -> AsyncIterator[Any]:
         """Yields the chunks; then raises `then`, or waits for ever if that is `forever`."""
         try:
@@ -232,7 +227,6 @@ async def chunks(*values: Any) -> AsyncIterator[Any]:
 
 
 async def timed(*steps: tuple[float, Any]) -> AsyncIterator[Any]:
-    """Sleeps that long, then yields that (or raises it)."""
     for seconds, value in steps:
         await anyio.sleep(seconds)
         if isinstance(value, BaseException):

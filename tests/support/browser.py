@@ -1,8 +1,4 @@
-"""A real Chromium, with no driver in between: it opens a page that a test's server serves, and the page tells.
-
-    chromium(url)      the browser, in processes and a folder of its own, gone when the block is left
-    Site               a page whose script follows runs with `EventSource`, and what it and the server saw of that
-    browsing(...)      both, over TLS
+"""A real Chromium, without a driver: it opens a page that a test's server serves, and the page reports what it saw.
 
 The browser is Debian's `chromium-headless-shell` or `chromium`, or the one that PENSTOCK_TEST_CHROMIUM names;
 `just test` installs the first where it may. Nothing that it does leaves this machine.
@@ -85,8 +81,6 @@ If it TELLS, it says so of each event as well. (Over HTTP/1.1 that would wait be
 
 @dataclass
 class Asked:
-    """A request for a stream, as the server saw it."""
-
     http_version: str
     connection: tuple[str, int]
     last_event_id: str | None
@@ -120,8 +114,6 @@ class Site:
         await serve(app, config, signals=(), **options)
 
     def watch(self, app: ASGIApp) -> ASGIApp:
-        """Middleware that takes note of the requests for streams."""
-
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or not scope["path"].endswith("/stream"):
                 await app(scope, receive, send)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 @contextmanager
 def tls_config(*alpn: str) -> Iterator[tuple[Config, SSLContext]]:
-    """A server's configuration with a certificate for 127.0.0.1, and what a client trusts it with."""
     authority, context = trustme.CA(), create_default_context()
     authority.configure_trust(context)
     with authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.tempfile() as pem:

@@ -43,8 +43,6 @@ _TO_EACH: Final = {"SCRIPT", "KEYS", "DBSIZE", "PUBSUB"}
 
 
 class ClusteredServer(Endpoint):
-    """A cluster as if it were one server."""
-
     def __init__(self, cluster: Cluster[Any]) -> None:
         self.cluster = cluster
 
@@ -68,14 +66,12 @@ class ClusteredServer(Endpoint):
         return sum(replies) if isinstance(replies[0], int) else replies[0]
 
     async def stats(self) -> dict[str, int]:
-        """The calls of each command, of all nodes."""
         calls: Counter[str] = Counter()
         for node in await self.cluster.masters():
             calls.update(await node.stats())
         return calls
 
     async def clients(self) -> list[dict[str, str]]:
-        """The connections that the nodes have."""
         return [client for node in await self.cluster.masters() for client in await node.clients()]
 
     def flushall(self) -> None:
@@ -93,7 +89,6 @@ class Works:
         self._taken: set[int] = set()
 
     def node_of(self, key: str) -> RedisServer:
-        """The node of a key whose slot has not moved."""
         return self.nodes[node_of(key)]
 
     def name_on(self, node: RedisServer, key_of: Callable[[str], str]) -> str:
@@ -106,11 +101,9 @@ class Works:
         raise AssertionError("there are names without end")
 
     def run_on(self, node: RedisServer) -> str:
-        """A run id."""
         return self.name_on(node, Keys().record)
 
     def key_on(self, node: RedisServer) -> str:
-        """An idempotency key."""
         return self.name_on(node, Keys().idempotency)
 
     def last_without_inbox(self, *supervisors: Supervisor) -> list[RedisServer]:
@@ -121,7 +114,6 @@ class Works:
 
 @cache
 def clustered() -> ClusteredServer:
-    """The cluster of three nodes that every test of this process may use."""
     return ClusteredServer(shared_cluster())
 
 
@@ -133,12 +125,10 @@ def in_order(log: L) -> L:
 
 
 def node_of(key: str) -> int:
-    """The number of the node of the shared cluster that has a key."""
     return key_slot(key.encode()) * NODES // REDIS_CLUSTER_HASH_SLOTS
 
 
 def nodes_of(prefix: str, runs: Sequence[str]) -> list[int]:
-    """The numbers of the nodes on which these runs lie under a prefix."""
     return [node_of(Keys(prefix).record(run_id)) for run_id in runs]
 
 

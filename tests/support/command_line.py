@@ -64,7 +64,6 @@ class Program:
             assert await self._more(), f"it ended without {pattern!r}, having printed:\n{self.words}"
 
     async def end(self) -> int:
-        """Its exit code, as soon as it has ended."""
         while await self._more():
             pass
         return await self.process.wait()
@@ -78,14 +77,12 @@ class Program:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without penstock's own variables, and with `more`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     return {**kept, "PYTHONUNBUFFERED": "1", **more}
 
 
 @asynccontextmanager
 async def penstock(*args: object, cwd: Path | None = None, **env: str) -> AsyncIterator[Program]:
-    """Start it; it is killed if it has not ended when the block is left."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "penstock", *map(str, args)],
         stdin=subprocess.DEVNULL,

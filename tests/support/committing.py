@@ -33,8 +33,6 @@ DIVERGED = Ending(RunStatus.FAILED, "error", RunError("LOG_DIVERGED", "the log l
 
 
 class Owner:
-    """Takes notes of what becomes of a run, and puts another ending when it is asked for one."""
-
     def __init__(self, works: Works) -> None:
         self.works = works
         self.told: list[str] = []
@@ -68,8 +66,6 @@ class Owner:
 
 
 class Works(NullObserver):
-    """A committer, its log, its tails, and the runs that write to it."""
-
     def __init__(self, log: Unreliable, *, tail_entries: int = 100_000, **settings: Any) -> None:
         self.log = log
         self.tails = Tails(max_entries=tail_entries, max_bytes=100 * MIB, max_process_bytes=1000 * MIB)
@@ -86,12 +82,10 @@ class Works(NullObserver):
         self.commits.append(commit)
 
     async def run(self, run_id: str = "r", epoch: str = LEASE.epoch) -> WriteBuffer:
-        """A run that this committer owns."""
         await self.log.start(record(run_id), LEASE)
         return self.buffer(run_id, epoch)
 
     def buffer(self, run_id: str, epoch: str = LEASE.epoch) -> WriteBuffer:
-        """An buffer for a run that is in the log, or not."""
         owner = self.owners[run_id] = Owner(self)
         tail = self.tails.acquire(run_id)
         tail.fed = True
@@ -105,13 +99,11 @@ class Works(NullObserver):
             self.committer.put(buffer, [block])
 
     async def write(self, buffer: WriteBuffer, count: int = 1, size: int = 0) -> None:
-        """Wait for room before each of so many entries, as a run does."""
         for _ in range(count):
             await self.committer.room(buffer)
             self.put(buffer, 1, size)
 
     async def settled(self, run_id: str = "r", told: str = "settled") -> None:
-        """Wait until the owner has been told so."""
         owner = self.owners[run_id]
         with trio.fail_after(60):
             while told not in owner.told:
@@ -131,12 +123,10 @@ class Works(NullObserver):
 
     @property
     def appends(self) -> list[float]:
-        """When the log was asked to append, in seconds from the beginning."""
         return [when - self.start for when, _ in self.log.appended]
 
 
 def shown(tail: Tail) -> Sequence[Entry]:
-    """What readers can see."""
     taken = tail.take(0, max_entries=100_000, max_bytes=1000 * MIB)
     assert taken is not None
     return taken
@@ -167,7 +157,6 @@ def lose_last(log: MemoryLog, run_id: str, count: int) -> None:
 
 @asynccontextmanager
 async def committing(log: Unreliable | None = None, **settings: Any) -> AsyncIterator[Works]:
-    """A committer that runs as long as the block."""
     works = Works(Unreliable() if log is None else log, **settings)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(works.committer.shards.run)

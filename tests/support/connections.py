@@ -43,7 +43,6 @@ SMALL: Final = 4096
 
 
 def brief_config(config: Config | None = None) -> Config:
-    """This configuration, or a new one, with short time limits for connections."""
     config = quiet_config() if config is None else config
     config.graceful_timeout = BRIEF
     config.keep_alive_timeout = 3 * BRIEF  # a busy client may take long to send its first request
@@ -98,11 +97,7 @@ class Ending:
             server.shutdown.set()
 
 
-# Clients
-
-
 async def small_socket(port: int) -> trio.SocketStream:
-    """A connection whose receive buffer is soon full."""
     sock = trio.socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
     await sock.connect(("127.0.0.1", port))
@@ -110,7 +105,6 @@ async def small_socket(port: int) -> trio.SocketStream:
 
 
 def with_reset(stream: trio.SocketStream) -> None:
-    """It will be closed by RST."""
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
@@ -123,9 +117,6 @@ async def leave(client: Http2, how: str) -> None:
     if how == "reset":
         with_reset(client.socket)
     await client.socket.aclose()
-
-
-# The server's side
 
 
 def served(client: trio.SocketStream) -> Any:
@@ -143,7 +134,6 @@ def served(client: trio.SocketStream) -> Any:
 
 
 def buffer_of(client: Streams, number: int) -> StreamBuffer:
-    """What the server keeps of a stream."""
     protocol = served(client.socket).protocol.protocol
     assert isinstance(protocol, H2Protocol)
     return protocol.stream_buffers[number]
@@ -175,7 +165,6 @@ def sockets_at(port: int) -> list[socket.socket]:
 
 
 def is_over(task: trio.lowlevel.Task, server: Server) -> bool:
-    """Whether a connection has ended, for the server."""
     return task not in server.connections()
 
 
@@ -193,18 +182,13 @@ async def stays(task: trio.lowlevel.Task, server: Server) -> bool:
 
 
 def readers(server: Server, *run_ids: str) -> list[int]:
-    """How many readers each of these runs has."""
     tails = [server.service.supervisor._tails.get(run_id) for run_id in run_ids]
     return [0 if tail is None else tail.users - 1 for tail in tails]
 
 
 @asynccontextmanager
 async def jammed(server: Server, run_ids: Sequence[str] = ()) -> AsyncIterator[tuple[Http2, trio.lowlevel.Task]]:
-    """A client that does not read, and so many streams on its connection, each of which waits in a send.
-
-    The first, of /endless, waits in mid-frame, in the headers that its own task sends; the others are readers of these
-    runs.
-    """
+    """A client that does not read: its first stream waits in mid-frame, the others are readers of these runs."""
     async with joined(server) as (stream, task):
         client = Http2(stream)
         await client.send()

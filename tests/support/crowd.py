@@ -35,7 +35,6 @@ class Places:
         self._ports: dict[str, int] = {}
 
     async def run(self, *args: Any, task_status: trio.TaskStatus[list[str]], **kwargs: Any) -> None:  # noqa: ASYNC128
-        """`serve`, as `serving` wants it: with one URL."""
         async with trio.open_nursery() as nursery:
             urls: list[str] = await nursery.start(partial(serve, *args, signals=(), **kwargs))
             self._ports = {scheme: int(url.rpartition(":")[2]) for url in urls for scheme in [url.partition(":")[0]]}
@@ -58,7 +57,6 @@ async def in_two_places(producers: Any, **settings: Any) -> AsyncIterator[tuple[
 
 
 async def misbehave(stream: trio.abc.Stream, random: Random, paths: Sequence[str], *, speaks_http2: bool) -> None:
-    """Ask for some of the paths, read some of the answers, and go at any moment."""
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     assert isinstance(transport, trio.SocketStream)
     data = http2_requests(Http2(transport), random, paths) if speaks_http2 else http1_requests(random, paths)

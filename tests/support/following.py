@@ -51,8 +51,6 @@ class Lossy:
 
 
 class Reading(NullObserver):
-    """One process that reads what others write."""
-
     def __init__(self, log: Unreliable, tails: Tails, spacing: float) -> None:
         self.log = log
         self.tails = tails
@@ -69,7 +67,6 @@ class Reading(NullObserver):
             self.fetcher.moved((await self.wakeups.wait()).moved)
 
     async def run(self, last: int = 0, ending: Ending | None = None, *, run_id: str = "r", size: int = 0) -> None:
-        """A run with entries 1 to `last`; ended, if an ending is given."""
         await self.log.start(record(run_id), LEASE)
         if last:
             await self.append(1, last, ending, run_id=run_id, size=size)
@@ -85,18 +82,13 @@ class Reading(NullObserver):
         return Follower(self.fetcher, run_id, readers=self.readers, after=after, last=last)
 
     def left_behind(self) -> list[Any]:
-        """What readers have left behind in this process and in the log."""
         inner: Any = self.wakeups.wakeups
         return [*self.tails.all(), *self.wakeups.subscribed, *inner._subscribed, *inner._moved]
 
 
 @asynccontextmanager
 async def reading(
-    log: Unreliable | None = None,
-    *,
-    tail_entries: int = 1000,
-    tail_bytes: int = 256 * 1024,
-    spacing: float = 0.002,
+    log: Unreliable | None = None, *, tail_entries: int = 1000, tail_bytes: int = 256 * 1024, spacing: float = 0.002
 ) -> AsyncIterator[Reading]:
     """A process that reads, as long as the block; at its end no reader has left anything behind."""
     tails = Tails(max_entries=tail_entries, max_bytes=tail_bytes, max_process_bytes=256 * 1024 * 1024)

@@ -43,7 +43,6 @@ async def guarded(rights: list[str] | None = None, **settings: Any) -> AsyncIter
 
 
 def guarded_requests(app: Starlette, run_id: str = "r") -> Iterator[tuple[str, str]]:
-    """Every method of every route that needs a credential."""
     for route in app.routes:
         assert isinstance(route, Route)
         if route.path not in OPEN:
@@ -52,10 +51,7 @@ def guarded_requests(app: Starlette, run_id: str = "r") -> Iterator[tuple[str, s
 
 
 def link(secret: str = SECRET, /, algorithm: str = "HS256", **claims: Any) -> dict[str, str]:
-    """The query with a link that is good except for what is given here. A claim that is None is left out.
-
-    It is made by the letter of RFC 7519, not by the library that the server uses.
-    """
+    """The query with a link, made by the letter of RFC 7519; a claim that is None is left out."""
     whole = {"sub": "r", "aud": "penstock:read", "exp": int(time.time()) + AN_HOUR, **claims}
     told = {name: value for name, value in whole.items() if value is not None}
     signed = f"{base64url({'alg': algorithm, 'typ': 'JWT'})}.{base64url(told)}"

@@ -28,8 +28,6 @@ UNCHECKED: Final = {"validate_outbound_headers": False, "normalize_outbound_head
 
 
 class Streams:
-    """An HTTP/2 connection, and what has come in on each of its streams."""
-
     def __init__(self, socket: trio.SocketStream) -> None:
         self.socket = socket
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
@@ -39,7 +37,6 @@ class Streams:
         self.over: set[int] = set()
 
     async def get(self, path: str, **headers: str) -> int:
-        """Ask; the stream's number."""
         number = self.h2.get_next_available_stream_id()
         pseudo = {":method": "GET", ":path": path, ":scheme": "http", ":authority": "localhost"}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -53,7 +50,6 @@ class Streams:
         await self.socket.send_all(self.h2.data_to_send())
 
     async def receive(self) -> None:
-        """Take in whatever comes next."""
         for event in self.h2.receive_data(await self.socket.receive_some()):
             if isinstance(event, h2.events.ResponseReceived):
                 self.headers[event.stream_id] = {str(name): str(value) for name, value in event.headers}
@@ -65,14 +61,12 @@ class Streams:
         await self.socket.send_all(self.h2.data_to_send())
 
     async def blocks(self, number: int, count: int) -> list[Block]:
-        """The first `count` blocks of a stream."""
         while self.bodies[number].count(b"\n\n") < count:
             assert number not in self.over, self.bodies[number]
             await self.receive()
         return [block_of(text) for text in self.bodies[number].decode().split("\n\n")[:count]]
 
     async def whole(self, number: int) -> list[Block]:
-        """All blocks of a stream that ends."""
         while number not in self.over:
             await self.receive()
         return blocks_of(self.bodies[number])
@@ -96,7 +90,6 @@ class Http2(Streams):
         return number
 
     async def send(self) -> None:
-        """Send what is still to be sent."""
         await self.socket.send_all(self.h2.data_to_send())
 
     async def until_headers(self, *numbers: int) -> None:
@@ -104,7 +97,6 @@ class Http2(Streams):
             await self.receive()
 
     async def whole_body(self, number: int) -> bytes:
-        """The body of an answer, to its end."""
         while number not in self.over:
             await self.receive()
         return self.bodies[number]
@@ -122,12 +114,10 @@ class Windows(Http2):
         self.h2.increment_flow_control_window(OPEN)
 
     async def open(self, number: int, size: int = OPEN) -> None:
-        """Let the server send so many bytes on a stream."""
         self.h2.increment_flow_control_window(size, number)
         await self.send()
 
     async def until_size(self, number: int, size: int) -> None:
-        """Read on until so much of a stream has come."""
         while len(self.bodies[number]) < size:
             await self.receive()
 
@@ -139,8 +129,6 @@ class Windows(Http2):
 
 
 class Ends(Http2):
-    """A client that records how its streams end."""
-
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
         self.ends: dict[int, str | ErrorCodes] = {}
@@ -160,7 +148,6 @@ class Ends(Http2):
         return events
 
     async def until_closed(self) -> None:
-        """Take in whatever comes until the server closes the connection."""
         with suppress(trio.EndOfChannel, trio.BrokenResourceError):
             while True:
                 await self.receive()

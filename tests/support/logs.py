@@ -9,16 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from penstock.errors import LogUnavailable
-from penstock.log import (
-    PAGE_BYTES,
-    PAGE_ENTRIES,
-    Appended,
-    Batch,
-    Entry,
-    Lease,
-    LostEnding,
-    Page,
-)
+from penstock.log import PAGE_BYTES, PAGE_ENTRIES, Appended, Batch, Entry, Lease, LostEnding, Page
 from penstock.log.memory import MemoryLog
 from penstock.runs import Ending, Run, RunError, RunStatus
 
@@ -42,14 +33,12 @@ def entry(seq: int, size: int = 0, *, terminal: bool = False) -> Entry:
 
 
 def entries(first: int, last: int, size: int = 0, *, terminal: bool = False) -> list[Entry]:
-    """Entries `first` to `last`, each `size` bytes long; the last one terminal if asked for."""
     return [entry(seq, size, terminal=terminal and seq == last) for seq in range(first, last + 1)]
 
 
 def batch(
     first: int, last: int, ending: Ending | None = None, *, run_id: str = "r", epoch: str = "epoch", size: int = 0
 ) -> Batch:
-    """What appends entries `first` to `last`, and then ends the run, if an ending is given."""
     return Batch(run_id, epoch, entries(first, last, size, terminal=ending is not None), ending)
 
 
@@ -65,7 +54,6 @@ def seqs(taken: Sequence[Entry] | None) -> list[int]:
 
 
 def record(run_id: str = "r", **members: float) -> Run:
-    """A record as it is before the log has seen it."""
     return Run(run_id, "producer", created_at=members.get("created_at", 5.0), metadata={"user": "u"})
 
 
@@ -140,5 +128,4 @@ class Unreliable(MemoryLog):
 
 
 def in_virtual_time(main: Callable[[], Awaitable[None]]) -> None:
-    """Run an example of a property on a clock of its own."""
     trio.run(main, clock=MockClock(autojump_threshold=0))

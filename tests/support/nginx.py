@@ -1,12 +1,8 @@
 """A real nginx in front of a test's server, by the configuration that examples/deploy ships.
 
-    nginx_before(port)      nginx in processes and a folder of its own, gone when the block is left
-    Nginx                   a client of it, over TLS: `start`, `read`, `reading`, and so on, as of any server
-    Nginx.http2()           one HTTP/2 connection with it
-
 Of the shipped file only addresses, certificate and logs are others; around it is what matters of Debian's nginx.conf.
 The nginx is the one in PATH, or Debian's /usr/sbin/nginx, or the one that PENSTOCK_TEST_NGINX names;
-`just test` installs Debian's where it may. Nothing here knows of a service that Debian may have started.
+`just test` installs Debian's where it may.
 """
 
 from __future__ import annotations
@@ -76,7 +72,6 @@ def executable() -> str | None:
 
 
 def replaced(text: str, changes: Mapping[str, str]) -> str:
-    """The text with these changes, each of which finds what it changes."""
     for old, new in changes.items():
         assert old in text, f"there is no {old!r} in {text}"
         text = text.replace(old, new)
@@ -84,7 +79,6 @@ def replaced(text: str, changes: Mapping[str, str]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different free ports of 127.0.0.1."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for sock in sockets:
@@ -96,7 +90,6 @@ def free_ports(count: int) -> list[int]:
 
 
 def _accepts_no_more(worker: int) -> bool:
-    """Whether it has ended, or will when its connections have."""
     try:
         return b"shutting down" in Path(f"/proc/{worker}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -112,11 +105,7 @@ class Connection(Ends):
 
 
 class Nginx(Client):
-    """An nginx of a test's own, and a client of what it stands before.
-
-    Attributes:
-        folder: where its logs are.
-    """
+    """An nginx of a test's own, with its logs in `folder`, and a client of the server behind it."""
 
     def __init__(self, folder: Path, authority: trustme.CA, client: httpx2.AsyncClient) -> None:
         super().__init__("", client)
@@ -127,7 +116,6 @@ class Nginx(Client):
 
     @property
     def logs(self) -> dict[str, str]:
-        """Whatever it has written into its logs, by their names."""
         return {path.name: path.read_text() for path in self.folder.glob("*.log")}
 
     async def wire(self) -> Wire:
@@ -150,7 +138,6 @@ class Nginx(Client):
 
     @asynccontextmanager
     async def http2(self) -> AsyncIterator[Connection]:
-        """One HTTP/2 connection."""
         async with await self.tls("h2") as stream:
             yield Connection(cast("trio.SocketStream", stream))
 
@@ -219,14 +206,10 @@ class Nginx(Client):
 async def nginx_before(
     port: int, *, http2: bool = False, shipped: Mapping[str, str] | None = None, **surroundings: str
 ) -> AsyncIterator[Nginx]:
-    """An nginx before the server at this port of 127.0.0.1.
+    """An nginx before the server at this port of 127.0.0.1; `nginx.client` speaks HTTP/2 if asked to.
 
-    Args:
-        port: what stands for penstock's 8000.
-        http2: what `nginx.client` speaks; all else is HTTP/1.1.
-        shipped: changes of the shipped file, to show what would be without a line of it.
-        surroundings: what is there besides it: `workers` and `connections` in numbers, or directives for the outermost
-            context, `main`, and for `http`.
+    `shipped` changes the shipped file; `surroundings` are `workers` and `connections` in numbers, or directives for the
+    outermost context, `main`, and for `http`.
     """
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")

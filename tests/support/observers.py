@@ -52,7 +52,6 @@ class RecordingObserver(NullObserver):
         return [what for name, what in self.calls if name == hook]
 
     def counts(self) -> dict[str, int]:
-        """How often each hook was called, but for those that are called all the time."""
         return dict(Counter(name for name, _ in self.calls if name not in CONTINUAL))
 
 

@@ -21,11 +21,7 @@ ANSWER_TIMEOUT = 5.0
 
 
 class Parted(Unreliable):
-    """An unreliable log of several parts.
-
-    Args:
-        names: of the parts.
-    """
+    """An unreliable log of several shards with these names."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -50,7 +46,6 @@ class Parted(Unreliable):
         return [*self.names]
 
     def silence(self, shard: str) -> None:
-        """From now on this part answers nothing."""
         self._silent[shard] = trio.Event()
 
     def speak(self, shard: str) -> None:

@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[2]
 
 
 class Process(Client):
-    """A server in another process."""
-
     def __init__(self, process: trio.Process, url: str, client: httpx2.AsyncClient) -> None:
         super().__init__(url, client)
         self._process = process
@@ -43,7 +41,6 @@ class Process(Client):
         self._process.send_signal(number)
 
     async def exit_code(self) -> int:
-        """The exit code, waited for."""
         return await self._process.wait()
 
 
@@ -54,14 +51,7 @@ Kind = TypeVar("Kind", bound=Process)
 async def process_of(
     kind: type[Kind], *command: str, env: Mapping[str, str], serves: bool = True
 ) -> AsyncIterator[Kind]:
-    """A process of this kind and a group of its own, which is killed when the block is left.
-
-    Args:
-        kind: what the test is given.
-        command: what is started.
-        env: its environment.
-        serves: wait until it has written its URL.
-    """
+    """A process of this kind in a group of its own, killed when the block is left; `serves`: wait for its URL."""
     environment = {**env, "PYTHONUNBUFFERED": "1"}
     with trio.fail_after(GUARD):
         child = await trio.lowlevel.open_process(
@@ -107,5 +97,4 @@ async def _read(server: Process, task_status: trio.TaskStatus[None] = trio.TASK_
 
 
 def serving_process(**settings: Any) -> Any:
-    """`penstock.serve` in a process of its own."""
     return process(sys.executable, "-m", "tests.support.served", json.dumps(settings))

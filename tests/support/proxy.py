@@ -81,7 +81,6 @@ class Proxy:
 
     @property
     def connections(self) -> int:
-        """How many are open now."""
         return len(self._open)
 
     def drop_reply_when(self, predicate: Callable[[Reply], bool], *, times: float = math.inf) -> None:
@@ -111,21 +110,17 @@ class Proxy:
         self._losses.append(lost)
 
     def lose_nothing(self) -> None:
-        """Lose no more replies."""
         self._losses.clear()
 
     def delay(self, seconds: float) -> None:
-        """Hold back everything that the server sends from now on for so long; what overlaps is late only once."""
         self._delay = seconds
 
     def cut(self) -> None:
-        """Close all connections; new ones are accepted."""
         for connection in self._open:
             connection.close()
         self._open.clear()
 
     def refuse(self) -> None:
-        """Close all connections and accept no more."""
         self._accepting.cancel()
         if self._listener is not None:
             self._listener.socket.close()
@@ -133,7 +128,6 @@ class Proxy:
         self.cut()
 
     async def accept(self) -> None:
-        """Accept connections again, on the same port."""
         if self._listener is None:
             (self._listener,) = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
             self.port = self._listener.socket.getsockname()[1]
@@ -141,12 +135,10 @@ class Proxy:
             self._nursery.start_soon(self._accept, self._listener, self._accepting)
 
     def stall(self) -> None:
-        """Let no byte pass in either direction, with all connections open."""
         if self._flow.is_set():
             self._flow = trio.Event()
 
     def go_on(self) -> None:
-        """Let pass what has been held up, and all that follows."""
         self._flow.set()
 
     async def _accept(self, listener: trio.SocketListener, scope: trio.CancelScope) -> None:
@@ -236,7 +228,6 @@ class Proxy:
 
 @asynccontextmanager
 async def proxy(port: int) -> AsyncIterator[Proxy]:
-    """A proxy to the redis-server at this port of 127.0.0.1; gone with all its connections when the block is left."""
     async with trio.open_nursery() as nursery:
         between = Proxy(port, nursery)
         await between.accept()
@@ -248,7 +239,6 @@ async def proxy(port: int) -> AsyncIterator[Proxy]:
 
 
 def _frames(buffer: bytearray) -> Iterator[bytes]:
-    """Take the requests or replies that are complete off the buffer."""
     while (end := _end(buffer)) is not None:
         frame = bytes(buffer[:end])
         del buffer[:end]

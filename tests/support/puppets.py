@@ -56,8 +56,6 @@ while True:
 
 
 class Puppet:
-    """A worker, seen from the test."""
-
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._received = b""
@@ -137,11 +135,9 @@ class Family:
         self.ended.set()
 
     async def next(self) -> Puppet:
-        """The next child that comes."""
         return await self._arrived.receive()
 
     async def ready(self, count: int) -> list[Puppet]:
-        """The first children, all of them ready; in order."""
         puppets = []
         for number in range(1, count + 1):
             puppets.append(await self.next())
@@ -153,7 +149,6 @@ class Family:
         return sorted(puppets, key=lambda puppet: puppet.number)
 
     async def end(self) -> int:
-        """The parent's exit code, waited for."""
         await self.ended.wait()
         assert self.code is not None
         return self.code
@@ -167,7 +162,6 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def family(count: int, max_deaths: int = DEATHS, missing: frozenset[int] = frozenset()) -> AsyncIterator[Family]:
-    """A parent that has been started; its children are killed, and then it ends, if it has not by itself."""
     arrivals, arrived = trio.open_memory_channel[Puppet](100)
 
     async def welcome(stream: trio.SocketStream) -> None:
@@ -200,5 +194,4 @@ def signal_here(number: signal.Signals = signal.SIGTERM) -> None:
 
 
 async def settle() -> None:
-    """Let everybody here do what they can do now."""
     await wait_all_tasks_blocked(0.02)

@@ -1,7 +1,6 @@
 """Real Redis Clusters for the suite: one for each test process to share, or one of a test's own.
 
-A cluster takes two seconds to form: a master that has just started refuses for that long. What is waited for here, by
-the real clock, is that every node says so that lives; one that was paused or killed is not asked.
+What is awaited here, by the real clock, is that every living node says so; a paused or killed one is not asked.
 """
 
 from __future__ import annotations
@@ -72,8 +71,6 @@ class _Line:
 
 @dataclass(frozen=True)
 class _View:
-    """What one node says."""
-
     nodes: Mapping[int, _Line]  # by port
     own: _Line
     ok: bool
@@ -117,19 +114,15 @@ class Cluster(Generic[Node]):
         ]
 
     async def node_of(self, key: str | bytes) -> Node:
-        """The living node that has the key's slot now; LookupError if there is none."""
         return await self.node_of_slot(self.slot(key))
 
     async def node_of_slot(self, slot: int) -> Node:
-        """The living node that has this slot now; LookupError if there is none."""
         return self._node(await self._asked(partial(_owner, slot=slot)))
 
     async def command(self, *words: Any, key: str | bytes) -> Any:
-        """The reply to one command of the node that has the key's slot."""
         return await (await self.node_of(key)).command(*words)
 
     async def each(self, *words: Any) -> dict[Node, Any]:
-        """The replies to one command of every living master."""
         return {node: await node.command(*words) for node in await self.masters()}
 
     def flushall(self) -> None:
@@ -141,25 +134,19 @@ class Cluster(Generic[Node]):
                 _talk(self._node(port).url, ("SCRIPT FLUSH",), ("CONFIG RESETSTAT",))
 
     async def let_pass(self, seconds: float) -> None:
-        """As `let_pass`: make everything in it older."""
         for node in await self.masters():
             await let_pass(node, seconds)
 
     async def settled(self) -> None:
-        """Wait until all that live agree on who has which slots, find the cluster whole, and replicas are in sync."""
         await self._until(self._is_settled)
 
     async def promote(self, replica: Node, how: Literal["FORCE", "TAKEOVER"] | None = None) -> None:
-        """Have this replica, in sync, take its master's place, and wait until all that live say that it has.
-
-        Its master hands over; "FORCE": only the other masters are asked; "TAKEOVER": nobody is.
-        """
+        """Have this replica, in sync, take its master's place, and wait until all that live say so."""
         await self._until(lambda views: replica.port in views and _is_known(views, replica.port))
         await replica.command("CLUSTER", "FAILOVER", *([how] if how else []))
         await self._taken_over([replica.port])
 
     async def failed_over(self, master: Node) -> Node:
-        """Wait until all that live say that another has this one's slots; who that is."""
         others = [node.port for node in self.nodes if node is not master and self._shard(node) == self._shard(master)]
         return await self._taken_over(others)
 
@@ -179,7 +166,6 @@ class Cluster(Generic[Node]):
         return self.nodes.index(node) % self._masters
 
     async def begin_move(self, slot: int, to: Node) -> None:
-        """Begin to move a slot: from now on its owner says ASK for each key that it has not, and `to` takes them."""
         source = await self.node_of_slot(slot)
         await to.command("CLUSTER", "SETSLOT", slot, "IMPORTING", self._ids[source.port])
         await source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", self._ids[to.port])
@@ -214,7 +200,6 @@ class Cluster(Generic[Node]):
         )
 
     async def move_slot(self, slot: int, to: Node, *, keys_at_once: int = 10) -> None:
-        """Move a slot with its keys, as a resharding does it."""
         await self.begin_move(slot, to)
         await self.finish_move(slot, to, keys_at_once=keys_at_once)
 
@@ -236,7 +221,6 @@ class Cluster(Generic[Node]):
         return question(await trio.to_thread.run_sync(self._look, abandon_on_cancel=True))
 
     async def _until(self, condition: Callable[[Mapping[int, _View]], object]) -> Mapping[int, _View]:
-        """Look until it is true; what was seen then."""
         deadline = trio.current_time() + GUARD
         while not condition(views := await self._asked(lambda views: views)):
             if trio.current_time() > deadline:
@@ -339,7 +323,6 @@ def _owners(views: Mapping[int, _View]) -> dict[int, int]:
 
 
 def _claimants(views: Mapping[int, _View], ports: Iterable[int]) -> list[int]:
-    """Those of these that say of themselves that they have slots."""
     return [port for port in ports if port in views and views[port].is_master and views[port].own.slots]
 
 
@@ -408,7 +391,6 @@ async def redis_cluster(
 
 @contextmanager
 def started_cluster(*, node_timeout: float) -> Iterator[Cluster[RedisServer]]:
-    """Three masters as `redis_cluster` makes them, outside of any loop: its tests run in loops of their own."""
     with tempfile.TemporaryDirectory(prefix="penstock-redis-", ignore_cleanup_errors=True) as folder:
         nodes = []
         for number in range(3):

@@ -36,44 +36,40 @@ SOON: Final = 45.0
 FIELDS: Final = {"seq_id", "data", "timestamp"}
 
 
-# Waiting
-
-
 async def until(condition: Callable[[], object], seconds: float = SOON) -> None:
-    """Look again and again until it is so."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  (what is looked at tells nobody of its changes)
             await trio.sleep(0.005)
 
 
 async def until_it_is(look: Callable[[], Awaitable[Any]], wanted: object, seconds: float = SOON) -> None:
-    """Ask again and again until the answer is this one."""
     with trio.fail_after(seconds):
         while await look() != wanted:  # noqa: ASYNC110  (each look is a request)
             await trio.sleep(0.01)
 
 
-# Supervisors
+async def no_client_is_connected(server: Endpoint) -> None:
+    await until_it_is(server.clients, [])
 
 
 @asynccontextmanager
 async def supervisor_at(
-    url: str, *, observer: Observer | None = None, limits: Mapping[str, Any] | None = None, **knobs: Any
+    url: str, *, observer: Observer | None = None, limits: Mapping[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Supervisor]:
     """A supervisor with a log of its own; leaving interrupts its runs at once, unless it has a `drain_timeout`."""
     async with (
         open_log(url, **(limits or {})) as log,
-        open_supervisor(log, observer=observer, **{"drain_timeout": 0.0, **knobs}) as supervisor,
+        open_supervisor(log, observer=observer, **{"drain_timeout": 0.0, **settings}) as supervisor,
     ):
         yield supervisor
 
 
 @asynccontextmanager
-async def supervisors(*urls: str, limits: Mapping[str, Any] | None = None, **knobs: Any) -> AsyncIterator[Any]:
+async def supervisors(*urls: str, limits: Mapping[str, Any] | None = None, **settings: Any) -> AsyncIterator[Any]:
     """A supervisor at each of these URLs, as so many processes would be; what hangs with them fails."""
     with trio.fail_after(GUARD):
         async with AsyncExitStack() as stack:
-            yield [await stack.enter_async_context(supervisor_at(url, limits=limits, **knobs)) for url in urls]
+            yield [await stack.enter_async_context(supervisor_at(url, limits=limits, **settings)) for url in urls]
 
 
 async def all_may_reap(server: Endpoint, count: int = 2) -> None:
@@ -82,9 +78,6 @@ async def all_may_reap(server: Endpoint, count: int = 2) -> None:
     with trio.fail_after(SOON):
         while (await server.stats()).get("zrangebyscore", 0) < before + 2 * count:  # noqa: ASYNC110
             await trio.sleep(0.05)
-
-
-# Producers
 
 
 class Ticks:
@@ -111,9 +104,6 @@ class Ticks:
             self.left = True
 
 
-# Entries
-
-
 def stream_of(run_id: str) -> str:
     return f"sse:run:{run_id}"
 
@@ -123,7 +113,6 @@ def record_of(run_id: str) -> str:
 
 
 async def stored(server: Endpoint, run_id: str) -> list[tuple[str, dict[str, str]]]:
-    """What Redis holds of a run's entries: ids and fields."""
     entries: list[tuple[str, dict[str, str]]] = await server.command("XRANGE", stream_of(run_id), "-", "+")
     return entries
 
@@ -145,7 +134,6 @@ async def whole(server: Endpoint, run_id: str) -> dict[str, str]:
 
 
 def exactly_once(reader: Reader) -> int:
-    """How many entries this reader got: 1, 2 ... n, and the terminal one last."""
     assert reader.error is None, repr(reader.error)
     seqs = [entry.seq for entry in reader.entries]
     assert seqs == list(range(1, len(seqs) + 1))
@@ -164,12 +152,10 @@ async def same_everywhere(server: Endpoint, run_id: str, following: Sequence[Rea
 
 
 def texts(entries: Sequence[Entry]) -> list[str]:
-    """The blocks of these entries."""
     return [entry.data.decode() for entry in entries]
 
 
 def last_seq(reader: Reader) -> int:
-    """How far a reader is."""
     return reader.entries[-1].seq if reader.entries else 0
 
 
@@ -178,11 +164,7 @@ def counted(record: Mapping[str, str], ticks: Ticks) -> None:
     assert (record["status"], record["seq"]) == ("completed", str(ticks.said + 1))
 
 
-# What is left
-
-
 def left_over(supervisor: Supervisor) -> dict[str, Any]:
-    """What a supervisor keeps of runs and their readers."""
     committer, wakeups = supervisor._committer, cast("RedisNotifications", supervisor._fetcher._notifications)
     kept = {
         "live": supervisor._runs.by_id,
@@ -201,9 +183,6 @@ async def nothing_is_left(supervisor: Supervisor) -> None:
     with suppress(trio.TooSlowError):
         await until(lambda: not left_over(supervisor), 5)
     assert not left_over(supervisor)
-
-
-# A process
 
 
 @asynccontextmanager

@@ -61,7 +61,6 @@ class Server(RedisServer):
         return [executable, str(self._conf), *options]
 
     def _follow(self, master: RedisServer) -> None:
-        """From its next start on."""
         with self._conf.open("a") as conf:
             conf.write(_lines([("replicaof", "127.0.0.1", master.port)]))
 
@@ -84,7 +83,6 @@ class Sentinel(RedisServer):
         self._conf.unlink(missing_ok=True)
 
     def _watch(self, *settings: tuple[Word, ...]) -> None:
-        """What to watch, and whom it knows, when it starts for the first time."""
         self._watched = settings
 
     def _command_line(self) -> list[str]:
@@ -128,8 +126,6 @@ class _View:
 
 
 class Sentinels:
-    """A master with its replicas (`servers`, in this order) and its sentinels."""
-
     def __init__(self, servers: Sequence[Server], sentinels: Sequence[Sentinel]) -> None:
         self.servers = list(servers)
         self.sentinels = list(sentinels)
@@ -142,7 +138,6 @@ class Sentinels:
         return f"redis+sentinel://{self.servers[0]._credentials}{hosts}/{NAME}/0{query}"
 
     async def master(self) -> Server:
-        """The server that a majority of all sentinels name now, dead or alive; LookupError if there is none."""
         view = await self._asked()
         named = Counter(said.master for said in view.sentinels.values())
         for port, votes in named.most_common(1):
@@ -151,7 +146,6 @@ class Sentinels:
         raise LookupError(f"no majority of the sentinels names a master: {view}")
 
     async def kill_master(self) -> Server:
-        """Kill the one that `master` names; which that was."""
         master = await self.master()
         await master.kill()
         return master
@@ -167,7 +161,6 @@ class Sentinels:
         return self._server(self._agreed(view) or 0)
 
     async def in_sync(self) -> None:
-        """Wait until all that live agree: on a master that lives, who follows it in sync, and which sentinels live."""
         await self._until(self._is_in_sync)
 
     async def rejoin(self, server: Server, *, empty: bool = True) -> None:
@@ -180,7 +173,6 @@ class Sentinels:
         return next(server for server in self.servers if server.port == port)
 
     def _agreed(self, view: _View) -> int | None:
-        """The port of the master that all sentinels name that live."""
         named = {said.master for said in view.sentinels.values()}
         return named.pop() if len(named) == 1 else None
 
@@ -213,7 +205,6 @@ class Sentinels:
         return await trio.to_thread.run_sync(self._look, abandon_on_cancel=True)
 
     async def _until(self, condition: Callable[[_View], bool]) -> _View:
-        """Look until it is true; what was seen then."""
         deadline = trio.current_time() + GUARD
         while not condition(view := await self._asked()):
             if trio.current_time() > deadline:

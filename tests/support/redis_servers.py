@@ -1,8 +1,4 @@
-"""Real redis-servers for the suite: one for each test process to share, or one of a test's own to kill and to pause.
-
-Each has a free port of 127.0.0.1 and a data folder of its own, and is gone afterwards. All of it is for the real clock:
-a server is waited for in threads, of which a clock that jumps knows nothing.
-"""
+"""Real redis-servers for the suite, on the real clock: one for each test process to share, or one of a test's own."""
 
 from __future__ import annotations
 
@@ -128,7 +124,6 @@ class Endpoint:
 
     @property
     def bus_port(self) -> int:
-        """Where the other nodes of its cluster find it."""
         port = self._options["cluster_port"]
         assert isinstance(port, int)
         return port
@@ -153,7 +148,6 @@ class Endpoint:
 
     @property
     def log(self) -> str:
-        """What the server has written since it was started last."""
         path = self.folder / "log"
         return path.read_text() if path.exists() else ""
 
@@ -168,12 +162,10 @@ class Endpoint:
         return {name.removeprefix("cmdstat_"): int(figures["calls"]) for name, figures in info.items()}
 
     async def clients(self) -> list[dict[str, str]]:
-        """The connections that it has, without the one that asks."""
         own, clients = await _talk_in_thread(self.url, ("CLIENT ID",), ("CLIENT LIST",))
         return [client for client in clients if client["id"] != str(own)]
 
     def flushall(self) -> None:
-        """Empty it: keys, scripts, and figures."""
         _talk(self.url, ("FLUSHALL",), ("SCRIPT FLUSH",), ("CONFIG RESETSTAT",))
 
     def _command_line(self) -> list[str]:
@@ -203,8 +195,6 @@ class Endpoint:
 
 
 class RedisServer(Endpoint):
-    """A redis-server of a test's own."""
-
     _process: trio.Process | None = None
     _paused = False
 
@@ -218,7 +208,6 @@ class RedisServer(Endpoint):
         return self._process is not None and self._process.returncode is None and not self._paused
 
     def pause(self) -> None:
-        """Stop it where it is: connections stay, and nothing answers."""
         self._paused = True
         self._signal(signal.SIGSTOP)
 
@@ -227,12 +216,10 @@ class RedisServer(Endpoint):
         self._signal(signal.SIGCONT)
 
     async def kill(self) -> None:
-        """Let it die as in a crash, and wait until it is gone. Does nothing if it is gone already."""
         self._signal(signal.SIGKILL)
         await self._gone()
 
     async def terminate(self) -> None:
-        """Have it shut down in order, and wait until it is gone."""
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)  # one that is paused would never hear of it
         await self._gone()
@@ -291,7 +278,6 @@ async def redis_server(
 
 @asynccontextmanager
 async def running(server: RedisServer) -> AsyncIterator[None]:
-    """Start it, and kill it when the block is left, whatever has become of it."""
     try:
         await server._start()
         yield
@@ -308,7 +294,6 @@ def shared_server(version: str | None = None) -> Endpoint:
 
 
 def start_shared(executable: Path, **options: Option) -> Endpoint:
-    """Start a redis-server that answers until this process ends."""
     folder = tempfile.mkdtemp(prefix="penstock-redis-")
     atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
     server = Endpoint(executable, Path(folder), options)

@@ -19,15 +19,11 @@ GUARD = 60.0
 
 @dataclass(frozen=True)
 class Held:
-    """A response after which the connection stays open and silent."""
-
     begins: bytes
 
 
 @dataclass(frozen=True)
 class Reset:
-    """A response after which the connection is reset."""
-
     begins: bytes
 
 
@@ -35,21 +31,18 @@ Said = bytes | Held | Reset
 
 
 def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """A whole response; an underscore in a header's name is a hyphen."""
     lines = [f"HTTP/1.1 {status} words", f"content-length: {len(body)}", "connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def problem(status: int, code: str, detail: str = "so it is", *, retry_after: str = "", **members: Any) -> bytes:
-    """An error response of the dialect plain."""
     body = {"status": status, "code": code, "detail": detail, **members}
     headers = {"retry_after": retry_after} if retry_after else {}
     return answer(status, json.dumps(body).encode(), content_type="application/problem+json", **headers)
 
 
 def record(status: str = "completed", **members: Any) -> bytes:
-    """The record of the run `r1`."""
     return answer(200, json.dumps(record_of(status, **members)).encode(), content_type="application/json")
 
 
@@ -90,7 +83,6 @@ class Scripted:
         return [request.split(" ")[1] for request in self.requests]
 
     def header(self, name: str) -> list[str | None]:
-        """The value of a header in each request for a stream."""
         streams = [request for request in self.requests if "/stream " in request]
         return [dict(line.split(": ", 1) for line in each.split("\r\n")[1:] if line).get(name) for each in streams]
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 @dataclass
 class Follower:
-    """A running `penstock runs follow`, and its whole lines so far."""
-
     process: trio.Process
     out: list[str] = field(default_factory=list)
     err: list[str] = field(default_factory=list)
@@ -33,7 +31,6 @@ class Follower:
 
     @property
     def events(self) -> list[Any]:
-        """What it has printed with --json."""
         return [json.loads(line) for line in self.out]
 
     @property
@@ -41,21 +38,17 @@ class Follower:
         return [each["id"] for each in self.events]
 
     async def printed(self, count: int) -> None:
-        """Wait until it has printed so many lines."""
         await eventually(lambda: len(self.out) >= count or self.read.is_set())
         assert len(self.out) >= count, (self.out, self.err)
 
     async def more(self, count: int = 5) -> None:
-        """Wait until it has printed so many lines more than now."""
         await self.printed(len(self.out) + count)
 
     async def said(self, words: str) -> None:
-        """Wait until it has said this on standard error."""
         await eventually(lambda: words in "\n".join(self.err) or self.read.is_set())
         assert words in "\n".join(self.err), self.err
 
     async def end(self) -> int:
-        """Its exit code, when it has ended and everything of it is read."""
         await self.read.wait()
         code = await self.process.wait()
         assert "Traceback" not in "\n".join(self.err), self.err
@@ -64,7 +57,6 @@ class Follower:
 
 @asynccontextmanager
 async def following(url: str, run_id: str, *options: object, **env: str) -> AsyncIterator[Follower]:
-    """Start it; it is killed if it has not ended when the block is left."""
     line = [sys.executable, "-m", "penstock", "runs", "follow", run_id, "--url", url, *map(str, options)]
     with trio.fail_after(GUARD):
         process = await trio.lowlevel.open_process(
@@ -100,8 +92,6 @@ async def _read(stream: Any, lines: list[str]) -> None:
 
 
 class HttpProxy(Proxy):
-    """What stands between a client and a server of HTTP: the same controls, and bytes go through as they come."""
-
     async def _read_replies(self, server: trio.SocketStream, late: trio.MemorySendChannel[tuple[float, bytes]]) -> None:
         with late, suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for piece in server:

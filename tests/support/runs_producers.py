@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 async def until_told(path: Any) -> AsyncIterator[Event]:
-    """Counts until there is a file of this name."""
     for number in count(1):
         yield Event(data=str(number))
         await trio.sleep(0.01)
@@ -24,7 +23,6 @@ async def until_told(path: Any) -> AsyncIterator[Event]:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:
-    """Says one thing, and then nothing for an hour."""
     yield Event(data="only this")
     await trio.sleep(3600)
 

@@ -34,8 +34,6 @@ _GRACE: Final = 0.1
 
 
 class Server:
-    """A server that runs, and how to talk to it."""
-
     def __init__(self, kind: str, address: tuple[str, int], process: subprocess.Popen[bytes]) -> None:
         self.kind = kind
         self.address = address
@@ -43,30 +41,24 @@ class Server:
         self._process = process
 
     def connect(self, path: str) -> socket.socket:
-        """A socket on which a GET request was sent."""
         connection = socket.create_connection(self.address, timeout=TIMEOUT)
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         return connection
 
     def wait_for(self, name: str) -> None:
-        """Wait until the application has made this mark."""
         assert self.client.get(f"/happened/{name}").text == "yes"
 
     def let(self, name: str) -> None:
-        """Make a mark that the application waits for."""
         assert self.client.get(f"/happen/{name}").text == "done"
 
     def shut_down(self) -> None:
-        """Ask it to stop, as a supervisor of processes would."""
         self._process.send_signal(signal.SIGTERM)
 
     def ended(self) -> int:
-        """Wait for its end."""
         return self._process.wait(TIMEOUT)
 
 
 def read_until(connection: socket.socket, words: bytes) -> bytes:
-    """Read until the server has said that."""
     received = b""
     while words not in received:
         more = connection.recv(65536)
@@ -77,10 +69,7 @@ def read_until(connection: socket.socket, words: bytes) -> bytes:
 
 @contextmanager
 def serving(kind: str) -> Iterator[Server]:
-    """A server of this kind, for the length of the block.
-
-    The socket listens before the process is there: whoever connects early waits in its backlog.
-    """
+    """A server of this kind. Its socket listens before the process is there: early clients wait in its backlog."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.servers", kind, str(listener.fileno())], pass_fds=[listener.fileno()]

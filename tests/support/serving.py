@@ -1,7 +1,6 @@
-"""A real server on a real socket, the producers it runs, and clients that treat it well or badly.
+"""A real server on a real socket in the test's own Trio loop, the producers that it runs, and clients.
 
-In the test's own Trio loop: `serving()`, with an httpx client (`server.client`) and raw sockets (`server.wire()`). In a
-process of its own, for signals and exit codes: `tests/processes.py`.
+In a process of its own, for signals and exit codes: `tests/support/processes.py`.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ GUARD: Final = 100.0
 """Seconds after which a test on a socket has hung. No test comes near it."""
 
 
-# Producers
-
-
 async def count(n: int) -> AsyncIterator[Event]:
-    """`n` events, 1 to n, as fast as they go."""
     for number in range(1, n + 1):
         yield Event(data=str(number))
 
@@ -46,7 +41,6 @@ async def echo(value: Any) -> AsyncIterator[Event]:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:
-    """Yields nothing for an hour."""
     await trio.sleep(3600)
     yield Event(data="an hour later")
 
@@ -86,12 +80,7 @@ class Tap:
         self._feed.close()
 
 
-# Servers
-
-
 class Silence(LoggingObserver):
-    """The observer of a test's server: records errors, for the test to compare with those it expects."""
-
     def __init__(self) -> None:
         self.errors: list[tuple[str, str]] = []
         """The type and message of each error, and its id."""
@@ -105,8 +94,6 @@ class Silence(LoggingObserver):
 
 
 class Client:
-    """A client of a server in this process or another."""
-
     def __init__(self, url: str, client: httpx2.AsyncClient) -> None:
         self.client = client
         self.url = ""
@@ -115,7 +102,6 @@ class Client:
             self.turn_to(url)
 
     def turn_to(self, url: str) -> None:
-        """From now on the server is here."""
         self.url = url
         self.port = httpx2.URL(url).port or 80
         self.client.base_url = httpx2.URL(url)
@@ -124,7 +110,6 @@ class Client:
         return Wire(await trio.open_tcp_stream("127.0.0.1", self.port))
 
     async def start(self, producer: str, value: Any = None, **members: Any) -> str:
-        """Start a run; its id."""
         answer = await self.client.post("/v1/runs", json={"producer": producer, "input": value, **members})
         assert answer.status_code == 201, answer.text
         run_id: str = answer.json()["id"]
@@ -136,22 +121,14 @@ class Client:
         return answer.json()
 
     async def read(self, run_id: str, **query: Any) -> list[Block]:
-        """The whole of a run's stream."""
         answer = await self.client.get(f"/v1/runs/{run_id}/stream", params=query)
         assert answer.status_code == 200, answer.text
         return blocks_of(answer.text)
 
     @asynccontextmanager
     async def opened(
-        self,
-        method: str,
-        path: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        json_body: Any = None,
-        **query: Any,
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, json_body: Any = None, **query: Any
     ) -> AsyncIterator[Reader]:
-        """A reader of whatever answers this request, with its headers; leaving the block closes its connection."""
         if query:
             path += "?" + str(httpx2.QueryParams(query))
         body = b"" if json_body is None else json.dumps(json_body).encode()
@@ -162,15 +139,12 @@ class Client:
 
     @asynccontextmanager
     async def reading(self, run_id: str, **query: Any) -> AsyncIterator[Reader]:
-        """A reader of a run's stream."""
         async with self.opened("GET", f"/v1/runs/{run_id}/stream", **query) as reader:
             assert reader.status == 200
             yield reader
 
 
 class Server(Client):
-    """A server in this process."""
-
     def __init__(self, app: Starlette, client: httpx2.AsyncClient, observer: Silence) -> None:
         super().__init__("", client)
         self.app = app
@@ -194,17 +168,14 @@ class Server(Client):
         return [task for task in family(root) if "_run_handler" in task.name]
 
     def tasks(self) -> int:
-        """The tasks of all connections, with all that they have started."""
         return sum(1 + len(family(task)) for task in self.connections())
 
     async def ended_run(self, run_id: str) -> Any:
-        """The record of a run that has ended, waited for."""
         await self.service.supervisor.wait(run_id)
         return await self.run(run_id)
 
 
 def problem(answer: httpx2.Response, status: int, code: str) -> Any:
-    """The answer's body, which is a problem of RFC 9457."""
     assert answer.headers["content-type"] == "application/problem+json"
     body = answer.json()
     assert (answer.status_code, body["code"]) == (status, code), body
@@ -216,7 +187,6 @@ def problem(answer: httpx2.Response, status: int, code: str) -> Any:
 
 
 def family(task: trio.lowlevel.Task) -> list[trio.lowlevel.Task]:
-    """The tasks that live in this task's nurseries, and in theirs."""
     children = [child for nursery in task.child_nurseries for child in nursery.child_tasks]
     return children + [each for child in children for each in family(child)]
 
@@ -237,7 +207,6 @@ class _Complaints(logging.Handler):
 
 
 def quiet_config() -> Config:
-    """Any free port, and no lines on the terminal."""
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = logging.Logger("hypercorn.test")  # noqa: LOG001  (one for each server)

@@ -1,8 +1,4 @@
-"""What the tests of runs share: a view of a log that can be made slow or bad, an observer and producers that take
-notes, readers, and what must be true of every run that has ended.
-
-All of it is for virtual time: nothing here waits for anything real.
-"""
+"""What tests of runs in virtual time share: a log that can be slow or fail, observers, producers and readers."""
 
 from __future__ import annotations
 
@@ -23,23 +19,10 @@ from penstock.sse.dialects import DONE
 from penstock.supervisor import Supervisor, open_supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 
-    from penstock.log import (
-        Appended,
-        AppendStatus,
-        Batch,
-        CancelReply,
-        Entry,
-        Idempotency,
-        Lease,
-        LostEnding,
-        Notification,
-        Notifications,
-        Page,
-        Started,
-    )
-    from penstock.runs import Run, RunStatus
+    from penstock.log import Entry, Notification, Notifications
+    from penstock.runs import Run
 
     Hook = Callable[[], Awaitable[Any]]
 
@@ -47,7 +30,6 @@ FIRST: Final = Event(data="first")
 
 
 async def unavailable() -> None:
-    """A hook for `View`: the log cannot be reached."""
     await trio.lowlevel.checkpoint()
     raise LogUnavailable("the log is away")
 
@@ -59,8 +41,6 @@ async def broken() -> None:
 
 
 def slow(seconds: float) -> Hook:
-    """A hook for `View`: a round trip that takes its time."""
-
     async def wait() -> None:
         await trio.sleep(seconds)
 
@@ -68,15 +48,20 @@ def slow(seconds: float) -> Hook:
 
 
 def near(seconds: float) -> Any:
-    """This time, give or take a few commits."""
-    return pytest.approx(seconds, abs=0.1)
+    return pytest.approx(seconds, abs=0.1)  # a few commits
+
+
+def _counted(name: str) -> Any:
+    async def call(self: View, *args: Any, **options: Any) -> Any:
+        return await self._do(name, getattr(self.log, name), *args, **options)
+
+    return call
 
 
 class View:
-    """An event log that others use as well, as one supervisor sees it: counted, and delayed or failed on demand.
+    """An event log as one of its supervisors sees it: counted, and delayed or failed by hooks.
 
-    A hook in `before` is awaited before the operation of that name, one in `after` when the log has done it and its
-    reply is on the way.
+    A hook in `before` is awaited before the operation of that name, one in `after` between its effect and its reply.
     """
 
     def __init__(self, log: MemoryLog | None = None) -> None:
@@ -95,45 +80,18 @@ class View:
             await hook()
         return reply
 
-    async def start(self, run: Run, lease: Lease, idempotency: Idempotency | None = None) -> Started:
-        started: Started = await self._do("start", self.log.start, run, lease, idempotency)
-        return started
-
-    async def append(self, batches: Sequence[Batch]) -> Sequence[Appended]:
-        replies: Sequence[Appended] = await self._do("append", self.log.append, batches)
-        return replies
-
-    async def read(self, run_id: str, after: int, **limits: int) -> Page:
-        page: Page = await self._do("read", self.log.read, run_id, after, **limits)
-        return page
-
-    async def fetch(self, positions: Mapping[str, int]) -> Mapping[str, Page | None]:
-        pages: Mapping[str, Page | None] = await self._do("fetch", self.log.fetch, positions)
-        return pages
-
-    async def get(self, run_id: str) -> Run:
-        run: Run = await self._do("get", self.log.get, run_id)
-        return run
-
-    async def list(self, *, limit: int = 50, status: RunStatus | None = None) -> Sequence[Run]:
-        runs: Sequence[Run] = await self._do("list", self.log.list, limit=limit, status=status)
-        return runs
-
-    async def request_cancel(self, run_id: str, reason: str | None) -> CancelReply:
-        reply: CancelReply = await self._do("request_cancel", self.log.request_cancel, run_id, reason)
-        return reply
-
-    async def cancel_requests(self, owner: str) -> Mapping[str, str | None]:
-        requests: Mapping[str, str | None] = await self._do("cancel_requests", self.log.cancel_requests, owner)
-        return requests
-
-    async def renew(self, owner: str, epochs: Mapping[str, str], seconds: float) -> Mapping[str, AppendStatus]:
-        replies: Mapping[str, AppendStatus] = await self._do("renew", self.log.renew, owner, epochs, seconds)
-        return replies
-
-    async def restore(self, run: Run, lease: Lease, oldest: int) -> Appended:
-        reply: Appended = await self._do("restore", self.log.restore, run, lease, oldest)
-        return reply
+    start: Any = _counted("start")
+    append: Any = _counted("append")
+    read: Any = _counted("read")
+    fetch: Any = _counted("fetch")
+    get: Any = _counted("get")
+    list: Any = _counted("list")
+    request_cancel: Any = _counted("request_cancel")
+    cancel_requests: Any = _counted("cancel_requests")
+    renew: Any = _counted("renew")
+    restore: Any = _counted("restore")
+    reap: Any = _counted("reap")
+    check: Any = _counted("check")
 
     def shard(self, run_id: str) -> str:
         return self.log.shard(run_id)
@@ -141,19 +99,12 @@ class View:
     def shards(self) -> Collection[str]:
         return self.log.shards()
 
-    async def reap(self, lost_ending: Callable[[], LostEnding], **where: Any) -> Sequence[str]:
-        reaped: Sequence[str] = await self._do("reap", self.log.reap, lost_ending, **where)
-        return reaped
-
     @asynccontextmanager
     async def wakeups(self, owner: str) -> AsyncIterator[Notifications]:
         if (hook := self.before.get("wakeups")) is not None:
             await hook()
         async with self.log.wakeups(owner) as wakeups:
-            yield _Told(self, wakeups)
-
-    async def check(self, shard: str | None = None) -> None:
-        await self._do("check", self.log.check, shard)
+            yield _CountedNotifications(self, wakeups)
 
 
 ALL_CALLS: Final = (
@@ -163,18 +114,16 @@ ALL_CALLS: Final = (
 
 
 def go_away(*views: View) -> None:
-    """The log cannot be reached through these views."""
     for view in views:
         view.before.update(dict.fromkeys(ALL_CALLS, unavailable))
 
 
 def come_back(*views: View) -> None:
-    """The log can be reached again, and has nothing in its way."""
     for view in views:
         view.before.clear()
 
 
-class _Told:
+class _CountedNotifications:
     """The wake-ups of a view."""
 
     def __init__(self, view: View, wakeups: Any) -> None:
@@ -196,8 +145,6 @@ class _Told:
 
 
 class Notes(LoggingObserver):
-    """An observer that writes down what it is told."""
-
     def __init__(self) -> None:
         self.started: list[Run] = []
         self.ended: list[Run] = []
@@ -226,8 +173,6 @@ class Notes(LoggingObserver):
 
 
 class Witness:
-    """What a producer wrote down of its own end."""
-
     def __init__(self) -> None:
         self.saw: str | None = None
         """The reason of the `Cancelled` that reached it."""
@@ -253,7 +198,6 @@ class Witness:
 
 
 async def count(upto: int, every: float = 0.0) -> AsyncIterator[Event]:
-    """The numbers from 1, as events."""
     for number in range(1, upto + 1):
         if every:
             await trio.sleep(every)
@@ -279,14 +223,11 @@ async def two_supervisors(
 
 
 async def read(supervisor: Supervisor, run_id: str, after: int = 0) -> list[Entry]:
-    """All that a reader gets."""
     async with supervisor.follow(run_id, after) as entries:
         return [entry async for entry in entries]
 
 
 class Reader:
-    """A reader in a task of its own: what it got, when it got to the end, and the error that sent it away."""
-
     def __init__(self, supervisor: Supervisor, run_id: str, after: int = 0) -> None:
         self.follower = supervisor.follow(run_id, after)
         self.entries: list[Entry] = []
@@ -295,7 +236,6 @@ class Reader:
         self._scope = trio.CancelScope()
 
     def leave(self) -> None:
-        """Go, before the end."""
         self._scope.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -312,7 +252,6 @@ class Reader:
 
 @asynccontextmanager
 async def readers(*which: tuple[Supervisor, str]) -> AsyncIterator[list[Reader]]:
-    """Readers that are following by the time the body begins; leaving waits until all are at their end."""
     async with trio.open_nursery() as nursery:
         following = [Reader(supervisor, run_id) for supervisor, run_id in which]
         for reader in following:
@@ -321,7 +260,6 @@ async def readers(*which: tuple[Supervisor, str]) -> AsyncIterator[list[Reader]]
 
 
 async def entries_of(log: MemoryLog | View, run_id: str) -> list[Entry]:
-    """All that the log keeps of a run."""
     entries: list[Entry] = []
     while (page := await log.read(run_id, entries[-1].seq if entries else 0)).entries:
         entries += page.entries
@@ -373,4 +311,4 @@ def assert_nothing_is_left(supervisor: Supervisor) -> None:
     assert supervisor._committer.pending_bytes == 0
     assert not [timer for timer in supervisor._timers._heap if timer.callback is not None]
     wakeups: Any = supervisor._fetcher._notifications
-    assert not (wakeups.wakeups if isinstance(wakeups, _Told) else wakeups)._subscribed
+    assert not (wakeups.wakeups if isinstance(wakeups, _CountedNotifications) else wakeups)._subscribed

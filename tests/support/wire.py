@@ -1,7 +1,4 @@
-"""Clients that see every byte: a TCP connection, and a reader of the stream on it.
-
-They know nothing of penstock: what a stream says is taken apart here by the letter of the specification.
-"""
+"""Clients that see every byte, and take a stream apart by the letter of the specification, without penstock."""
 
 from __future__ import annotations
 
@@ -45,7 +42,6 @@ def block_of(text: str) -> Block:
 
 
 def blocks_of(body: str | bytes) -> list[Block]:
-    """The whole blocks of a body; half a block at its end is a failure."""
     text = body if isinstance(body, str) else body.decode()
     *blocks, rest = text.split("\n\n")
     assert not rest, f"half a block: {rest!r}"
@@ -57,14 +53,11 @@ def ids(blocks: list[Block]) -> list[int]:
 
 
 class Wire:
-    """A TCP connection, byte by byte."""
-
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.received = b""
 
     async def send(self, method: str, path: str, *, body: bytes = b"", **headers: str) -> None:
-        """A whole request; an underscore in a header's name is a hyphen."""
         lines = [f"{method} {path} HTTP/1.1", "host: localhost"]
         if body:
             lines.append(f"content-length: {len(body)}")
@@ -72,7 +65,6 @@ class Wire:
         await self.stream.send_all("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     async def until(self, *marks: bytes) -> bytes:
-        """Everything so far, as soon as all of the marks are in it."""
         while not all(mark in self.received for mark in marks):
             piece = await self.stream.receive_some()
             assert piece, f"the server closed the connection; before that: {self.received!r}"
@@ -80,7 +72,6 @@ class Wire:
         return self.received
 
     async def rest(self) -> bytes:
-        """Everything, when the server has closed the connection."""
         try:
             while piece := await self.stream.receive_some():
                 self.received += piece
@@ -89,7 +80,6 @@ class Wire:
         return self.received
 
     async def reset(self) -> None:
-        """Close with RST instead of FIN."""
         self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await self.stream.aclose()
 
@@ -111,7 +101,6 @@ class Reader:
         self._buffer = b""
 
     async def ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> None:
-        """Send the request, and wait for the headers of the answer."""
         length = {"content-length": str(len(body))} if body else {}
         request = h11.Request(method=method, target=path, headers=[*{"host": "localhost", **length, **headers}.items()])
         sent = [self._http.send(request), self._http.send(h11.Data(data=body)), self._http.send(h11.EndOfMessage())]
@@ -127,7 +116,6 @@ class Reader:
         return event
 
     async def next(self) -> Block | None:
-        """The next block; None at the end of the stream."""
         while b"\n\n" not in self._buffer:
             event = await self._event()
             if isinstance(event, h11.EndOfMessage):
@@ -138,13 +126,11 @@ class Reader:
         return block_of(text.decode())
 
     async def take(self, n: int) -> list[Block]:
-        """The next `n` blocks."""
         blocks = [await self.next() for _ in range(n)]
         assert None not in blocks, f"the stream ended: {blocks}"
         return [block for block in blocks if block is not None]
 
     async def rest(self) -> list[Block]:
-        """What comes until the end of the stream."""
         blocks = []
         while (block := await self.next()) is not None:
             blocks.append(block)

@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 
 
 async def silent(_input: Any) -> AsyncIterator[Event]:
-    """Yields its process, and then nothing for an hour."""
     yield Event(data=str(os.getpid()))
     await trio.sleep(3600)
 
 
 async def ticking(_input: Any) -> AsyncIterator[Event]:
-    """Yields its process, and then counts until it is cancelled."""
     yield Event(data=str(os.getpid()))
     for number in count_on(1):
         await trio.sleep(0.02)

@@ -1,9 +1,6 @@
-"""`penstock serve` with several workers: a parent and its children in a process group of their own.
+"""`penstock serve` with several workers: a parent and its children in a process group of their own. Linux only.
 
-Whoever connects cannot choose a worker: any that waits for connections may take the next one. So for a moment all the
-others are stopped (`only`), and whatever is asked meanwhile is answered by the one that is left.
-
-What they serve is in `tests/support/worker_producers.py`. Linux only: who is whose child is read from `/proc`.
+A client cannot choose its worker. So all others are stopped for a moment (`only`), and the one that is left answers.
 """
 
 from __future__ import annotations
@@ -54,7 +51,6 @@ def is_gone(pid: int) -> bool:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """A signal to one process, if it is still there."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -71,7 +67,6 @@ class Workers(Process):
         return self.said.rstrip().rpartition("\n")[2]
 
     def pids(self) -> dict[int, int]:
-        """The workers that are there now: the process of each, by its number."""
         try:
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         except (FileNotFoundError, ProcessLookupError):
@@ -84,15 +79,12 @@ class Workers(Process):
         return found
 
     def signal_group(self, number: signal.Signals) -> None:
-        """A signal to the parent and all workers at once, as Ctrl-C in a terminal is."""
         os.killpg(self.pid, number)
 
     async def says(self, line: str, times: int = 1) -> None:
-        """Wait until it has written this so many times."""
         await eventually(lambda: self.said.count(line) >= times)
 
     async def successor(self, number: int, before: int) -> int:
-        """The process that has taken the place of this one, waited for."""
         await eventually(lambda: self.pids().get(number, before) != before)
         return self.pids()[number]
 
@@ -104,7 +96,6 @@ class Workers(Process):
             yield
 
     async def start_at(self, pid: int, producer: str) -> str:
-        """Start a run in this worker; its id."""
         body = {"producer": producer, "input": None}
         async with self.only(pid), self.opened("POST", "/v1/runs", json_body=body) as reader:
             assert reader.status == 201
@@ -117,26 +108,22 @@ class Workers(Process):
 
     @asynccontextmanager
     async def reading_at(self, pid: int, run_id: str, **query: Any) -> AsyncIterator[Reader]:
-        """A reader of a run whom this worker serves."""
         async with AsyncExitStack() as stack:
             async with self.only(pid):
                 reader = await stack.enter_async_context(self.reading(run_id, **query))
             yield reader
 
     async def ask_at(self, pid: int, method: str, path: str, body: Any = None) -> int:
-        """The status that this worker answers with."""
         async with self.only(pid), self.opened(method, path, json_body=body) as reader:
             return reader.status
 
     async def is_draining(self) -> None:
-        """Wait until a worker answers that it drains."""
         while (await self.client.get("/readyz")).status_code != 503:  # noqa: ASYNC110  (each look is a request)
             await trio.lowlevel.checkpoint()
 
 
 @contextmanager
 def stopped(*pids: int) -> Iterator[tuple[int, ...]]:
-    """These processes stand still while the block takes."""
     for pid in pids:
         send(pid, signal.SIGSTOP)
     try:
@@ -162,7 +149,6 @@ async def has_stopped(server: Workers, code: int = 0) -> None:
 
 
 async def nothing_comes(reader: Reader) -> None:
-    """Nothing for a while that is long beside what is done at once."""
     with trio.move_on_after(0.5) as scope:
         assert await reader.next() is None, "the stream went on"
         raise AssertionError("the stream ended")
@@ -193,14 +179,8 @@ async def serving_workers(
 ) -> AsyncIterator[Workers]:
     """So many workers, over a Redis in which they have keys of their own. None of them may leave a traceback.
 
-    Args:
-        count: how many; None if the options or the environment say it.
-        log: the URL of the Redis.
-        options: of the command line, besides those that are needed.
-        before: what comes before `serve` on the command line.
-        through: a program that is given the whole command line, and becomes what that says.
-        serves: wait until it has said that it serves.
-        env: its environment, besides this process's own.
+    `before` comes before `serve` on the command line; `through` is a program that is given the whole line, and becomes
+    what that says; without `count`, the options or the environment say how many.
     """
     line: list[object] = [sys.executable, "-m", "penstock", *before, "serve", "--log", log, "--bind", "127.0.0.1:0"]
     line += ["--prefix", f"{secrets.token_hex(4)}:run:", "--producers", "tests.support.worker_producers:producers"]

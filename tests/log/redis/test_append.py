@@ -30,12 +30,10 @@ NOW = 1_767_225_600_123
 
 
 async def in_redis(log: RedisLog, run_id: str = "r") -> list[list[Any]]:
-    """The entries of a run as they lie there: each its id, and its fields and values, in order."""
     return cast("list[list[Any]]", await log._backend.ask("XRANGE", KEYS.stream(run_id), "-", "+"))
 
 
 def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
-    """What ought to lie there for these entries."""
     return [
         [
             b"%d-0" % each.seq,
@@ -47,7 +45,6 @@ def as_it_lies(made: Iterable[Entry]) -> list[list[Any]]:
 
 
 def of_data(first: int, data: Sequence[bytes], *, terminal: bool = False) -> list[Entry]:
-    """Entries with these data, from this seq on."""
     last = first + len(data) - 1
     return [
         Entry.of(seq, each, NOW + seq % 1009, terminal=terminal and seq == last)
@@ -56,7 +53,6 @@ def of_data(first: int, data: Sequence[bytes], *, terminal: bool = False) -> lis
 
 
 async def append(log: RedisLog, *made: Entry) -> Appended:
-    """Append these, as one batch."""
     (reply,) = await log.append([Batch("r", "epoch", made, COMPLETED if made[-1].terminal else None)])
     return reply
 
@@ -128,9 +124,7 @@ async def test_a_batch_in_which_seqs_get_a_digit_more_is_kept_to_the_byte(log: R
 
 
 @pytest.mark.parametrize("first, stored", [(1, 2), (3, 9), (1, 10), (3, 13)])
-async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
-    server: Endpoint, log: RedisLog, stored: int, first: int
-) -> None:
+async def test_of_a_batch_in_part_the_rest_follows(server: Endpoint, log: RedisLog, stored: int, first: int) -> None:
     await log.start(record(), LEASE)
     there = of_data(1, [text(3 * seq, b"there") for seq in range(1, stored + 1)])
     await append(log, *there)
@@ -143,9 +137,7 @@ async def test_of_a_batch_that_is_there_in_part_exactly_the_rest_is_added(
 
 
 @pytest.mark.parametrize("stored", [0, 12])
-async def test_an_ending_that_is_sent_after_a_part_of_its_batch_is_there_marks_its_last_entry_alone(
-    log: RedisLog, stored: int
-) -> None:
+async def test_an_ending_sent_after_a_part_of_its_batch_marks_its_last_entry_alone(log: RedisLog, stored: int) -> None:
     await log.start(record(), LEASE)
     made = of_data(1, [b"data: %d\n\n" % seq for seq in range(1, 14)], terminal=True)
     if stored:

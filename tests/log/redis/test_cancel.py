@@ -74,7 +74,6 @@ async def test_many_silent_runs_are_cancelled_at_once_each_for_its_own_reason(se
 
 
 async def test_a_cancel_that_was_not_read_from_the_inbox_comes_with_an_append_or_a_renewal(server: Endpoint) -> None:
-    """The inbox is a short cut: what is on record reaches the owner by every other way, too."""
     silent, ticks = Witness(), Ticks()
     async with supervisors(server.url, server.url, cancel_check_interval=0.2, lease=1.5) as (owner, other):
         runs = [await owner.start(silent.waits), await owner.start(ticks)]
@@ -124,10 +123,7 @@ async def test_a_cancel_that_was_accepted_never_ends_completed(server: Endpoint,
 
 async def test_a_cancel_while_the_owner_is_cut_off_is_kept_for_it(server: Endpoint, between: Proxy) -> None:
     notes, witness = Notes(), Witness()
-    async with (
-        supervisors(server.url) as (other,),
-        supervisor_at(between.url, observer=notes) as owner,
-    ):
+    async with supervisors(server.url) as (other,), supervisor_at(between.url, observer=notes) as owner:
         run = await owner.start(witness.waits)
         async with readers((other, run.id)) as (reader,):
             await until(lambda: last_seq(reader) == 1)

@@ -17,20 +17,16 @@ from penstock.errors import LogFull, LogUnavailable
 from penstock.log.open import open_log
 from penstock.log.redis import client as client_module
 from penstock.log.redis import scripts
-from penstock.log.redis.client import (
-    BYTES_PER_ROUND_TRIP,
-    COMMANDS_PER_ROUND_TRIP,
-    Client,
-    open_client,
-)
+from penstock.log.redis.client import BYTES_PER_ROUND_TRIP, COMMANDS_PER_ROUND_TRIP, Client, open_client
 from penstock.log.redis.log import REQUESTS_AT_ONCE
 from penstock.log.redis.slots import call
 from penstock.runs import RunStatus
 from tests.support.logs import LEASE, batch, record, seqs
+from tests.support.redis_runs import no_client_is_connected
 from tests.support.redis_servers import Endpoint, _free_port, redis_server, redis_servers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from penstock.log.redis.slots import Command
     from tests.support.proxy import Proxy
@@ -57,7 +53,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many commands each round trip has had."""
     sizes: list[int] = []
     send = Client._send_twice
 
@@ -69,24 +64,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Look again and again until it is so."""
-    with trio.fail_after(GUARD):
-        while True:
-            if await condition():
-                return
-            await trio.sleep(0.01)
-
-
-async def nobody_is_connected(server: Endpoint) -> None:
-    async def nobody() -> bool:
-        return not await server.clients()
-
-    await until(nobody)
-
-
 async def received(server: Endpoint) -> int:
-    """How many connections the server has ever accepted."""
     return int((await server.command("INFO", "stats"))["total_connections_received"])
 
 
@@ -100,9 +78,7 @@ async def received(server: Endpoint) -> int:
         (2 * COMMANDS_PER_ROUND_TRIP + 5, [COMMANDS_PER_ROUND_TRIP, COMMANDS_PER_ROUND_TRIP, 5]),
     ],
 )
-async def test_a_round_trip_has_so_many_commands_and_no_more(
-    client: Client, sent: list[int], commands: int, pieces: list[int]
-) -> None:
+async def test_a_round_trip_has_limits(client: Client, sent: list[int], commands: int, pieces: list[int]) -> None:
     assert await client.execute([("ECHO", n) for n in range(commands)]) == [b"%d" % n for n in range(commands)]
     assert sent == pieces
 
@@ -182,9 +158,7 @@ async def test_a_script_that_was_never_sent_is_sent_once(client: Client, between
     assert (between.requests["SCRIPT"], between.requests["EVALSHA"]) == (1, 3)
 
 
-async def test_of_a_pipeline_only_the_forgotten_ones_are_sent_again(
-    client: Client, between: Proxy, server: Endpoint
-) -> None:
+async def test_of_a_pipeline_only_forgotten_scripts_go_again(client: Client, between: Proxy, server: Endpoint) -> None:
     await client.ask(*ENLIST)
     await server.command("SCRIPT", "FLUSH")
     await server.command("DEL", "live")
@@ -217,9 +191,7 @@ async def test_connections_that_break_while_nobody_uses_them_go_unnoticed(client
 
 
 @pytest.mark.parametrize("others", [0, 2])
-async def test_a_connection_that_breaks_before_the_effect_is_tried_once_more(
-    client: Client, between: Proxy, others: int
-) -> None:
+async def test_a_connection_lost_before_the_effect_is_tried_again(client: Client, between: Proxy, others: int) -> None:
     await client.ask("PING")
     between.stall()
     async with trio.open_nursery() as nursery:
@@ -236,18 +208,14 @@ async def test_a_connection_that_breaks_before_the_effect_is_tried_once_more(
 
 
 @pytest.mark.parametrize("others", [0, 2])
-async def test_a_connection_that_breaks_after_the_effect_is_tried_once_more(
-    client: Client, between: Proxy, others: int
-) -> None:
+async def test_a_connection_broken_after_the_effect_is_tried_again(client: Client, between: Proxy, others: int) -> None:
     between.drop_reply_when(lambda reply: reply.command == "INCR", times=1)
     assert await client.execute([("INCR", "n"), *[("ECHO", 1)] * others]) == [2, *[b"1"] * others]
     assert between.lost == 1
 
 
 @pytest.mark.parametrize("others", [0, 2])
-async def test_a_connection_that_breaks_twice_is_out_of_reach(
-    client: Client, between: Proxy, server: Endpoint, others: int
-) -> None:
+async def test_a_connection_lost_twice_raises(client: Client, between: Proxy, server: Endpoint, others: int) -> None:
     between.drop_reply_when(lambda reply: reply.command == "INCR", times=2)
     with pytest.raises(LogUnavailable, match=f"cannot reach Redis at 127.0.0.1:{between.port}: "):
         await client.execute([("INCR", "n"), *[("ECHO", 1)] * others])
@@ -281,8 +249,6 @@ async def test_a_server_that_was_away_is_found_again(client: Client, between: Pr
 
 
 async def no_answers(client: Client, first: int) -> None:
-    """Several requests at once, none of which is answered."""
-
     async def ask(n: int) -> None:
         began = trio.current_time()
         with pytest.raises(LogUnavailable, match=f"has not answered for {SHORT} s"):
@@ -319,17 +285,6 @@ async def test_a_server_that_does_not_answer_is_out_of_reach_and_answers_nobody_
         assert len(await server.clients()) <= 12
 
 
-async def test_a_network_that_stalls_is_out_of_reach_and_answers_nobody_else_later(
-    client: Client, between: Proxy
-) -> None:
-    await right_answers(client, 100)
-    for n in (200, 400):
-        between.stall()
-        await no_answers(client, n)
-        between.go_on()
-        await right_answers(client, n + 100)
-
-
 # Cancelling
 
 
@@ -363,7 +318,7 @@ async def test_whatever_is_cancelled_at_whatever_moment_nobody_gets_the_reply_of
         assert answered >= 100
         assert between.connections <= 20
         await right_answers(client, 1_000_000)
-    await nobody_is_connected(server)
+    await no_client_is_connected(server)
 
 
 @pytest.mark.parametrize("commands", [1, 3])
@@ -388,10 +343,7 @@ async def test_cancelling_while_it_connects_leaves_no_connection() -> None:
                     await client.execute([("CLIENT KILL", "ID", own) for own in server_side] or [("PING",)])
             await right_answers(client, 100)
             assert len(await server.clients()) <= 12
-        await nobody_is_connected(server)
-
-
-# The connections of a log
+        await no_client_is_connected(server)
 
 
 @pytest.mark.parametrize("go_away", [False, True], ids=["to the end", "and go away"])
@@ -442,7 +394,7 @@ async def test_what_a_body_raises_leaves_as_it_is(server: Endpoint, error: BaseE
     assert raised.value is error
     assert error.__cause__ is None
     assert error.__context__ is None
-    await nobody_is_connected(server)
+    await no_client_is_connected(server)
 
 
 async def test_a_cancellation_from_outside_ends_the_block_and_nothing_else(server: Endpoint) -> None:
@@ -452,7 +404,7 @@ async def test_a_cancellation_from_outside_ends_the_block_and_nothing_else(serve
             scope.cancel()
             await log.check()
     assert scope.cancelled_caught
-    await nobody_is_connected(server)
+    await no_client_is_connected(server)
 
 
 async def test_an_error_beside_a_cancellation_leaves(server: Endpoint) -> None:
@@ -473,9 +425,6 @@ async def test_an_error_beside_a_cancellation_leaves(server: Endpoint) -> None:
     assert raised.value is error
 
 
-# Leaving
-
-
 @pytest.mark.parametrize("asking", [False, True])
 async def test_leaving_takes_no_longer_if_the_server_does_not_answer(*, asking: bool) -> None:
     async with redis_server() as server:
@@ -492,7 +441,7 @@ async def test_leaving_takes_no_longer_if_the_server_does_not_answer(*, asking: 
                             nursery.start_soon(client.ask, "ECHO", n)
         assert trio.current_time() - began < 1.5
         server.resume()
-        await nobody_is_connected(server)
+        await no_client_is_connected(server)
 
 
 async def test_a_shielded_task_uses_the_log_to_its_end_while_all_around_it_is_cancelled(server: Endpoint) -> None:
@@ -513,10 +462,8 @@ async def test_a_shielded_task_uses_the_log_to_its_end_while_all_around_it_is_ca
                 await trio.sleep_forever()
     assert scope.cancelled_caught
     assert done == [*range(20)]
-    await nobody_is_connected(server)
+    await no_client_is_connected(server)
 
-
-# Passwords
 
 SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
 
@@ -549,12 +496,7 @@ async def test_a_right_password_is_never_repeated() -> None:
             assert SECRET not in words_of(raised.value)
 
 
-# Many callbacks of the loop
-
-
 class Rounds(trio.abc.Instrument):
-    """Counts the rounds of the scheduler."""
-
     def __init__(self) -> None:
         self.count = 0
 

@@ -60,7 +60,6 @@ def at(node: Endpoint) -> str:
 
 
 def one_of(*nodes: Endpoint) -> str:
-    """The URL of a cluster that names these nodes."""
     return "redis+cluster://" + ",".join(at(node) for node in nodes)
 
 
@@ -74,7 +73,6 @@ async def nobody_is_connected(*nodes: Endpoint) -> None:
 
 
 async def ours(node: Endpoint) -> list[dict[str, str]]:
-    """The connections of clients; those of replicas and to masters are none."""
     return [client for client in await node.clients() if not {*client["flags"]} & {"S", "M"}]
 
 
@@ -87,9 +85,7 @@ async def refused(cluster: Cluster, *commands: Command) -> str:
 # Sending
 
 
-async def test_commands_go_to_their_nodes_and_the_replies_come_in_their_order(
-    cluster: Cluster, shared: Nodes[Endpoint]
-) -> None:
+async def test_commands_go_to_their_nodes_and_replies_keep_order(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
     keys = [f"key-{number}" for number in range(100)]
     assert await cluster.execute([("SET", key, n) for n, key in enumerate(keys)]) == [b"OK"] * 100
     assert await cluster.execute([("GET", key) for key in keys]) == [b"%d" % n for n in range(100)]
@@ -106,9 +102,7 @@ async def test_each_node_has_its_commands_in_their_order(cluster: Cluster) -> No
         assert await cluster.ask("LRANGE", key, 0, -1) == [b"%d" % n for n in range(300)]
 
 
-async def test_the_slots_are_asked_for_once_however_many_want_to_know(
-    cluster: Cluster, shared: Nodes[Endpoint]
-) -> None:
+async def test_the_slots_are_asked_for_once_for_many_commands(cluster: Cluster, shared: Nodes[Endpoint]) -> None:
     assert cluster.topology.shards() == ("",)
     assert cluster.topology.shard(ONE) == ""
     async with trio.open_nursery() as nursery:
@@ -165,9 +159,7 @@ async def test_a_node_that_is_left_just_before_it_is_sent_something_is_not_conne
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_cancellations_anywhere_leave_the_cluster_usable_and_no_connections_behind(
-    shared: Nodes[Endpoint], seed: int
-) -> None:
+async def test_cancellations_leave_a_usable_cluster_and_no_connections(shared: Nodes[Endpoint], seed: int) -> None:
     chance = random.Random(seed)
     keys = [f"{name}-{n}" for n in range(40) for name in (ONE, TWO, THREE)]
     async with open_cluster(shared.url) as cluster:
@@ -201,9 +193,6 @@ async def test_cancellations_anywhere_leave_the_cluster_usable_and_no_connection
     await nobody_is_connected(*shared.nodes)
 
 
-# Finding it
-
-
 async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
     urls = ",".join(f"127.0.0.1:{_free_port()}" for _ in range(3))
     async with open_cluster(f"redis+cluster://{urls}") as cluster:
@@ -216,9 +205,6 @@ async def test_a_cluster_whose_nodes_nobody_reaches_is_away_at_once() -> None:
                 async with cluster.subscription("127.0.0.1:1"):
                     pytest.fail("there is no such node")
         assert cluster.topology.shards() == ("",)
-
-
-# Slots that move
 
 
 @pytest.mark.parametrize("kind", ["unknown-endpoint", "hostname"])
@@ -312,7 +298,6 @@ async def has(cluster: Cluster, key: str) -> bool:
 
 
 async def asked(cluster: Cluster, *commands: Command) -> list[Any]:
-    """The replies, or what is wrong with all of them."""
     try:
         return await cluster.execute(commands)
     except LogUnavailable as error:

@@ -59,7 +59,6 @@ def at(node: Endpoint) -> str:
 
 
 async def begin(works: Works, run_id: str, to: RedisServer, *, keys: int = 0) -> None:
-    """Begin to move a run's slot; so many of its keys come along at once."""
     slot = works.cluster.slot(record_of(run_id))
     await works.cluster.begin_move(slot, to)
     assert await works.cluster.move_keys(slot, to, at_most=keys) == keys
@@ -70,18 +69,15 @@ async def finish(works: Works, run_id: str, to: RedisServer) -> None:
 
 
 async def lease_end(node: RedisServer, run_id: str) -> int:
-    """By the record of a run, which this node has, perhaps beyond an ASK."""
     words = ("HGET", record_of(run_id), "lease_end")
     return int((await _talk_in_thread(node.url, ("ASKING",), words))[1])
 
 
 async def keys_on(works: Works, node: RedisServer, run_id: str) -> set[str]:
-    """The keys on a run's slot that a node has."""
     return {*await node.command("CLUSTER", "GETKEYSINSLOT", works.cluster.slot(record_of(run_id)), 10)}
 
 
 async def further(following: Sequence[Reader], count: int) -> None:
-    """So many more entries come to each of these."""
     seen = max(map(last_seq, following))
     await until(lambda: min(map(last_seq, following)) > seen + count)
 
@@ -108,9 +104,6 @@ class Gate:
 def without_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not published where a reader listens never comes to it."""
     monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", LONG)
-
-
-# Moved
 
 
 async def test_a_run_whose_slot_moves_goes_on_without_a_gap_or_a_repetition_over_the_connections_that_there_are(
@@ -200,7 +193,6 @@ async def test_slots_that_move_are_followed(works: Works, monkeypatch: pytest.Mo
 
 
 async def rejected(node: Endpoint, command: str) -> int:
-    """How often a node has refused to run this."""
     return int((await node.command("INFO", "commandstats")).get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
 
 
@@ -212,9 +204,7 @@ async def more_rejected(node: Endpoint, command: str, times: int) -> bool:
 
 
 @pytest.mark.usefixtures("without_look_ups")
-async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_other_of_its_node_nor_their_readers(
-    works: Works,
-) -> None:
+async def test_a_run_alone_in_its_commit_whose_slot_is_half_moved_holds_up_no_other_of_its_node(works: Works) -> None:
     notes, others_notes = Notes(), Notes()
     async with (
         supervisor_at(works.url, lease=LONG, observer=notes) as owner,
@@ -266,17 +256,13 @@ async def test_a_dead_run_whose_slot_is_half_moved_keeps_no_other_of_its_node_fr
 
 
 def redis(log: Any) -> RedisLog:
-    """The log, as what it is."""
     found: RedisLog = log
     return found
 
 
 async def test_a_run_whose_slot_is_half_moved_for_longer_than_its_lease_is_renewed_and_not_reaped(works: Works) -> None:
     lease = 1.0
-    async with (
-        supervisor_at(works.url, lease=lease) as owner,
-        supervisor_at(works.url, lease=lease) as other,
-    ):
+    async with supervisor_at(works.url, lease=lease) as owner, supervisor_at(works.url, lease=lease) as other:
         silent, wrote = works.run_on(works.first), works.run_on(works.first)
         gates = [Gate(), Gate()]
         await owner.start(gates[0], run_id=silent)
@@ -306,8 +292,6 @@ async def test_a_run_whose_slot_is_half_moved_for_longer_than_its_lease_is_renew
 
 
 def count_then(gate: Gate) -> Any:
-    """A producer that says one thing, and then is this one."""
-
     async def producer() -> AsyncIterator[Event]:
         yield Event(data="first")
         async for event in gate():
@@ -329,12 +313,7 @@ async def reaps_again(works: Works, supervisor: Any) -> None:
     assert (await supervisor.wait(dead)).status == "lost"
 
 
-# Another clock
-
-
-async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_the_clock_there_says(
-    works: Works,
-) -> None:
+async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_the_clock_says(works: Works) -> None:
     async with open_log(works.url) as log:
         run_id = works.run_on(works.first)
         await in_order(log).start(record(run_id), Lease("owner", "epoch", LONG))
@@ -352,7 +331,6 @@ async def test_a_run_is_not_reaped_within_a_lease_after_its_slot_came_whatever_t
 
 
 async def moved_to(log: Any, run_id: str) -> str:
-    """Where the run is, by what the log knows after a look at it."""
     await log.get(run_id)
     shard: str = log.shard(run_id)
     return shard
@@ -377,40 +355,24 @@ async def test_the_script_that_reaps_leaves_a_run_alone_that_has_been_here_for_l
 
 
 @pytest.mark.usefixtures("without_look_ups")
-async def test_what_is_written_while_a_runs_keys_are_beyond_an_ask_reaches_readers_elsewhere(works: Works) -> None:
-    async with (
-        supervisor_at(works.url, lease=LONG) as owner,
-        supervisor_at(works.url, lease=LONG) as other,
-    ):
+@pytest.mark.parametrize("moves", ["half", "there and back"])
+async def test_what_is_written_while_a_slot_moves_reaches_readers_elsewhere(works: Works, moves: str) -> None:
+    async with supervisor_at(works.url, lease=LONG) as owner, supervisor_at(works.url, lease=LONG) as other:
         ticks = Ticks()
         run = await owner.start(ticks, run_id=works.run_on(works.first))
         async with readers((other, run.id)) as (reader,):
             await until(lambda: last_seq(reader) > 5)
-            await begin(works, run.id, works.second, keys=2)
-            assert await keys_on(works, works.second, run.id) == {record_of(run.id), stream_of(run.id)}
-            said = ticks.said
-            await until(lambda: last_seq(reader) > said + 10)
-            assert await works.cluster.node_of(record_of(run.id)) is works.first
-            await finish(works, run.id, works.second)
-            said = ticks.said
-            await until(lambda: last_seq(reader) > said + 10)
-            ticks.enough.set()
-        counted(await same_everywhere(works.server, run.id, [reader]), ticks)
-
-
-@pytest.mark.usefixtures("without_look_ups")
-async def test_the_channels_of_a_slot_that_was_moved_away_and_back_are_listened_to_again(works: Works) -> None:
-    async with (
-        supervisor_at(works.url, lease=LONG) as owner,
-        supervisor_at(works.url, lease=LONG) as other,
-    ):
-        ticks = Ticks()
-        run = await owner.start(ticks, run_id=works.run_on(works.first))
-        async with readers((other, run.id)) as (reader,):
-            await until(lambda: last_seq(reader) > 5)
-            there_and_back(works, works.cluster.slot(record_of(run.id)), works.first, works.second)
-            said = ticks.said
-            await until(lambda: last_seq(reader) > said + 10)
+            if moves == "half":  # its keys are beyond an ASK
+                await begin(works, run.id, works.second, keys=2)
+                assert await keys_on(works, works.second, run.id) == {record_of(run.id), stream_of(run.id)}
+                said = ticks.said
+                await until(lambda: last_seq(reader) > said + 10)
+                assert await works.cluster.node_of(record_of(run.id)) is works.first
+                await finish(works, run.id, works.second)
+            else:
+                there_and_back(works, works.cluster.slot(record_of(run.id)), works.first, works.second)
+            now = ticks.said
+            await until(lambda: last_seq(reader) > now + 10)
             ticks.enough.set()
         counted(await same_everywhere(works.server, run.id, [reader]), ticks)
 

@@ -47,7 +47,6 @@ PATIENT = 600.0
 
 
 async def goes_on(all_of: Sequence[Any], others: Sequence[Any] = ()) -> None:
-    """Many more entries come to all of these readers, and none to the others."""
     before = [last_seq(reader) for reader in others]
     seen = max(map(last_seq, all_of))
     await until(lambda: min(map(last_seq, all_of)) > seen + MANY)
@@ -61,7 +60,6 @@ def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def without(node: RedisServer) -> AsyncIterator[None]:
-    """The node stands still."""
     node.pause()
     try:
         yield
@@ -70,9 +68,7 @@ async def without(node: RedisServer) -> AsyncIterator[None]:
 
 
 @shares_works
-async def test_while_a_node_stands_still_all_goes_on_that_is_on_others(
-    works: Works, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_while_a_node_stands_still_the_others_go_on(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for_ever(monkeypatch)
     async with supervisors(works.url, works.url, lease=6.0) as (owner, other):
         nodes = works.last_without_inbox(owner, other)
@@ -155,9 +151,7 @@ async def test_after_the_outage_limit_a_node_loses_its_runs_and_readers_and_is_o
         assert gists(await read(other, ids[1]))[-2:] == ["error RUN_LOST", "[DONE]"]
 
 
-async def test_a_dead_node_keeps_no_cancel_from_its_owner_and_no_supervisor_from_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_dead_node_delays_no_cancel_and_no_supervisor_on_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     async with redis_cluster(node_timeout=PATIENT) as cluster, AsyncExitStack() as stack:
         works = Works(cluster)
         both = await stack.enter_async_context(supervisors(works.url, works.url, lease=3.0))
@@ -237,9 +231,7 @@ async def test_while_a_node_stands_still_listings_hold_up_nobody_else_and_the_lo
                     assert gists(await read(supervisor, run.id)) == ["1", "2", "3", "[DONE]"]
 
 
-async def test_a_node_whose_replica_does_not_keep_what_it_must_is_away_and_new_runs_go_elsewhere(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_node_whose_replica_lags_is_away_and_new_runs_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
         redis_cluster(masters=2, replicas=1, node_timeout=PATIENT) as cluster,
         open_log(cluster.url, wait_replicas=1) as log,
@@ -292,6 +284,5 @@ async def test_while_a_cluster_that_wants_all_slots_served_is_down_it_serves_rea
 
 
 async def state_of(node: RedisServer) -> str:
-    """What the cluster's state is by this node."""
     state: str = (await node.command("CLUSTER INFO"))["cluster_state"]
     return state

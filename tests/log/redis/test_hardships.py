@@ -65,9 +65,6 @@ async def says_hello() -> AsyncIterator[Event]:
     yield Event(data="hello")
 
 
-# Writes are refused, and nothing else
-
-
 @pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("lease", [0.6, 30.0], ids=["by a look for the dead", "by a look at the log"])
 async def test_a_server_that_refuses_nothing_but_writes_is_an_outage_after_the_limit(lease: float) -> None:
@@ -144,10 +141,7 @@ async def no_text(server: Endpoint, run_id: str) -> None:
 @pytest.mark.parametrize("spoil", [replace_stream, replace_record, no_text])
 async def test_a_run_that_cannot_be_read_harms_no_reader_of_another(server: Endpoint, spoil: Any) -> None:
     bad, good, notes = Ticks(), Ticks(), Notes()
-    async with (
-        supervisors(server.url) as (owner,),
-        supervisor_at(server.url, observer=notes) as other,
-    ):
+    async with supervisors(server.url) as (owner,), supervisor_at(server.url, observer=notes) as other:
         spoiled, run = await owner.start(bad), await owner.start(good)
         async with readers((other, spoiled.id), (other, run.id), (owner, run.id)) as (harmed, *following):
             await until(lambda: min(map(last_seq, [harmed, *following])) >= 1)
@@ -199,15 +193,11 @@ async def test_runs_are_renewed_and_the_dead_reaped_beside_what_no_supervisor_wr
 
             await until_it_is(renewed_for_three_leases, wanted=True)
             await until_it_is(lambda: server.command("HGET", record_of("dead"), "status"), "lost")
-            assert not {"dead", NO_TEXT.decode(errors="surrogateescape")} & {*await live_runs(server)}
+            live = await server.command("ZRANGE", KEYS.live(), 0, -1)
+            assert not {"dead", NO_TEXT.decode(errors="surrogateescape")} & {*live}
             assert not silent.left
             await other.cancel(run.id)
         assert (await same_everywhere(server, run.id, following))["status"] == "cancelled"
-
-
-async def live_runs(server: Endpoint) -> list[str]:
-    found: list[str] = await server.command("ZRANGE", KEYS.live(), 0, -1)
-    return found
 
 
 @pytest.mark.parametrize("spoil", [replace_record, unknown_status, odd_number])
@@ -252,7 +242,6 @@ async def test_a_start_whose_reply_is_lost_and_that_cannot_be_taken_back_is_done
 
 
 async def _start_at_last(supervisor: Supervisor) -> Started:
-    """Repeat the start until the log is back."""
     with trio.fail_after(10):
         while True:
             try:
@@ -262,9 +251,7 @@ async def _start_at_last(supervisor: Supervisor) -> Started:
 
 
 @pytest.mark.usefixtures("brisk")
-async def test_a_start_that_is_held_up_takes_no_run_from_whoever_has_repeated_it(
-    server: Endpoint, between: Proxy
-) -> None:
+async def test_a_start_that_is_held_up_takes_no_run_from_its_repetition(server: Endpoint, between: Proxy) -> None:
     late: list[Started | PenstockError] = []
     async with supervisors(between.url, server.url, lease=3) as (one, other), trio.open_nursery() as nursery:
         await one.wait((await one.start(says_hello)).id)
@@ -305,9 +292,7 @@ async def test_a_start_that_is_held_up_takes_no_run_from_whoever_has_repeated_it
 
 @pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("known", [False, True], ids=["before it is known", "when it is known"])
-async def test_a_start_that_is_cancelled_takes_no_run_from_another_under_its_key(
-    server: Endpoint, between: Proxy, *, known: bool
-) -> None:
+async def test_a_cancelled_start_takes_no_run_from_another(server: Endpoint, between: Proxy, *, known: bool) -> None:
     answers: list[Started] = []
     async with supervisors(between.url, server.url) as (one, other), trio.open_nursery() as nursery:
         await one.wait((await one.start(says_hello)).id)
@@ -336,9 +321,7 @@ async def test_a_start_that_is_cancelled_takes_no_run_from_another_under_its_key
         assert (await other.wait(answers[0].run.id)).status is RunStatus.COMPLETED
 
 
-async def test_of_two_requests_under_one_key_at_the_same_moment_one_is_a_run_and_the_other_a_conflict(
-    server: Endpoint,
-) -> None:
+async def test_of_two_requests_under_one_key_at_once_one_is_a_run_and_one_a_conflict(server: Endpoint) -> None:
     async def says_another_thing() -> AsyncIterator[Event]:
         yield Event(data="another thing")
 
@@ -387,11 +370,7 @@ async def test_the_keys_of_runs_that_were_given_up_are_forgotten_in_time(
         assert "kept" in known
 
 
-# The clock of Redis
-
-
 def set_forward(log: EventLog, seconds: float) -> None:
-    """As if the clock of Redis had been set forward since the last look for the dead."""
     assert isinstance(log, RedisLog)
     redis, here = log._reaper._clocks[""]
     log._reaper._clocks[""] = (b"%d" % (int(redis) - round(1000 * seconds)), here)
@@ -399,10 +378,7 @@ def set_forward(log: EventLog, seconds: float) -> None:
 
 async def test_after_a_clock_was_set_forward_nobody_is_reaped_for_a_lease(server: Endpoint) -> None:
     lease, notes = 0.6, Notes()
-    async with (
-        redis_log(server.url) as log,
-        supervisors(server.url, lease=lease, observer=notes) as (supervisor,),
-    ):
+    async with redis_log(server.url) as log, supervisors(server.url, lease=lease, observer=notes) as (supervisor,):
         await all_may_reap(server, 1)
         set_forward(supervisor.log, 30)
         await log.start(record(), Lease("nobody", "epoch", 0.001))
@@ -413,12 +389,7 @@ async def test_after_a_clock_was_set_forward_nobody_is_reaped_for_a_lease(server
         assert notes.errors == []
 
 
-# The list
-
-
-async def test_the_list_gives_no_run_twice_while_others_are_started(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_list_repeats_no_run_while_others_start(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.log.LIST_PAGE", 5)
     async with redis_log(server.url) as one, redis_log(server.url) as other, trio.open_nursery() as nursery:
         started = 0
@@ -452,12 +423,7 @@ async def test_a_run_whose_record_is_missing_stays_on_the_list_while_it_is_young
         assert [run.id for run in await log.list()] == ["young", "there"]
 
 
-# Cancel requests
-
-
-async def test_a_cancel_whose_wake_up_is_lost_is_delivered_however_short_runs_are_kept(
-    server: Endpoint, between: Proxy
-) -> None:
+async def test_a_cancel_without_wake_up_is_delivered_however_short_the_ttl(server: Endpoint, between: Proxy) -> None:
     witness = Witness()
     async with supervisors(between.url, server.url, limits={"ttl": 0.1}, cancel_check_interval=1.0) as (owner, other):
         run = await owner.start(witness.waits)

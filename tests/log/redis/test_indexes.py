@@ -36,7 +36,6 @@ class Nodes:
         self.share([f"node-{number}" for number in range(masters)])
 
     def share(self, hosts: Sequence[str]) -> None:
-        """Give these hosts the slots."""
         bounds = [SLOTS * number // len(hosts) for number in range(len(hosts) + 1)]
         ranges = [[bounds[n], bounds[n + 1] - 1, [host.encode(), 1]] for n, host in enumerate(hosts)]
         self.slots.replace(ranges, "asked")
@@ -63,7 +62,6 @@ def lists_of(nodes: Nodes) -> RunIndexes:
 
 
 def by_lease(lists: RunIndexes) -> list[str]:
-    """All lists by lease, sorted."""
     return sorted(key.replace("runs", "live") for key in lists.runs())
 
 
@@ -73,9 +71,6 @@ def run_is_at_home(nodes: Nodes, lists: RunIndexes, run_id: str) -> bool:
     assert lists.runs_of(run_id) in lists.runs()
     assert lists.live_of(run_id) == lists.runs_of(run_id).replace("runs", "live")
     return nodes.shard(lists.live_of(run_id)) == nodes.shard(lists.runs_of(run_id)) == home
-
-
-# One server
 
 
 def test_one_server_has_two_indexes_whatever_the_run() -> None:

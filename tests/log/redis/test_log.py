@@ -21,7 +21,6 @@ from tests.support.clustered import CLUSTER, in_order, on_a_cluster, shares_a_cl
 from tests.support.following import cancelling_at
 from tests.support.logs import CANCELLED, COMPLETED, FAILED, LEASE, LOST_ENDING, batch, record, seqs
 from tests.support.proxy import Reply, proxy
-from tests.support.redis_runs import until_it_is
 from tests.support.redis_servers import Endpoint, let_pass, redis_server
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ SECRET = "open-sesame"  # noqa: S105  (it opens nothing)
 
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start waits for another one under its key, but not for long."""
     monkeypatch.setattr("penstock.log.redis.start.PENDING_LIMIT", 0.1)
 
 
@@ -69,9 +67,7 @@ async def test_a_key_is_taken_before_its_run_is_started(server: Endpoint) -> Non
 
 @pytest.mark.usefixtures("_soon")
 @on_a_cluster
-async def test_a_key_whose_start_broke_off_is_started_again_under_its_first_id_and_free_for_another_request(
-    log: RedisLog,
-) -> None:
+async def test_a_key_whose_start_broke_off_keeps_its_first_id_and_is_free_for_another_request(log: RedisLog) -> None:
     for key in ("key", "other"):
         await log._backend.ask("SET", KEYS.idempotency(key), json.dumps(["request", "first"]))
     started = await log.start(record("second"), LEASE, KEY)
@@ -127,9 +123,7 @@ async def test_a_key_is_put_back_with_its_run(server: Endpoint, log: RedisLog) -
 
 @pytest.mark.parametrize("by", ["append", "restore", "renew"])
 @on_a_cluster
-async def test_d10_no_key_is_remembered_of_a_run_that_another_has_ended(
-    server: Endpoint, log: RedisLog, by: str
-) -> None:
+async def test_d10_no_key_is_remembered_of_a_run_that_another_ended(server: Endpoint, log: RedisLog, by: str) -> None:
     await log.start(record(), LEASE, KEY)
     await let_pass(server, 31)
     async with open_log(server.url) as other:
@@ -155,9 +149,7 @@ async def test_a_key_that_was_used_for_a_run_id_in_use_is_free_for_a_request_for
 
 
 @on_a_cluster
-async def test_a_key_is_refused_to_another_request_even_after_its_mapping_is_lost(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_a_key_is_refused_to_another_request_without_its_mapping(server: Endpoint, log: RedisLog) -> None:
     await log.start(record(), LEASE, KEY)
     await server.command("DEL", KEYS.idempotency("key"))
     with pytest.raises((IdempotencyConflict, RunExists)):
@@ -203,9 +195,7 @@ async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_run_that_nobody
     assert cancelled > 0
 
 
-async def test_a_start_that_cannot_be_taken_back_ends_with_its_lease(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_start_that_stays_ends_with_its_lease(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.start.FORGET_TIMEOUT", 0.01)
     async with proxy(server.port) as between, open_log(between.url) as log:
         await log.start(record("earlier"), LEASE)
@@ -252,9 +242,7 @@ async def cancel_without_post(log: RedisLog, words: str | None) -> None:
 
 @pytest.mark.parametrize("words", ["", None])
 @on_a_cluster
-async def test_a_cancel_that_did_not_reach_the_inbox_is_heard_with_the_next_renewal(
-    log: RedisLog, words: str | None
-) -> None:
+async def test_a_cancel_that_is_not_in_the_inbox_comes_with_the_next_renewal(log: RedisLog, words: str | None) -> None:
     await log.start(record(), LEASE)
     await cancel_without_post(log, words)
     assert await log.cancel_requests("owner") == {}
@@ -277,9 +265,7 @@ async def test_no_cancel_is_heard_of_a_run_that_is_over_or_another_owners(server
 
 @pytest.mark.parametrize("words", ["", None])
 @on_a_cluster
-async def test_a_repeated_cancel_posts_again_what_is_on_record_and_wakes_the_owner(
-    log: RedisLog, words: str | None
-) -> None:
+async def test_a_repeated_cancel_posts_its_record_again_and_wakes_the_owner(log: RedisLog, words: str | None) -> None:
     await log.start(record(), LEASE)
     await cancel_without_post(log, words)
     async with log.wakeups("owner") as wakeups:
@@ -330,9 +316,6 @@ async def test_a_request_that_was_taken_is_not_taken_again_because_a_poll_has_fa
         assert await log.cancel_requests("owner") == {}
 
 
-# --- reaping --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dead", [3, 10])
 @on_a_cluster
 async def test_all_that_are_dead_are_reaped_however_many_there_are(
@@ -359,21 +342,17 @@ async def test_a_run_that_cannot_be_reaped_keeps_no_other_from_being_reaped(serv
 
 
 def all_live(log: RedisLog) -> list[str]:
-    """The lists of live runs: one, or those of a cluster."""
     return [KEYS.live(number) for number in log._indexes._numbers]
 
 
 async def listed(server: Endpoint, lists: list[str]) -> list[str]:
-    """What stands in these lists."""
     return [each for key in lists for each in await server.command("ZRANGE", key, 0, -1)]
 
 
 # --- list -----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_list_keeps_to_so_many_of_the_newest(
-    server: Endpoint, log: RedisLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_list_keeps_the_newest_runs(server: Endpoint, log: RedisLog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.log.redis.start.LISTED_RUNS", 5)
     for number in (3, 9, 1, 8, 2, 7, 4, 6, 5):
         await log.start(record(f"r{number}", created_at=float(number)), LEASE)
@@ -527,14 +506,7 @@ async def now(server: Endpoint) -> float:
     return float(f"{seconds}.{micros:06d}")
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------
-
-
-# --- servers that cannot serve --------------------------------------------------------------------------------------
-
-
 def each_operation(log: RedisLog) -> list[Callable[[], Awaitable[Any]]]:
-    """Everything that asks Redis anything."""
     return [
         lambda: log.start(record(), LEASE),
         lambda: log.start(record(), LEASE, KEY),
@@ -564,9 +536,7 @@ async def enter_wakeups(log: RedisLog) -> None:
     [(f":{SECRET}@", "refuses the user or the password"), ("", "wants a password; name it in the URL")],
     ids=["wrong", "none"],
 )
-async def test_without_the_right_password_every_operation_says_so_and_nobody_repeats_it(
-    password: str, words: str
-) -> None:
+async def test_without_the_right_password_every_operation_says_so_without_it(password: str, words: str) -> None:
     async with redis_server(requirepass="another") as server:
         async with open_log(f"redis://{password}127.0.0.1:{server.port}") as log:
             assert isinstance(log, RedisLog)
@@ -577,34 +547,6 @@ async def test_without_the_right_password_every_operation_says_so_and_nobody_rep
                 assert "another" not in str(caught.value)
         async with open_log(server.url) as log:
             await log.check()
-
-
-async def test_a_read_only_replica_says_which_server_is_wanted() -> None:
-    async with (
-        redis_server(repl_diskless_sync_delay=0) as primary,
-        redis_server(replicaof=("127.0.0.1", primary.port)) as replica,
-        open_log(replica.url) as log,
-    ):
-        assert isinstance(log, RedisLog)
-        async with open_log(primary.url) as there:
-            for run_id in ("r", "other"):
-                await there.start(record(run_id), LEASE)
-            await until_it_is(lambda: replica.command("DBSIZE"), await primary.command("DBSIZE"))
-        writes: list[Callable[[], Awaitable[Any]]] = [
-            lambda: log.start(record("new"), LEASE),
-            lambda: log.start(record("new"), LEASE, KEY),
-            lambda: log.append([batch(1, 1)]),
-            lambda: log.append([batch(1, 1, COMPLETED)]),
-            lambda: log.append([batch(1, 1), batch(1, 1, run_id="other")]),
-            lambda: log.restore(record(), LEASE, 1),
-            lambda: log.renew("owner", {"r": "epoch"}, 30.0),
-            lambda: log.request_cancel("r", "why"),
-            log.check,
-        ]
-        for write in writes:
-            with pytest.raises(LogUnavailable, match="it is a read-only replica; name its primary in the URL"):
-                await write()
-        assert (await log.get("r")).seq == 0
 
 
 async def test_where_nobody_listens_every_operation_says_so() -> None:

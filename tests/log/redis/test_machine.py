@@ -76,7 +76,6 @@ class RedisLogMachine(LogMachine):
         return self.now + max(TTL, 4 * lease)
 
     def lease_renewed(self, model: Model, seconds: float) -> None:
-        """From now on an append is worth as much."""
         model.lease = seconds
 
     def stands_at(self, model: Model) -> int:

@@ -15,7 +15,6 @@ from penstock.errors import CursorExpired, LogFull, LogUnavailable, ReaderReleas
 from penstock.runs import RunStatus
 from penstock.sse import Event
 from tests.support.command_line import penstock
-from tests.support.proxy import Proxy, proxy
 from tests.support.redis_runs import (
     Ticks,
     all_may_reap,
@@ -34,7 +33,7 @@ from tests.support.redis_runs import (
     until_it_is,
     whole,
 )
-from tests.support.redis_servers import Endpoint, RedisServer, redis_server, shared_server
+from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.serving import PRODUCERS, problem, serving
 from tests.support.supervising import Notes, Reader, Witness, gists, read, readers
 
@@ -42,23 +41,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from penstock.runs import Run
+    from tests.support.proxy import Proxy
+    from tests.support.redis_servers import Endpoint
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "agent.py"
 RESTARTS = 3
 BIG = 16 * 1024 * 1024
-
-
-@pytest.fixture
-def shared() -> Endpoint:
-    server = shared_server()
-    server.flushall()
-    return server
-
-
-@pytest.fixture
-async def between(shared: Endpoint) -> AsyncIterator[Proxy]:
-    async with proxy(shared.port) as between:
-        yield between
 
 
 @pytest.fixture
@@ -69,7 +57,6 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis counts as out of reach after half a second."""
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 0.5)
 
 
@@ -144,10 +131,7 @@ async def test_a_run_of_which_an_emptied_server_cannot_be_given_all_again_ends_a
 
 @pytest.mark.usefixtures("brisk")
 async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_empty() -> None:
-    async with (
-        redis_server() as server,
-        supervisors(server.url, server.url) as (owner, other),
-    ):
+    async with redis_server() as server, supervisors(server.url, server.url) as (owner, other):
         ticks, witness = Ticks(), Witness()
         run, silent = await owner.start(ticks), await owner.start(witness.waits)
         async with readers((owner, run.id), (other, run.id), (owner, silent.id), (other, silent.id)) as following:
@@ -161,9 +145,6 @@ async def test_a_run_that_ends_while_the_server_is_away_ends_when_it_is_back_emp
             await other.cancel(silent.id)
         counted(await same_everywhere(server, run.id, following[:2]), ticks)
         assert (await same_everywhere(server, silent.id, following[2:]))["status"] == "cancelled"
-
-
-# Standing still
 
 
 async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,34 +173,30 @@ async def test_a_server_that_stands_still_for_two_leases_loses_no_run(monkeypatc
         assert (notes.fenced, notes.errors) == ([], [])
 
 
-async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_is_told(shared: Endpoint) -> None:
+async def test_an_owner_that_stands_still_for_two_leases_loses_its_run_once_and_is_told(server: Endpoint) -> None:
     lease = 1.0
-    async with supervisors(shared.url, lease=lease) as (other,), owner_process(shared.url, lease) as owner:
+    async with supervisors(server.url, lease=lease) as (other,), owner_process(server.url, lease) as owner:
         run_id = (await owner.until(r"owns (\S+)"))[1]
         async with readers((other, run_id)) as (reader,):
             await until(lambda: last_seq(reader) >= 10)
-            await all_may_reap(shared, 1)
+            await all_may_reap(server, 1)
             owner.process.send_signal(signal.SIGSTOP)
             await trio.sleep(2 * lease)  # for so long it stands still
             assert (await other.wait(run_id)).status == "lost"
-            at_the_end = await stored(shared, run_id)
+            at_the_end = await stored(server, run_id)
             owner.process.send_signal(signal.SIGCONT)
             with trio.fail_after(60):
                 await owner.until("cancelled: fenced")
                 await owner.until("ended lost")
                 assert await owner.end() == 0
-        assert await stored(shared, run_id) == at_the_end
-        assert (await same_everywhere(shared, run_id, [reader]))["status"] == "lost"
+        assert await stored(server, run_id) == at_the_end
+        assert (await same_everywhere(server, run_id, [reader]))["status"] == "lost"
         assert gists(reader.entries).count("error RUN_LOST") == 1
         assert gists(reader.entries)[-2:] == ["error RUN_LOST", "[DONE]"]
 
 
-# Full
-
-
 @asynccontextmanager
 async def full(server: RedisServer) -> AsyncIterator[None]:
-    """The server has no room while this lasts."""
     await server.command("SETRANGE", "filler", BIG, "x")
     yield
     await server.command("DEL", "filler")
@@ -275,7 +252,7 @@ async def test_on_a_full_server_what_runs_can_end_and_be_read_and_goes_on_when_t
 
 @pytest.mark.usefixtures("brisk")
 async def test_a_stall_below_the_limit_holds_a_producer_back_with_what_may_be_pending_and_costs_nothing(
-    shared: Endpoint, between: Proxy
+    server: Endpoint, between: Proxy
 ) -> None:
     said, stalled, notes, room = 0, trio.Event(), Notes(), 20_000
 
@@ -286,7 +263,7 @@ async def test_a_stall_below_the_limit_holds_a_producer_back_with_what_may_be_pe
             yield Event(data=str(said) + "." * 1_000)
 
     async with supervisors(between.url, max_pending_bytes=room, observer=notes) as (owner,):
-        async with supervisor_at(shared.url) as other, trio.open_nursery() as nursery:
+        async with supervisor_at(server.url) as other, trio.open_nursery() as nursery:
             run = await owner.start(producer)
             following = [Reader(each, run.id) for each in (owner, other)]
             for reader in following:
@@ -298,17 +275,15 @@ async def test_a_stall_below_the_limit_holds_a_producer_back_with_what_may_be_pe
             assert 10 < said < 30  # it felt nothing until there was no more room
             between.go_on()
             await until(lambda: all(reader.ended_at for reader in following))
-        assert (await same_everywhere(shared, run.id, following))["seq"] == "61"
+        assert (await same_everywhere(server, run.id, following))["seq"] == "61"
         assert (notes.fenced, notes.errors) == ([], [])
 
 
 @pytest.mark.usefixtures("impatient", "brisk")
-async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_it_and_nothing_else(
-    shared: Endpoint, between: Proxy
-) -> None:
+async def test_an_outage_beyond_the_limit_ends_the_runs_and_nothing_else(server: Endpoint, between: Proxy) -> None:
     notes, silent, ticks, kept = Notes(), Witness(), Ticks(), Ticks()
     async with (
-        supervisors(shared.url, lease=1.5) as (other,),
+        supervisors(server.url, lease=1.5) as (other,),
         supervisor_at(between.url, lease=1.5, outage_limit=1.2, observer=notes) as owner,
     ):
         runs = [await owner.start(silent.waits), await owner.start(ticks)]
@@ -317,7 +292,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
         async with readers(*((other, run.id) for run in runs)) as there:
             async with readers(*((owner, run.id) for run in [*runs, elsewhere])) as following:
                 await until(lambda: min(map(last_seq, [*there, *following])) >= 1)
-                await all_may_reap(shared)
+                await all_may_reap(server)
                 between.stall()
                 await until(lambda: silent.left and ticks.left)
             assert silent.saw == "log unavailable"
@@ -329,7 +304,7 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
                 await owner.start(Ticks())
             for run in runs:
                 assert (await other.wait(run.id)).status == "lost"
-        at_the_end = [await stored(shared, run.id) for run in runs]
+        at_the_end = [await stored(server, run.id) for run in runs]
         between.go_on()
         fresh = Ticks()
 
@@ -345,21 +320,21 @@ async def test_a_log_that_is_away_for_longer_than_the_limit_takes_its_runs_with_
         async with readers((owner, run.id), (other, run.id)) as both:
             await until(lambda: min(map(last_seq, both)) >= 5)
             fresh.enough.set()
-        counted(await same_everywhere(shared, run.id, both), fresh)
+        counted(await same_everywhere(server, run.id, both), fresh)
         for lost, was, reader in zip(runs, at_the_end, there, strict=True):
-            assert await stored(shared, lost.id) == was
-            assert (await same_everywhere(shared, lost.id, [reader]))["status"] == "lost"
+            assert await stored(server, lost.id) == was
+            assert (await same_everywhere(server, lost.id, [reader]))["status"] == "lost"
             assert (await owner.get(lost.id)).status == "lost"
             assert gists(await read(owner, lost.id))[-2:] == ["error RUN_LOST", "[DONE]"]
         kept.enough.set()
         await other.wait(elsewhere.id)
-        counted(await whole(shared, elsewhere.id), kept)
+        counted(await whole(server, elsewhere.id), kept)
         assert notes.errors == []
         await nothing_is_left(owner)
 
 
 @pytest.mark.usefixtures("impatient", "brisk")
-async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: Endpoint, between: Proxy) -> None:
+async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(server: Endpoint, between: Proxy) -> None:
     async with supervisors(between.url, lease=0.6, outage_limit=0.7) as (owner,):
         witness = Witness()
         run = await owner.start(witness.waits)
@@ -378,7 +353,7 @@ async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: E
             return record.status
 
         await until_it_is(status, RunStatus.LOST, 8)
-        assert (await whole(shared, run.id))["status"] == "lost"
+        assert (await whole(server, run.id))["status"] == "lost"
         assert gists(await read(owner, run.id)) == ["first", "error RUN_LOST", "[DONE]"]
         await nothing_is_left(owner)
 
@@ -387,7 +362,6 @@ async def test_the_only_process_reaps_its_own_runs_after_a_long_outage(shared: E
 
 
 async def serve_refuses(url: str) -> str:
-    """What `penstock serve` says to this log, before it ends with code 1."""
     serve = ("serve", "--producers", f"{EXAMPLE}:producers", "--bind", "127.0.0.1:0", "--log", url)
     async with penstock(*serve) as program:
         with trio.fail_after(60):
@@ -397,8 +371,8 @@ async def serve_refuses(url: str) -> str:
     return program.words
 
 
-async def test_serve_does_not_start_on_a_read_only_replica(shared: Endpoint) -> None:
-    async with redis_server(replicaof=("127.0.0.1", shared.port)) as replica:
+async def test_serve_does_not_start_on_a_read_only_replica(server: Endpoint) -> None:
+    async with redis_server(replicaof=("127.0.0.1", server.port)) as replica:
         words = await serve_refuses(replica.url)
         assert "it is a read-only replica; name its primary in the URL; not started" in words
 
@@ -406,13 +380,6 @@ async def test_serve_does_not_start_on_a_read_only_replica(shared: Endpoint) -> 
 async def test_a_wrong_password_is_refused_and_shown_nowhere() -> None:
     async with redis_server(requirepass="sesame") as server:
         wrong = f"redis://:hunter2@127.0.0.1:{server.port}"
-        with pytest.raises(LogUnavailable, match="refuses the user or the password") as refused:
-            async with supervisor_at(wrong):
-                raise AssertionError("it opened")
-        shown: BaseException | None = refused.value
-        while shown is not None:
-            assert "hunter2" not in str(shown)
-            shown = shown.__cause__
         words = await serve_refuses(wrong)
         assert f"Redis at 127.0.0.1:{server.port} cannot serve: it refuses the user or the password" in words
         assert "hunter2" not in words

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 LOST = ["first", "error RUN_LOST", "[DONE]"]
 
 
-# Replies that are lost
-
-
 def first_of_each_append() -> Callable[[Reply], bool]:
     """Lose the reply to every append that has not been sent before."""
     seen = set()
@@ -62,9 +59,7 @@ def first_of_each_append() -> Callable[[Reply], bool]:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_replies_that_are_lost_make_neither_a_gap_nor_a_repetition(
-    server: Endpoint, between: Proxy, n: int
-) -> None:
+async def test_lost_replies_make_neither_a_gap_nor_a_repetition(server: Endpoint, between: Proxy, n: int) -> None:
     async with supervisors(between.url, server.url) as (owner, other):
         ticks = Ticks(0.002)
         run = await owner.start(ticks)
@@ -104,12 +99,7 @@ async def test_d28_what_many_tasks_write_and_flush_at_once_keeps_its_order(serve
         assert mine == [f"{task}.{number}" for number in range(10)]
 
 
-# Connections that are dropped
-
-
-async def test_connections_that_keep_breaking_cost_a_run_of_many_events_nothing(
-    server: Endpoint, between: Proxy
-) -> None:
+async def test_connections_that_keep_breaking_cost_a_long_run_nothing(server: Endpoint, between: Proxy) -> None:
     async def cut_now_and_then() -> None:
         while True:
             await trio.sleep(0.1)
@@ -132,12 +122,7 @@ async def test_connections_that_keep_breaking_cost_a_run_of_many_events_nothing(
         assert (notes.fenced, notes.errors) == ([], [])
 
 
-# Two owners
-
-
-async def test_an_owner_that_was_cut_off_and_reaped_is_fenced_and_stores_nothing_more(
-    server: Endpoint, between: Proxy
-) -> None:
+async def test_an_owner_that_was_cut_off_and_reaped_is_fenced_for_good(server: Endpoint, between: Proxy) -> None:
     notes, witness, ticks = Notes(), Witness(), Ticks()
     async with (
         supervisors(server.url, lease=0.6) as (other,),
@@ -206,7 +191,6 @@ AT_ONCE = 50
 
 
 async def follow_all(nursery: trio.Nursery, supervisor: Supervisor, runs: list[str]) -> list[Reader]:
-    """A reader of each of these, when all of them follow."""
     following = [Reader(supervisor, run_id) for run_id in runs]
     for start in range(0, len(runs), AT_ONCE):
         async with trio.open_nursery() as starting:
@@ -225,9 +209,7 @@ def commands(stats: dict[str, int]) -> int:
     return sum(stats.values())
 
 
-async def test_d42_idle_readers_cost_a_few_commands_a_second_and_no_connection(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_d42_idle_readers_cost_few_commands(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, most, window = 200, 30, 2.0
     monkeypatch.setattr("penstock.log.redis.notifications.PING_INTERVAL", 1.0)  # what else comes in a lump every 5 s
     named = f"{server.url}?client_name=readers"
@@ -270,9 +252,7 @@ async def channels(server: Endpoint) -> int:
 
 
 @on_a_cluster
-async def test_a_reader_that_comes_wakes_none_of_those_that_are_there(
-    server: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_new_reader_wakes_none_of_the_others(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = 0
     wait = Tail.wait
 

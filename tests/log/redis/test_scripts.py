@@ -64,13 +64,11 @@ async def stored(log: RedisLog, after: int = 0) -> list[int]:
 
 
 async def contents(server: Endpoint, run_id: str = "r") -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
-    """The record and the entries, as they are in Redis."""
     stream = KEYS.stream(run_id)
     return await server.command("HGETALL", KEYS.record(run_id)), await server.command("XRANGE", stream, "-", "+")
 
 
 async def lives(server: Endpoint, run_id: str = "r") -> tuple[float, float]:
-    """For how many seconds the stream and the record will be there."""
     keys = KEYS.stream(run_id), KEYS.record(run_id)
     stream, entry = [await server.command("PTTL", key) for key in keys]
     return stream / 1000, entry / 1000
@@ -82,13 +80,9 @@ def about(seconds: float) -> Any:
 
 
 async def running(log: RedisLog, last: int = 0) -> None:
-    """The run `r`, with entries 1 to `last`."""
     await log.start(record(), LEASE)
     if last:
         assert (await append(log, 1, last)).status is AppendStatus.OK
-
-
-# --- append.lua: the order of its checks ----------------------------------------------------------------------------
 
 
 async def nothing(log: RedisLog) -> None:
@@ -197,9 +191,6 @@ async def test_large_seqs_are_written_as_whole_numbers(server: Endpoint, log: Re
     assert await stored(log, start) == [start + 1]
 
 
-# --- trimming -------------------------------------------------------------------------------------------------------
-
-
 async def test_a_stream_is_trimmed_by_whole_nodes_and_never_below_its_limit(server: Endpoint) -> None:
     async with redis_log(server.url, max_entries=150) as log:
         await log.start(record(), LEASE)
@@ -218,7 +209,7 @@ async def test_a_stream_is_trimmed_by_whole_nodes_and_never_below_its_limit(serv
 
 @pytest.mark.parametrize("ending", [None, FAILED], ids=["going on", "ending"])
 @everywhere
-async def test_a_stream_that_vanished_under_its_record_is_a_hole_and_is_restored(
+async def test_a_vanished_stream_is_a_hole_and_is_restored(
     server: Endpoint, log: RedisLog, ending: Ending | None
 ) -> None:
     await running(log, 5)
@@ -244,9 +235,7 @@ async def test_after_a_restore_that_begins_later_the_owner_goes_on_from_there(se
     assert await append(log, 10, 10) == Appended(HOLE, 0)
 
 
-async def test_a_stream_that_vanishes_before_anything_is_appended_to_it_is_no_loss(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_a_stream_that_vanishes_before_its_first_append_is_no_loss(server: Endpoint, log: RedisLog) -> None:
     await running(log, 5)
     await server.command("DEL", STREAM)
     for _ in range(3):
@@ -256,9 +245,7 @@ async def test_a_stream_that_vanishes_before_anything_is_appended_to_it_is_no_lo
 
 
 @everywhere
-async def test_a_record_that_is_lost_is_restored_and_goes_on_where_its_stream_is(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_a_lost_record_is_restored_and_goes_on_where_its_stream_is(server: Endpoint, log: RedisLog) -> None:
     await running(log, 5)
     before = await contents(server)
     await server.command("DEL", RECORD)
@@ -282,9 +269,7 @@ async def test_a_restore_looks_at_the_stream_itself_not_at_the_record(server: En
     assert (await log.get("r")).seq == 5
 
 
-async def test_a_stream_that_has_ended_is_not_restored_by_an_owner_who_does_not_know(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_an_ended_stream_is_not_restored_by_an_owner_that_missed_it(server: Endpoint, log: RedisLog) -> None:
     await running(log, 2)
     await let_pass(server, 31)
     await log.reap(lambda: LOST_ENDING)
@@ -311,9 +296,7 @@ async def test_a_restored_run_is_reaped_and_listed_like_any_other(server: Endpoi
 
 
 @everywhere
-async def test_d32_d40_a_running_run_is_kept_for_four_leases_from_each_sign_of_life(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_d32_d40_a_run_is_kept_for_four_leases_from_each_sign_of_life(server: Endpoint, log: RedisLog) -> None:
     await running(log)
     assert await lives(server) == (about(0), about(120))
     await append(log, 1, 2)
@@ -359,21 +342,14 @@ async def test_an_ended_run_is_kept_for_the_ttl_whoever_ended_it(server: Endpoin
 
 
 @pytest.mark.parametrize("passed", [1, 60])
-async def test_d32_a_cancel_request_keeps_a_record_as_long_as_its_stream(
-    server: Endpoint, log: RedisLog, passed: int
-) -> None:
+async def test_d32_a_cancel_request_keeps_record_and_stream_alike(server: Endpoint, log: RedisLog, passed: int) -> None:
     await running(log, 2)
     await let_pass(server, passed)
     await log.request_cancel("r", "stop")
     assert await lives(server) == (about(120), about(120))
 
 
-# --- a server that has forgotten the scripts ------------------------------------------------------------------------
-
-
-async def test_scripts_that_are_flushed_in_mid_run_are_sent_again_and_nothing_is_stored_twice(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_flushed_scripts_are_sent_again_and_store_nothing_twice(server: Endpoint, log: RedisLog) -> None:
     await running(log)
     await log.start(record("other"), LEASE)
     for seq in range(1, 6):
@@ -439,9 +415,7 @@ async def test_a_reaping_whose_reply_is_lost_has_reaped_once(server: Endpoint) -
 
 
 @pytest.mark.parametrize("oldest", [1, 9])
-async def test_a_restore_whose_reply_is_lost_is_answered_as_the_first_would_have_been(
-    server: Endpoint, oldest: int
-) -> None:
+async def test_a_restore_whose_reply_is_lost_is_answered_as_the_first(server: Endpoint, oldest: int) -> None:
     async with losing(server, scripts.RESTORE) as log:
         await running(log, 3)
         expected = Appended(OK, 3) if oldest == 1 else Appended(HOLE, 8)
@@ -452,9 +426,7 @@ async def test_a_restore_whose_reply_is_lost_is_answered_as_the_first_would_have
 
 
 @everywhere
-async def test_a_start_drops_the_stream_of_an_older_run_whose_record_has_expired(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_a_start_drops_the_stream_of_an_older_run_without_record(server: Endpoint, log: RedisLog) -> None:
     await running(log, 5)
     await server.command("DEL", RECORD)
     await log.start(record(), Lease("owner", "new", 30.0))
@@ -522,9 +494,7 @@ async def test_the_list_of_live_runs_is_only_a_hint_and_the_records_decide(serve
     assert due == pytest.approx(lease_end, abs=2_000)
 
 
-async def test_due_are_those_whose_time_is_over_the_most_overdue_first_and_no_more_than_asked_for(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_due_runs_come_most_overdue_first_and_no_more_than_asked_for(server: Endpoint, log: RedisLog) -> None:
     now, none = await log._backend.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
     assert none == []
     assert int(now) == pytest.approx(time.time() * 1000, abs=60_000)
@@ -534,9 +504,7 @@ async def test_due_are_those_whose_time_is_over_the_most_overdue_first_and_no_mo
 
 
 @pytest.mark.parametrize("only_new", ["1", ""])
-async def test_a_start_notes_only_what_is_new_and_a_renewal_whatever_is_alive(
-    server: Endpoint, log: RedisLog, only_new: str
-) -> None:
+async def test_a_start_notes_new_runs_and_a_renewal_live_ones(server: Endpoint, log: RedisLog, only_new: str) -> None:
     await server.command("ZADD", KEYS.live(), 1, "old")
     await log._backend.ask(*call(scripts.ENLIST, [KEYS.live()], 5_000, only_new, "old", "new"))
     due = pytest.approx(time.time() * 1000 + 5_000, abs=60_000)
@@ -545,9 +513,7 @@ async def test_a_start_notes_only_what_is_new_and_a_renewal_whatever_is_alive(
 
 
 @pytest.mark.parametrize("renewed", [True, False])
-async def test_a_run_that_was_renewed_since_it_was_found_due_is_not_reaped(
-    server: Endpoint, log: RedisLog, *, renewed: bool
-) -> None:
+async def test_a_run_renewed_since_it_was_due_is_not_reaped(server: Endpoint, log: RedisLog, *, renewed: bool) -> None:
     await running(log, 1)
     await let_pass(server, 31)
     now, due = await log._backend.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
@@ -560,9 +526,7 @@ async def test_a_run_that_was_renewed_since_it_was_found_due_is_not_reaped(
     assert (await log.get("r")).status is (RunStatus.RUNNING if renewed else RunStatus.LOST)
 
 
-async def test_a_reaping_that_was_long_under_way_decides_by_the_time_at_which_it_was_sent(
-    server: Endpoint, log: RedisLog
-) -> None:
+async def test_a_late_reaping_decides_by_the_time_at_which_it_was_sent(server: Endpoint, log: RedisLog) -> None:
     await running(log, 1)
     now, _ = await log._backend.ask(*call(scripts.DUE, [KEYS.live()], 0, 10))
     await let_pass(server, 31)
@@ -570,9 +534,6 @@ async def test_a_reaping_that_was_long_under_way_decides_by_the_time_at_which_it
     status, left = await log._backend.ask(*log._reaper._reap("r", long_ago, LOST_ENDING))
     assert (status, left / 1000) == (b"OK", about(10))
     assert (await log.get("r")).status is RunStatus.RUNNING
-
-
-# --- page.lua -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("want", [1, 32, 160, 161])
@@ -614,9 +575,7 @@ def small(run_id: str) -> Batch:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_full_server_takes_nothing_of_an_ordinary_append_or_a_restore_but_what_is_there_already(
-    version: str,
-) -> None:
+async def test_a_full_server_takes_of_an_append_or_a_restore_only_what_is_there_already(version: str) -> None:
     async with full_server(version, small("old")) as (server, log):
         for run_id in ("old", "new"):
             before = await contents(server, run_id)
@@ -689,9 +648,6 @@ async def test_a_full_server_starts_no_run_and_keeps_nothing_of_it(version: str)
         assert [run.id for run in await log.list()] == ["new"]
         await server.command("CONFIG SET", "maxmemory", 0)
         assert (await log.start(record("late"), LEASE, key)).created
-
-
-# --- slots ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", scripts.BY_DIGEST.values(), ids=lambda script: script.source.partition("\n")[0][3:])

@@ -32,7 +32,6 @@ ENLIST = call(scripts.ENLIST, ["live"], 60_000, "1", "r")
 
 
 async def ours(server: Endpoint) -> list[dict[str, str]]:
-    """The connections of penstock: all others have names, or are of replicas and primaries."""
     clients = await server.clients()
     return [each for each in clients if not each["name"] and not {*each["flags"]} & {"S", "M"}]
 
@@ -45,7 +44,6 @@ async def nobody_of_ours_is_connected(*servers: Endpoint) -> None:
 
 
 async def is_taken(client: Client, value: str) -> bool:
-    """Whether a write is taken."""
     try:
         return bool(await client.ask("SET", "key", value) == b"OK")
     except LogUnavailable:
@@ -53,7 +51,6 @@ async def is_taken(client: Client, value: str) -> bool:
 
 
 async def unreachable(url: str) -> str:
-    """What is said of a URL that leads to no server; no password."""
     async with open_client(url) as client:
         with trio.fail_after(GUARD), pytest.raises(LogUnavailable) as raised:
             await client.ask("PING")
@@ -84,10 +81,7 @@ async def test_a_failover_is_followed() -> None:
 
 
 async def test_who_has_been_demoted_and_still_answers_is_left() -> None:
-    async with (
-        redis_sentinels(sentinels=1, quorum=1) as whole,
-        open_client(whole.url) as client,
-    ):
+    async with redis_sentinels(sentinels=1, quorum=1) as whole, open_client(whole.url) as client:
         first, second = whole.servers
         await client.ask(*ENLIST)
         assert len(await ours(first)) == 1
@@ -158,9 +152,6 @@ async def test_the_servers_have_one_password_and_the_sentinels_another() -> None
         assert "sentinel_password" in await unreachable(url)
 
 
-# Replicas
-
-
 async def in_sync(replica: Endpoint) -> bool:
     return bool((await replica.command("INFO", "replication"))["master_link_status"] == "up")
 
@@ -171,9 +162,7 @@ def wait_for_replicas(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr("penstock.log.redis.backend.ANSWER_TIMEOUT", 2.0 * GUARD)
 
 
-async def test_a_write_counts_when_the_replicas_have_it_and_is_repeated_until_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_write_is_repeated_until_the_replicas_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"repl_diskless_sync_delay": 0}
     async with (
         redis_server(**options) as primary,

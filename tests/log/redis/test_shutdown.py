@@ -51,8 +51,6 @@ TIMES: Final = ("--drain-timeout", BRISK, "--cancel-grace", BRISK, "--finalize-t
 
 
 class Served(Client):
-    """A `penstock serve` in a process of its own."""
-
     def __init__(self, program: Program, url: str, client: httpx2.AsyncClient) -> None:
         super().__init__(url, client)
         self.program = program
@@ -66,14 +64,12 @@ class Served(Client):
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Sequence[object]:
-    """A command line for `penstock`; what follows it is a log's URL."""
     (tmp_path / "endless.py").write_text(MODULE)
     return ("serve", "--producers", f"{tmp_path / 'endless.py'}:producers", "--bind", "127.0.0.1:0", *TIMES, "--log")
 
 
 @asynccontextmanager
 async def served(*words: object) -> AsyncIterator[Served]:
-    """A server that is ready."""
     async with penstock(*words) as program, httpx2.AsyncClient(timeout=GUARD) as client:
         url = (await program.until(r"serving on (http://127\.0\.0\.1:\d+)"))[1]
         yield Served(program, url, client)
@@ -153,15 +149,12 @@ async def test_a_second_signal_while_the_redis_is_dead_ends_the_wait_for_the_run
 
 
 async def refuses_runs(server: Served) -> None:
-    """Wait until the server drains."""
     with trio.fail_after(SOON):
         while (await server.client.get("/readyz")).json().get("code") != "DRAINING":  # noqa: ASYNC110  (each is a request)
             await trio.sleep(0.01)
 
 
-async def test_a_producer_that_holds_on_for_ever_holds_up_no_server_whose_redis_is_dead(
-    serve: Sequence[object],
-) -> None:
+async def test_a_producer_that_never_ends_holds_up_no_server_whose_redis_is_dead(serve: Sequence[object]) -> None:
     async with redis_server() as redis, served(*serve, redis.url) as server, AsyncExitStack() as stack:
         (reader,) = await with_readers(server, stack, "clings", 1)
         await redis.kill()
@@ -175,12 +168,7 @@ async def test_a_producer_that_holds_on_for_ever_holds_up_no_server_whose_redis_
         assert [block.retry for block in await reader.rest()] == ["1000"]
 
 
-# Before it is ready
-
-
-async def test_a_server_that_is_shut_down_while_it_waits_for_a_redis_that_stands_still_just_ends(
-    serve: Sequence[object],
-) -> None:
+async def test_a_server_that_waits_for_a_stalled_redis_just_ends_at_a_shutdown(serve: Sequence[object]) -> None:
     async with redis_server() as redis, proxy(redis.port) as between:
         redis.pause()
         async with penstock(*serve, between.url) as program:

@@ -36,7 +36,6 @@ IDS = ["r", "run-1", "a:b", "a b", "\N{EURO SIGN}", "r}", "{r", "{r}", "r}x{y", 
 
 
 def by_slot(slots: Slots) -> list[str]:
-    """The owner of every slot."""
     return [slots.owner(key) for key in key_of_each_slot()]
 
 
@@ -198,9 +197,7 @@ async def beside_is_sent(log: RedisLog, sent: Sequence[Command]) -> None:
 
 
 @shares_a_cluster
-async def test_whatever_the_log_sends_to_a_cluster_has_its_keys_on_the_slot_by_which_it_goes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_every_command_to_a_cluster_has_its_keys_on_the_slot_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = shared_cluster()
     shared.flushall()
     sent: list[Command] = []

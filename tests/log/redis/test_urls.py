@@ -6,6 +6,7 @@ import random
 import re
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,10 +22,11 @@ from penstock.log.redis import urls
 from penstock.log.redis.client import Client
 from penstock.log.redis.cluster import Cluster
 from penstock.log.redis.log import RedisLog
-from tests.log.redis.test_client import until, words_of
+from tests.log.redis.test_client import words_of
 from tests.support.clustered import shares_a_cluster
 from tests.support.logs import LEASE, batch, record
 from tests.support.redis_clusters import cluster_server, redis_cluster, shared_cluster
+from tests.support.redis_runs import until_it_is
 from tests.support.redis_servers import Endpoint, redis_server, redis_servers
 
 if TYPE_CHECKING:
@@ -39,7 +41,6 @@ SENTINELS = ["redis+sentinel", "rediss+sentinel"]
 
 
 async def opened(url: str, **options: Any) -> RedisLog:
-    """The log that a URL opens; closed again."""
     async with open_log(url, **options) as log:
         assert isinstance(log, RedisLog)
         return log
@@ -124,9 +125,6 @@ def test_an_option_does_not_say_where_a_cluster_is(option: str) -> None:
         assert option not in there.options
         assert option not in (there.sentinel_options or {})
         assert there.hosts[0][0] == "a"
-
-
-# Sentinels
 
 
 @pytest.mark.parametrize(
@@ -215,9 +213,6 @@ async def test_a_password_without_its_escapes_is_refused_and_not_quoted(scheme: 
         assert "with % escapes for what is no letter or digit" in said
 
 
-# The log
-
-
 @pytest.mark.parametrize("scheme", sorted(REDIS))
 async def test_each_scheme_opens_a_log_and_sends_nothing(scheme: str) -> None:
     rest = {"unix": "/nowhere", "sentinel": "nobody.invalid/runs"}.get(scheme.rpartition("+")[2], "nobody.invalid")
@@ -245,7 +240,6 @@ def cluster_of(server: Endpoint, user: str = "") -> str:
 
 
 async def unreachable(url: str) -> str:
-    """What a log says that cannot be used; never a password."""
     async with open_log(url) as log:
         with pytest.raises(LogUnavailable) as raised:
             await log.check()
@@ -293,14 +287,13 @@ async def test_a_cluster_of_an_old_redis_says_that_it_is_too_old(monkeypatch: py
         async with redis_server(executable=executable, cluster_enabled=("yes",)) as server:
             await server.command("CLUSTER", "ADDSLOTS", *range(REDIS_CLUSTER_HASH_SLOTS))
             async with open_log(cluster_of(server)) as log:
-                await until(lambda: takes_writes(log))
+                await until_it_is(partial(takes_writes, log), wanted=True)
                 await log.start(record(), LEASE)
                 with pytest.raises(LogUnavailable, match=r"penstock needs Redis 6\.2 or later, and 7\.0 for a cluster"):
                     await log.append([batch(1, 2)])
 
 
 async def takes_writes(log: EventLog) -> bool:
-    """Whether a cluster has found that all its slots are served."""
     try:
         await log.check()
     except LogUnavailable:
@@ -321,9 +314,6 @@ async def test_a_cluster_with_a_password_wants_it_in_the_url() -> None:
 
 
 WRONG = "it refuses the user or the password in the URL"
-
-
-# Anything
 
 
 WORDS = "a host runs %41 % %ff \N{ACCOUNT OF} \N{EURO SIGN} \0 0 1 65536 ::1 [::1] :// db= username= sentinel_password="
@@ -349,9 +339,7 @@ def test_anything_after_a_scheme_is_read_or_refused(scheme: str, rest: str) -> N
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(REDIS - {"unix"})), st.tuples(ANYTHING, ANYTHING), ANYTHING)
-def test_whatever_stands_around_a_password_it_is_in_no_message_and_no_label(
-    scheme: str, around: tuple[str, str], rest: str
-) -> None:
+def test_whatever_surrounds_a_password_no_message_shows_it(scheme: str, around: tuple[str, str], rest: str) -> None:
     url = f"{scheme}://user:{around[0]}{SECRET}{around[1]}@{rest}"
     said = ""
     try:

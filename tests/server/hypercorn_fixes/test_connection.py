@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from tests.support.serving import Server
 
 
-# A response that waits for an HTTP/2 client that is gone
-
-
 @pytest.mark.parametrize("how", LEAVING)
 @pytest.mark.parametrize("path", ["/healthz", "/v1/runs/{running}/stream"])
 async def test_a_response_that_an_http2_client_has_not_taken_ends_with_the_client(path: str, how: str) -> None:
@@ -156,9 +153,6 @@ async def test_a_response_that_leaves_its_request_unread_does_not_hold_up_the_en
             over.set()
 
 
-# Sources that outlive their client
-
-
 class Detached:
     """A source that runs to its end without its client: it yields so many events before a pause, and after it."""
 
@@ -199,9 +193,7 @@ async def gone_from_http2(stream: trio.SocketStream, how: str) -> None:
 
 @pytest.mark.parametrize("before", [1, 5_000])
 @pytest.mark.parametrize("client, how", [(gone_from_http1, "reset"), (gone_from_http2, "close")])
-async def test_a_detached_source_runs_to_its_end_in_its_task_when_its_client_is_gone(
-    client: Any, how: str, before: int
-) -> None:
+async def test_a_detached_source_runs_to_its_end_when_its_client_is_gone(client: Any, how: str, before: int) -> None:
     async with unharmed() as server:
         source = Detached(server, before, after=1000)
         async with joined(server) as (stream, task):
@@ -216,9 +208,7 @@ async def test_a_detached_source_runs_to_its_end_in_its_task_when_its_client_is_
         assert source.yielded == before + 1000
 
 
-async def test_an_error_in_one_connection_ends_that_connection_and_is_logged_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_error_in_a_connection_ends_it_and_is_logged_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(_event: Any) -> None:
         raise ValueError("one line\nand another, which the client has sent")
 
@@ -247,11 +237,7 @@ async def test_an_error_in_one_connection_ends_that_connection_and_is_logged_in_
     assert "line" not in said.getMessage()
 
 
-# Requests during a shutdown
-
-
 async def body(client: Http2) -> list[int]:
-    """A request, and its body at once; what is to be refused."""
     number = client.begin("POST", "/v1/runs")
     client.h2.send_data(number, b"{}")
     await client.send()
@@ -259,7 +245,6 @@ async def body(client: Http2) -> list[int]:
 
 
 async def change_of_mind(client: Http2) -> list[int]:
-    """A request that is taken back at once."""
     client.h2.reset_stream(client.begin("GET", "/", ends=True))
     await client.send()
     return []
@@ -299,9 +284,6 @@ async def test_a_request_during_a_shutdown_is_refused_and_ends_nothing(ask: Any)
         await server.ended.wait()
     assert b"data: after\n\n" in received
     assert received.endswith(b"\r\n0\r\n\r\n")
-
-
-# Priorities
 
 
 async def test_priorities_are_ignored_and_not_kept() -> None:

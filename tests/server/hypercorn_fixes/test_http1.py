@@ -52,7 +52,6 @@ BROKEN: Final = "Can't send data when our state is ERROR"
 
 
 def pieces(target: str) -> list[bytes]:
-    """The pieces of the response to this target: any bytes."""
     (sizes,) = parse_qs(target.partition("?")[2])["sizes"]
     return [random.Random(size).randbytes(size) for size in map(int, sizes.split(","))]
 
@@ -114,7 +113,6 @@ def by_h11(request: bytes, head: bytes) -> bytes:
 
 
 async def answer(wire: Wire, request: bytes) -> tuple[bytes, bytes]:
-    """A response, and what it should be; the connection goes on."""
     await wire.stream.send_all(request)
     head, mark, _ = (await wire.until(b"\r\n\r\n")).partition(b"\r\n\r\n")
     whole = by_h11(request, head + mark)
@@ -162,9 +160,7 @@ async def test_each_response_on_a_connection_is_framed_in_its_own_way() -> None:
 
 
 @pytest.mark.parametrize("sizes, through", [("3,4,5,6,7,8", 1), ("0,3,0,4,5", 1), ("0", 0), ("3,4,5&length=12", 3)])
-async def test_only_the_first_chunk_of_a_response_goes_through_h11(
-    monkeypatch: pytest.MonkeyPatch, sizes: str, through: int
-) -> None:
+async def test_only_a_responses_first_chunk_uses_h11(monkeypatch: pytest.MonkeyPatch, sizes: str, through: int) -> None:
     seen: list[bytes] = []
     send = h11.Connection.send_with_data_passthrough
 
@@ -219,9 +215,6 @@ async def test_on_a_connection_in_error_nothing_more_is_framed() -> None:
         assert says.errors == [BROKEN] * 3
 
 
-# WebSockets
-
-
 async def echo(socket: WebSocket) -> None:
     await socket.accept()
     for _ in SIZES:
@@ -238,8 +231,6 @@ async def denial(socket: WebSocket) -> None:
 
 
 class Socket:
-    """A WebSocket's client."""
-
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.protocol = WSConnection(ConnectionType.CLIENT)
@@ -249,7 +240,6 @@ class Socket:
         await self.wire.stream.send_all(self.protocol.send(event))
 
     async def next(self) -> Any:
-        """The next event."""
         while not self._events:
             self.protocol.receive_data(await self.wire.stream.receive_some() or None)
             self._events += self.protocol.events()
@@ -318,9 +308,7 @@ async def test_two_requests_that_come_at_once_are_answered_in_their_order() -> N
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_a_reader_of_a_silent_run_without_pings_ends_with_a_client_that_sent_a_second_request_early(
-    how: str,
-) -> None:
+async def test_a_reader_without_pings_ends_with_a_client_that_sent_a_second_request_early(how: str) -> None:
     async with unharmed() as server:
         run_id = await server.start("silent")
         async with joined(server, partial(trio.open_tcp_stream, "127.0.0.1")) as (stream, task):
@@ -378,9 +366,6 @@ async def test_a_websocket_is_refused_and_its_connection_ends() -> None:
         assert (await server.run(run_id))["status"] == "running"
 
 
-# Requests that are still being sent
-
-
 @pytest.mark.parametrize("framing", ["content-length: 5", "transfer-encoding: chunked"])
 async def test_a_request_whose_body_is_late_is_answered_and_the_connection_goes_on(framing: str) -> None:
     async with brief() as server, await server.wire() as wire:
@@ -409,9 +394,6 @@ async def test_a_failed_response_to_a_request_that_is_still_being_sent_ends_once
         with trio.fail_after(SOON):
             body = await wire.rest()
         assert (body.count(b"data: first"), body.count(b"event: error"), body.count(b"[DONE]")) == (1, 1, 1)
-
-
-# Upgrades
 
 
 async def test_a_request_that_offers_an_upgrade_to_http2_is_answered_over_http1() -> None:

@@ -62,9 +62,7 @@ async def test_the_api_works_over_http2() -> None:
 
 
 @pytest.mark.parametrize("method, path, status", [("POST", "/v1/runs", 413), ("GET", "/healthz", 200)])
-async def test_a_request_that_is_still_being_sent_is_answered_and_the_server_goes_on(
-    method: str, path: str, status: int
-) -> None:
+async def test_a_request_still_being_sent_is_answered(method: str, path: str, status: int) -> None:
     async with serving() as server, httpx2.AsyncClient(base_url=server.url, http1=False, http2=True) as client:
         run_id = await server.start("silent")
         for _ in range(2):
@@ -164,9 +162,6 @@ async def grace(client: Ends, server: Server) -> None:
     await eventually(terminated.is_set)
 
 
-# Responses that end during a shutdown
-
-
 async def test_responses_that_end_during_the_grace_of_a_shutdown_reach_their_clients_whole() -> None:
     later = ["x" * WIDE] * 3 + ["last"]
     async with brief(config=patient_config()) as server, ends(server) as client:
@@ -199,9 +194,6 @@ async def test_a_response_is_over_only_when_its_client_has_the_end_of_its_stream
     assert [*client.ends.values()] == [WHOLE]
 
 
-# Responses that are cut off
-
-
 async def cut_off(what: str) -> tuple[list[Block], dict[int, str | ErrorCodes]]:
     """The blocks of a silent stream, of a direct response or a run, that the server's end has cut off; and its end."""
     ending = Ending("cancelled" if what == "run" else "asked")
@@ -227,9 +219,6 @@ async def test_a_reader_of_a_run_that_is_cut_off_is_told_to_come_back_and_its_st
     (retry,), how = await cut_off("run")
     assert retry.retry is not None
     assert [*how.values()] == [WHOLE]
-
-
-# Connections that are idle
 
 
 @asynccontextmanager
@@ -283,8 +272,6 @@ async def test_a_connection_with_one_stream_left_is_not_idle() -> None:
 
 
 def with_failing(server: Server) -> None:
-    """Let the server begin a response at /failing, and fail."""
-
     async def pieces() -> AsyncIterator[bytes]:
         yield b"piece"
         raise ValueError("in the middle")
@@ -392,9 +379,7 @@ async def test_a_stream_that_ends_while_its_buffer_is_full_ends_when_that_is_rea
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/endless?name=shut"])
-async def test_a_stream_that_is_reset_while_a_send_to_it_waits_leaves_nothing_behind_and_others_alone(
-    path: str,
-) -> None:
+async def test_a_stream_that_is_reset_while_a_send_to_it_waits_leaves_nothing_and_others_alone(path: str) -> None:
     async with serving() as server:
         run_id, endless = await server.start("count", 3), with_endless(server)
         async with joined(server) as (stream, task):
@@ -487,9 +472,6 @@ async def test_several_senders_that_wait_for_one_stream_all_go_on() -> None:
         returned = [each() for each in waiting]
         nursery.cancel_scope.cancel()
     assert returned == [True] * 3
-
-
-# Streams that are refused, and many
 
 
 async def test_a_websocket_over_http2_is_refused_and_its_neighbour_goes_on() -> None:

@@ -50,12 +50,7 @@ if TYPE_CHECKING:
     from tests.support.serving import Server
 
 
-# How long they may go on
-
-
-async def test_sends_end_at_the_earliest_time_that_was_set_and_are_whole_until_then(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
+async def test_sends_end_at_the_earliest_time_set_and_are_whole_before(autojump_clock: trio.testing.MockClock) -> None:
     sends = SendDeadline()
     ended: list[float] = []
     start = trio.current_time()
@@ -76,11 +71,7 @@ async def test_sends_end_at_the_earliest_time_that_was_set_and_are_whole_until_t
         await send()  # one that begins too late
 
 
-# Cancelled in the middle
-
-
 async def reads_all_of_another(client: Http2, server: Server) -> None:
-    """What comes on this connection is in order: a stream of it is whole."""
     with trio.fail_after(SOON):
         run_id = await server.start("count", 50)
         number = await client.get(f"/v1/runs/{run_id}/stream")
@@ -116,9 +107,6 @@ async def test_an_answer_that_is_cancelled_before_its_headers_are_sent_leaves_ot
             await client.until_headers(third)
             assert client.headers[third]["x-name"] == "second"
             await reads_all_of_another(client, server)
-
-
-# While the connection is being closed
 
 
 class HeldEnd:
@@ -171,8 +159,6 @@ NO_END: Final = 40 * AT_ONCE
 
 
 class Turns:
-    """A task that does nothing, and counts its turns."""
-
     def __init__(self) -> None:
         self.taken = 0
 
@@ -310,22 +296,18 @@ def descriptors() -> int:
 
 
 def reset(stream: trio.SocketStream, _connection: PatchedTCPServer) -> None:
-    """The client resets the connection."""
     if stream.socket.fileno() != -1:
         with_reset(stream)
         stream.socket.close()
 
 
 def close_here(_stream: trio.SocketStream, connection: PatchedTCPServer) -> None:
-    """The server closes it."""
     connection.stream.socket.close()
 
 
 @pytest.mark.parametrize("lose", [reset, close_here])
 @pytest.mark.parametrize("ask", ASKS)
-async def test_a_send_that_finds_the_connection_gone_notifies_its_responses_once(
-    ask: Any, lose: Any, recorded: Record
-) -> None:
+async def test_a_send_on_a_lost_connection_notifies_its_responses_once(ask: Any, lose: Any, recorded: Record) -> None:
     async with unharmed(config=quiet_config()) as server:
         flood = Flood(server, MANY, recorded.turns, chunk=b"x" * 2000)
         await eventually(lambda: len(server.connections()) == 1)
@@ -342,9 +324,7 @@ async def test_a_send_that_finds_the_connection_gone_notifies_its_responses_once
 
 
 @pytest.mark.parametrize("ask", ASKS)
-async def test_a_response_that_sends_on_when_its_client_is_gone_leaves_others_their_turn(
-    ask: Any, recorded: Record
-) -> None:
+async def test_a_response_that_sends_to_a_lost_client_leaves_others_their_turn(ask: Any, recorded: Record) -> None:
     async with serving() as server:
         flood = Flood(server, NO_END, recorded.turns)
         async with joined(server) as (stream, task), trio.open_nursery() as nursery:
@@ -381,9 +361,6 @@ async def test_a_descriptor_that_another_has_got_meanwhile_is_not_written_to() -
 
 BIG: Final = 2**20
 """More than a connection with small buffers takes."""
-
-
-# Bodies, by seed
 
 
 def pieces(seed: int) -> list[bytes]:
@@ -454,7 +431,6 @@ async def test_over_http2_many_streams_and_pings_come_byte_by_byte_on_a_connecti
 
 @asynccontextmanager
 async def connection() -> AsyncIterator[tuple[PatchedTCPServer, trio.SocketStream]]:
-    """A connection whose sends are the test's, with small buffers, and its client."""
     listening = trio.socket.socket()
     await listening.bind(("127.0.0.1", 0))
     listening.listen()
@@ -469,7 +445,6 @@ async def connection() -> AsyncIterator[tuple[PatchedTCPServer, trio.SocketStrea
 
 
 def record(name: int, size: int) -> bytes:
-    """Bytes that carry their number and their sender."""
     return struct.pack("!BL", name, size) + bytes([name]) * size
 
 
@@ -498,8 +473,6 @@ async def test_sends_that_begin_while_another_waits_are_in_order() -> None:
 
 
 class Moody:
-    """A system that takes what it likes of each write: nothing, a part or all of it; or is interrupted or full."""
-
     def __init__(self, seed: int, write: Callable[[int, Any], int]) -> None:
         self._rng = random.Random(seed)
         self._write = write
@@ -516,9 +489,7 @@ class Moody:
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_sends_do_not_mix_whatever_the_system_takes_of_each_write(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sends_do_not_mix_whatever_is_taken_of_each_write(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "os", SimpleNamespace(write=Moody(seed, os.write).write))
     rng = random.Random(seed)
     sizes = [[rng.choice([0, 1, 100, 3000, 30_000]) for _ in range(30)] for _ in range(6)]
@@ -549,9 +520,6 @@ async def test_a_send_of_no_bytes_does_not_wait() -> None:
         assert await records(client, BIG + 5) == [(1, BIG)]
         await made.protocol_send(RawData(data=b""))
     assert not made._lost
-
-
-# Cancelled
 
 
 async def test_a_send_that_is_cancelled_in_the_middle_is_whole() -> None:
@@ -589,9 +557,6 @@ async def test_a_connection_whose_response_is_cancelled_when_all_is_sent_serves_
             wire.received = b""
             await wire.send("GET", "/cancelled")
             await wire.until(b"\r\n\r\ndone")
-
-
-# When all sends must be over
 
 
 async def test_when_sends_must_be_over_nothing_more_is_sent_after_what_was_cut_off() -> None:
