@@ -26,7 +26,6 @@ from tests.support.redis_runs import (
 from tests.support.supervising import gists, readers
 
 if TYPE_CHECKING:
-
     from tests.support.redis_servers import Endpoint
 
 LOST = ["error RUN_LOST", "[DONE]"]
