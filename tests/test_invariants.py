@@ -139,8 +139,11 @@ async def test_i3_of_many_endings_at_once_the_first_is_stored_and_stays(autojump
     # Fails if `Execution.stop` records a second cause, and if `MemoryLog._append` does not refuse `completed` after a
     # cancel.
     rng = random.Random(3)
-    stop_reasons = set()
-    for _ in range(80):
+    expected: set[str | None] = {"end_turn", "error", *BY_REASON.values()}
+    stop_reasons: set[str | None] = set()
+    for number in range(1000):
+        if number >= 80 and stop_reasons == expected:  # which of them a race ends in is for Trio's scheduler to draw
+            break
         view, witness = View(), Witness()
         refusals: list[CancelStatus] = []
 
@@ -176,7 +179,7 @@ async def test_i3_of_many_endings_at_once_the_first_is_stored_and_stays(autojump
             if witness.saw in BY_REASON and record.stop_reason != "error":
                 assert record.stop_reason == BY_REASON[witness.saw]
             stop_reasons.add(record.stop_reason)
-    assert stop_reasons == {"end_turn", "error", *BY_REASON.values()}
+    assert stop_reasons == expected
 
 
 async def test_i4_no_reader_waits_for_what_cannot_come(autojump_clock: MockClock) -> None:
