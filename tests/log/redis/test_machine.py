@@ -44,6 +44,7 @@ class RedisLogMachine(LogMachine):
     async def opened(self) -> AsyncIterator[EventLog]:
         async with open_log(self.server.url, max_entries=MAX_ENTRIES, ttl=TTL, prefix=self.prefix) as log:
             assert isinstance(log, RedisLog)
+            await self.keep_the_keys(log)  # those of runs that have expired since the step before are gone
             yield in_order(log)
             await self.keep_the_keys(log)
 
